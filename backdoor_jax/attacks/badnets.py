@@ -1,0 +1,71 @@
+"""BadNets (Gu et al., 2017, arXiv 1708.06733): a small patch in a corner.
+
+    >>> import jax, jax.numpy as jnp
+    >>> trigger = BadNets().trigger(jax.random.key(0), (32, 32, 3))
+    >>> stamped = trigger(jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    >>> int(stamped.astype(int).sum()) == 3 * 3 * 3 * 255
+    True
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from backdoor_jax.attacks.base import Attack
+from backdoor_jax.errors import UserError
+
+Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PatchTrigger:
+    """Replaces pixels under a mask.
+
+    Attributes:
+        pattern: uint8 ``(H, W, channels)``.
+        mask: bool ``(H, W, 1)``.
+    """
+
+    pattern: jax.Array
+    mask: jax.Array
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """uint8 images ``(B, H, W, channels)`` with the patch."""
+        return jnp.where(self.mask, self.pattern, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadNets(Attack):
+    """A square patch; the published benchmark's is 3x3, white, in the bottom right corner of a 32x32 image.
+
+    Attributes:
+        size: side of the patch in pixels; published 3.
+        style: ``white`` (published), or ``checker``: 255 and 1 by turns, the benchmark's grid trigger.
+        corner: which corner; published ``bottom_right``.
+    """
+
+    size: int = 3
+    style: Literal["white", "checker"] = "white"
+    corner: Corner = "bottom_right"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.size > 0, "size", "at least 1 pixel")
+
+    def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> PatchTrigger:
+        """The patch for images of this shape; no randomness."""
+        del key
+        height, width, channels = shape
+        if self.size > min(height, width):
+            raise UserError(f"BadNets.size is {self.size}, larger than the {height}x{width} images; make it smaller")
+        rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
+        vertical, horizontal = self.corner.split("_")
+        inside = (rows < self.size if vertical == "top" else rows >= height - self.size) & (
+            columns < self.size if horizontal == "left" else columns >= width - self.size
+        )
+        light = (rows + columns) % 2 == 0 if self.style == "checker" else jnp.ones((height, width), bool)
+        pattern = jnp.where(light, 255, 1).astype(jnp.uint8)
+        return PatchTrigger(jnp.broadcast_to(pattern[..., None], (height, width, channels)), inside[..., None])

@@ -1,0 +1,42 @@
+"""Frozen, validated configurations, and the split between what is compiled in and what is traced."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from backdoor_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of all configurations: frozen, hashable, equal by value, and never a pytree.
+
+    A subclass declares typed fields with defaults and checks them in ``__post_init__`` through `require`. Fields of type
+    float are what one would sweep: `numbers` hands them to compiled code as traced arrays.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def require(self, holds: bool, field: str, expected: str) -> None:
+        """Raises a `UserError` naming the field where a condition does not hold."""
+        if not holds:
+            raise UserError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}, expected {expected}")
+
+
+def numbers(config: Config) -> dict[str, Any]:
+    """The float fields of a configuration as traced float32 scalars.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Example(Config):
+        ...     rate: float = 0.5
+        ...     steps: int = 10
+        >>> numbers(Example())
+        {'rate': Array(0.5, dtype=float32)}
+    """
+    return {
+        field.name: jnp.asarray(getattr(config, field.name), jnp.float32)
+        for field in dataclasses.fields(config)
+        if isinstance(getattr(config, field.name), float)
+    }

@@ -1,0 +1,23 @@
+"""Data on the device: `Dataset`, its sources, augmentation and poisoning."""
+
+from backdoor_jax.data.augment import Augment, random_crop
+from backdoor_jax.data.dataset import Dataset, Task, clean_indices, make_dataset
+from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, poison
+from backdoor_jax.data.sources import digits, load_task, npz_task, tfds_task
+
+__all__ = [
+    "Augment",
+    "Dataset",
+    "LabelMap",
+    "Poisoned",
+    "Task",
+    "Trigger",
+    "clean_indices",
+    "digits",
+    "load_task",
+    "make_dataset",
+    "npz_task",
+    "poison",
+    "random_crop",
+    "tfds_task",
+]

@@ -1,0 +1,128 @@
+"""`Dataset`: uint8 images and labels on the device, and the subsets a defender has."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Labelled images on the device; a pytree.
+
+    Attributes:
+        images: uint8 ``(N, H, W, channels)``, 0 to 255.
+        labels: int32 ``(N,)``, from 0.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def take(self, indices: jax.Array | np.ndarray | slice) -> "Dataset":
+        """The images and labels at ``indices``, in that order."""
+        return Dataset(self.images[indices], self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set as an experiment needs it.
+
+    Attributes:
+        name: what it is called in results.
+        train: images to train on.
+        test: images to judge on; they choose nothing.
+        num_classes: the number of classes C.
+        normalization: the name of the input normalisation, from `backdoor_jax.models.NORMALIZATIONS`.
+        flip: whether a mirrored image keeps its class, so that training may flip.
+    """
+
+    name: str
+    train: Dataset
+    test: Dataset
+    num_classes: int
+    normalization: str = "none"
+    flip: bool = False
+
+
+def make_dataset(images: np.ndarray, labels: np.ndarray, num_classes: int | None = None, where: str = "data") -> Dataset:
+    """Checks arrays and puts them on the device.
+
+    Args:
+        images: uint8 ``(N, H, W, channels)``.
+        labels: integers ``(N,)`` from 0.
+        num_classes: labels must be below it, where given.
+        where: what the arrays are called in errors.
+
+    Raises:
+        UserError: for a wrong dtype or shape, an empty set, or labels out of range.
+
+    Example:
+        >>> len(make_dataset(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), 4))
+        4
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8:
+        raise UserError(
+            f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; scale them and cast with .astype('uint8')"
+        )
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"{where}: images have shape {images.shape}, expected (N, height, width, 1 or 3)")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{where}: labels are {labels.dtype} {labels.shape}, expected integers of shape {images.shape[:1]}, one an image"
+        )
+    if not len(labels):
+        raise UserError(f"{where}: there are no images")
+    if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
+        raise UserError(
+            f"{where}: labels run from {labels.min()} to {labels.max()}, expected 0 to "
+            f"{'C' if num_classes is None else num_classes} - 1; relabel from 0 or give the right number of classes"
+        )
+    return Dataset(jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
+
+
+def clean_indices(
+    key: jax.Array, labels: jax.Array | np.ndarray, ratio: float, num_classes: int, stratified: bool = False
+) -> np.ndarray:
+    """Chooses the share of a clean set that a defender has.
+
+    Args:
+        key: a `jax.random` key.
+        labels: ``(N,)``.
+        ratio: in (0, 1]; round(ratio * N) images are taken.
+        num_classes: the number of classes C.
+        stratified: take round(ratio * N_c), at least one, of each class instead. The published benchmark does not.
+
+    Returns:
+        Sorted indices into ``labels``.
+
+    Raises:
+        UserError: for a ratio outside (0, 1], one that leaves no image, or a class without images when stratified.
+
+    Example:
+        >>> clean_indices(jax.random.key(0), np.arange(100) % 10, 0.1, 10, stratified=True).shape
+        (10,)
+    """
+    if not 0 < ratio <= 1:
+        raise UserError(f"clean ratio is {ratio}, expected a share in (0, 1], such as 0.05")
+    labels = np.asarray(labels)
+    order = np.asarray(jax.random.permutation(key, len(labels)))
+    if not stratified:
+        count = round(ratio * len(labels))
+        if not count:
+            raise UserError(f"clean ratio {ratio} of {len(labels)} images leaves none; take at least {1 / len(labels):.2g}")
+        return np.sort(order[:count])
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all():
+        raise UserError(
+            f"class {int(np.argmin(counts))} has no images, so a stratified subset cannot be drawn; set stratified to false"
+        )
+    taken = [order[labels[order] == c][: max(1, round(ratio * counts[c]))] for c in range(num_classes)]
+    return np.sort(np.concatenate(taken))

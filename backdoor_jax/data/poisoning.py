@@ -1,0 +1,97 @@
+"""Poisoning a training set: which images, which labels, and the triggered test set."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.data.dataset import Dataset
+from backdoor_jax.errors import UserError
+
+Trigger = Callable[[jax.Array], jax.Array]
+"""uint8 images ``(B, H, W, channels)`` to triggered uint8 images of the same shape, on the device; a pytree."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LabelMap:
+    """What the attacker turns labels into.
+
+    Attributes:
+        kind: ``all_to_one`` maps every label to `target`; ``all_to_all`` maps y to (y + 1) mod C.
+        num_classes: the number of classes C.
+        target: the target class of ``all_to_one``.
+
+    Example:
+        >>> LabelMap("all_to_all", 3)(jnp.arange(3)).tolist()
+        [1, 2, 0]
+    """
+
+    kind: Literal["all_to_one", "all_to_all"]
+    num_classes: int
+    target: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target < self.num_classes:
+            raise UserError(
+                f"target class {self.target} does not exist; the data have classes 0 to {self.num_classes - 1}"
+            )
+
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        """Attacker's labels ``(B,)`` of images with these true labels."""
+        if self.kind == "all_to_all":
+            return (labels + 1) % self.num_classes
+        return jnp.full_like(labels, self.target)
+
+    def attacked(self, labels: jax.Array) -> jax.Array:
+        """Which test images count for the attack success rate: those whose true label is not already the wanted one."""
+        return self(labels) != labels
+
+
+class Poisoned(NamedTuple):
+    """A poisoned training set.
+
+    Attributes:
+        data: all images in their old order, the poisoned ones triggered and relabelled.
+        indices: the poisoned ones, sorted; the ground truth that no defence sees.
+    """
+
+    data: Dataset
+    indices: np.ndarray
+
+
+def poison(key: jax.Array, data: Dataset, trigger: Trigger, labels: LabelMap, rate: float) -> Poisoned:
+    """Stamps the trigger on a share of the training images and relabels them.
+
+    As the published benchmark does it: round(rate * N) images drawn uniformly without replacement from all classes,
+    the target included, stamped on uint8 pixels before any augmentation.
+
+    Args:
+        key: a `jax.random` key.
+        data: the clean training set.
+        trigger: uint8 images to uint8 images.
+        labels: the attacker's label map.
+        rate: poisoned share of all images, in [0, 1].
+
+    Raises:
+        UserError: for a rate outside [0, 1].
+
+    Example:
+        >>> from backdoor_jax.data import digits
+        >>> white = lambda images: images.at[:, -3:, -3:].set(255)
+        >>> poisoned = poison(jax.random.key(0), digits().train, white, LabelMap("all_to_one", 10), rate=0.1)
+        >>> len(poisoned.indices)
+        140
+    """
+    if not 0 <= rate <= 1:
+        raise UserError(f"poisoning rate is {rate}, expected a share in [0, 1], such as 0.1")
+    count = round(rate * len(data))
+    indices = np.sort(np.asarray(jax.random.permutation(key, len(data))[:count]))
+    if not count:
+        return Poisoned(data, indices)
+    chosen = data.take(indices)
+    images = data.images.at[indices].set(trigger(chosen.images))
+    return Poisoned(Dataset(images, data.labels.at[indices].set(labels(chosen.labels))), indices)

@@ -1,0 +1,135 @@
+"""Where images come from: the embedded digits, plain .npz files, and TFDS data sets by name."""
+
+from pathlib import Path
+
+import numpy as np
+
+from backdoor_jax.data.dataset import Task, make_dataset
+from backdoor_jax.errors import UserError
+
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+DIGITS_TRAIN = 1400
+
+
+def load_task(
+    source: str, train_size: int | None = None, test_size: int | None = None, seed: int = 0, root: Path = Path()
+) -> Task:
+    """Loads a data set by what it is called.
+
+    Args:
+        source: ``digits``, the path of a ``.npz`` file (relative to `root`), or ``tfds:NAME``.
+        train_size: keep that many training images, drawn with `seed`; all of them by default.
+        test_size: likewise for the test set.
+        seed: of the draw.
+        root: where relative paths start.
+
+    Raises:
+        UserError: for an unknown source, a missing or foreign file, or more images wanted than there are.
+
+    Example:
+        >>> load_task("digits").num_classes
+        10
+    """
+    if source == "digits":
+        task = digits()
+    elif source.startswith("tfds:"):
+        task = tfds_task(source.removeprefix("tfds:"))
+    elif source.endswith(".npz"):
+        task = npz_task(root / source)
+    else:
+        raise UserError(f"unknown data {source!r}; give 'digits', the path of a .npz file, or 'tfds:NAME'")
+    generator = np.random.default_rng(seed)
+    parts = {}
+    for part, size in (("train", train_size), ("test", test_size)):
+        whole = getattr(task, part)
+        if size is not None and not 0 < size <= len(whole):
+            raise UserError(f"{source}: {size} {part} images wanted, there are {len(whole)}; lower {part}_size")
+        keep = slice(None) if size is None else np.sort(generator.permutation(len(whole))[:size])
+        parts[part] = whole.take(keep)
+    return Task(task.name, parts["train"], parts["test"], task.num_classes, task.normalization, task.flip)
+
+
+def digits() -> Task:
+    """scikit-learn's 1,797 handwritten digits, embedded in that package: no network, no files.
+
+    8x8 grey levels 0 to 16 become 16x16 RGB images of uint8: scaled to 255, every pixel doubled. 1,400 images train,
+    397 test, in the set's own order (writers of the two do not overlap much).
+
+    Example:
+        >>> digits().train.images.shape
+        (1400, 16, 16, 3)
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(grey.repeat(2, 1).repeat(2, 2)[..., None], 3, axis=-1)
+    labels = raw.target
+    return Task(
+        "digits",
+        make_dataset(images[:DIGITS_TRAIN], labels[:DIGITS_TRAIN], 10, "digits"),
+        make_dataset(images[DIGITS_TRAIN:], labels[DIGITS_TRAIN:], 10, "digits"),
+        num_classes=10,
+    )
+
+
+def npz_task(path: Path) -> Task:
+    """Reads ``train_images, train_labels, test_images, test_labels`` from a plain ``.npz``.
+
+    Optional entries: ``class_names`` (their number is C, else the largest label + 1) and ``normalization`` (a name).
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .npz with {', '.join(NPZ_KEYS)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a plain .npz ({error}); write it with numpy.savez") from error
+    missing = [key for key in NPZ_KEYS if key not in arrays]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(NPZ_KEYS)}")
+    if "class_names" in arrays:
+        classes = len(arrays["class_names"])
+    else:
+        classes = int(max(arrays["train_labels"].max(initial=0), arrays["test_labels"].max(initial=0))) + 1
+    return Task(
+        path.stem,
+        make_dataset(arrays["train_images"], arrays["train_labels"], classes, f"{path} train"),
+        make_dataset(arrays["test_images"], arrays["test_labels"], classes, f"{path} test"),
+        classes,
+        str(arrays.get("normalization", "none")),
+        bool(arrays.get("flip", False)),
+    )
+
+
+def tfds_task(name: str) -> Task:
+    """Reads the splits ``train`` and ``test`` of a TFDS image classification set prepared as array_record."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"tfds:{name} needs the package tensorflow-datasets; pip install tensorflow-datasets") from error
+
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+        classes = builder.info.features["label"].num_classes
+        arrays = {}
+        for split in ("train", "test"):
+            source = builder.as_data_source(split=split)
+            arrays[split] = (
+                np.stack([example["image"] for example in source]),
+                np.asarray([example["label"] for example in source]),
+            )
+    except Exception as error:  # TFDS raises many kinds; the user needs its line, not its stack.
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"tfds:{name} cannot be read ({line}); prepare it as array_record: "
+            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        ) from error
+    return Task(
+        name,
+        make_dataset(*arrays["train"], classes, f"tfds:{name} train"),
+        make_dataset(*arrays["test"], classes, f"tfds:{name} test"),
+        classes,
+        name if name in ("cifar10", "cifar100") else "none",
+        flip=name == "cifar10",
+    )

@@ -1,0 +1,72 @@
+"""Orbax checkpoints of trees of arrays: those of a run that may be killed, and those of a finished model."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from backdoor_jax.errors import UserError
+
+
+class Checkpoints:
+    """A folder of a run's checkpoints, of which the newest is kept.
+
+    Orbax writes each under another name first, so that a killed run leaves whole ones only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        self._args = ocp.args
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        )
+
+    def latest(self, like: Any) -> Any:
+        """The newest tree, shaped as ``like``, or ``like`` itself where there is none."""
+        newest = self._manager.latest_step()
+        if newest is None:
+            return like
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
+        return self._manager.restore(newest, args=self._args.StandardRestore(abstract))
+
+    def save(self, number: int, tree: Any) -> None:
+        """Writes a tree; the older one goes once this one is whole."""
+        self._manager.save(number, args=self._args.StandardSave(tree))
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+
+def save_tree(folder: Path, tree: Any) -> None:
+    """Writes a tree of arrays to a new folder, all of it or nothing."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), tree)
+
+
+def load_tree(folder: Path, like: Any) -> Any:
+    """Reads a tree that `save_tree` wrote.
+
+    Args:
+        folder: where it lies.
+        like: a tree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes expected.
+
+    Raises:
+        UserError: where there is no such folder, or it holds another tree.
+    """
+    import orbax.checkpoint as ocp
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.absolute(), like)
+    except Exception as error:  # Orbax and its backends raise many kinds.
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder}: does not hold the model expected ({line}); give the model, width and classes it was saved with"
+        ) from error

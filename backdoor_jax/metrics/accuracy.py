@@ -1,0 +1,138 @@
+r"""How well a model does its job, and how well the attacker's.
+
+ACC is the share of clean test images classified rightly. ASR is the share of triggered images *not of the target class*
+that go where the attacker wants them; RA the share of the same images still classified rightly. With the drop
+:math:`\Delta` from before to after a defence,
+
+.. math:: \mathrm{DER} = \tfrac12 \bigl(\max(0, \Delta\mathrm{ASR}) - \max(0, \Delta\mathrm{ACC}) + 1\bigr) .
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.data import Dataset, LabelMap, Trigger
+from backdoor_jax.errors import NonFiniteError
+from backdoor_jax.models import Classifier, Variables
+
+CHUNK = 500
+
+
+class Scores(NamedTuple):
+    """Rates in [0, 1]; ``asr`` and ``ra`` are None where there is no trigger."""
+
+    acc: float
+    asr: float | None = None
+    ra: float | None = None
+
+
+def chunks(images: jax.Array, size: int) -> jax.Array:
+    """Images in equal chunks ``(n, size, H, W, channels)``, the last one filled up with the first image."""
+    count = -(-images.shape[0] // size)
+    filling = jnp.broadcast_to(images[:1], (count * size - images.shape[0], *images.shape[1:]))
+    return jnp.concatenate([images, filling]).reshape(count, size, *images.shape[1:])
+
+
+@jax.jit
+def _predict(
+    classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger | None
+) -> tuple[jax.Array, jax.Array]:
+    def one(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, _ = classifier.logits(variables, chunk if trigger is None else trigger(chunk))
+        return jnp.argmax(logits, -1).astype(jnp.int32), jnp.all(jnp.isfinite(logits))
+
+    predictions, finite = jax.lax.map(one, chunks(images, min(CHUNK, images.shape[0])))
+    return predictions.reshape(-1)[: images.shape[0]], jnp.all(finite)
+
+
+def predict(
+    classifier: Classifier,
+    variables: Variables,
+    images: jax.Array,
+    trigger: Trigger | None = None,
+    name: str = "model",
+) -> np.ndarray:
+    """Predicted classes ``(N,)`` of uint8 images, triggered first where a trigger is given; one pass.
+
+    Raises:
+        NonFiniteError: where a logit is not finite, naming ``name``.
+    """
+    predictions, finite = _predict(classifier, variables, images, trigger)
+    if not finite:
+        raise NonFiniteError(
+            f"{name}: logits are not finite, so no rate can be given; the weights have diverged or the checkpoint is damaged"
+        )
+    return np.asarray(predictions)
+
+
+def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelMap) -> tuple[float, float]:
+    """ASR and RA of predictions ``(N,)`` on triggered images with these true labels.
+
+    All-to-one leaves out images of the target class; all-to-all counts every image.
+
+    Example:
+        >>> success_rates(np.array([0, 0, 2]), np.array([0, 1, 2]), LabelMap("all_to_one", 3))
+        (0.5, 0.5)
+    """
+    wanted = np.asarray(label_map(jnp.asarray(labels)))
+    counted = wanted != labels
+    if not counted.any():
+        return 0.0, 0.0
+    predictions, labels, wanted = predictions[counted], labels[counted], wanted[counted]
+    return float(np.mean(predictions == wanted)), float(np.mean(predictions == labels))
+
+
+def evaluate(
+    classifier: Classifier,
+    variables: Variables,
+    test: Dataset,
+    trigger: Trigger | None = None,
+    label_map: LabelMap | None = None,
+    name: str = "model",
+) -> Scores:
+    """ACC, and with a trigger and its label map ASR and RA, each from one pass over the test set.
+
+    Args:
+        classifier: the network.
+        variables: its variables.
+        test: clean test images; triggered here.
+        trigger: the attacker's.
+        label_map: the attacker's.
+        name: what errors call the model.
+
+    Raises:
+        NonFiniteError: where weights or logits are not finite.
+
+    Example:
+        >>> from backdoor_jax import build_classifier, digits
+        >>> classifier, test = build_classifier("preact_resnet18", 10, width=2), digits().test
+        >>> evaluate(classifier, classifier.init(jax.random.key(0), test.images), test).acc < 0.5
+        True
+    """
+    bad = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        if not bool(jnp.all(jnp.isfinite(leaf)))
+    ]
+    if bad:
+        raise NonFiniteError(f"{name}: weights {bad[0]} are not finite; the training diverged or the checkpoint is damaged")
+    labels = np.asarray(test.labels)
+    acc = float(np.mean(predict(classifier, variables, test.images, name=name) == labels))
+    if trigger is None or label_map is None:
+        return Scores(acc)
+    asr, ra = success_rates(predict(classifier, variables, test.images, trigger, name), labels, label_map)
+    return Scores(acc, asr, ra)
+
+
+def defense_effectiveness(before: Scores, after: Scores) -> float | None:
+    """DER in [0, 1]; None where there is no ASR. 0.5 is what doing nothing earns.
+
+    Example:
+        >>> round(defense_effectiveness(Scores(0.92, 0.95), Scores(0.91, 0.01)), 3)
+        0.965
+    """
+    if before.asr is None or after.asr is None:
+        return None
+    return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2

@@ -1,0 +1,45 @@
+"""The optimisation engine, its losses and schedules."""
+
+from backdoor_jax.training.engine import (
+    Constants,
+    GradientStep,
+    Info,
+    Loss,
+    State,
+    Step,
+    batch_shape,
+    epoch,
+    fit,
+    merge,
+    run_epoch,
+    split_by_path,
+)
+from backdoor_jax.training.losses import cross_entropy, symmetric_cross_entropy
+from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
+from backdoor_jax.training.stopwatch import Stopwatch
+from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, train
+
+__all__ = [
+    "Constants",
+    "CosineSGD",
+    "GradientStep",
+    "Info",
+    "Loss",
+    "State",
+    "Step",
+    "Stopwatch",
+    "SupervisedLoss",
+    "TrainConfig",
+    "batch_shape",
+    "cosine_in_stages",
+    "cross_entropy",
+    "epoch",
+    "fit",
+    "merge",
+    "run_epoch",
+    "split_by_path",
+    "symmetric_cross_entropy",
+    "torch_sgd",
+    "train",
+    "triangular_two_phase",
+]

@@ -1,0 +1,123 @@
+"""Plain supervised training: the victim's, and what fine-tuning shares with it."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from backdoor_jax.config import Config, numbers
+from backdoor_jax.data import Augment, Dataset
+from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.training.engine import Constants, GradientStep, Info, batch_shape, fit
+from backdoor_jax.training.losses import cross_entropy
+from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
+    """How a model is trained from scratch; the benchmark's settings for CIFAR-10.
+
+    Attributes:
+        epochs: passes over the training set; published 100 (CIFAR), 50 (GTSRB).
+        batch_size: published 128.
+        learning_rate: published 0.01, annealed by a cosine once an epoch.
+        momentum: published 0.9.
+        weight_decay: published 5e-4, on every parameter.
+        crop: zeros padded before a random crop; published 4.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    crop: int = 4
+
+    def __post_init__(self) -> None:
+        self.require(self.epochs > 0, "epochs", "at least 1")
+        self.require(self.batch_size > 0, "batch_size", "at least 1")
+        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+        self.require(self.crop >= 0, "crop", "0 or more pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedLoss:
+    """Mean cross-entropy of a batch, normalisation in training mode."""
+
+    classifier: Classifier
+
+    def __call__(
+        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
+    ) -> tuple[jax.Array, tuple[Variables, Info]]:
+        """See `backdoor_jax.training.Loss`."""
+        del key, constants
+        logits, variables = self.classifier.logits(variables, batch.images, train=True)
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch.labels)
+        return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {"accuracy": accuracy})
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineSGD:
+    """PyTorch's SGD under a staged cosine; rate, momentum and weight decay come from the constants."""
+
+    steps: int
+    stages: int = 100
+
+    def __call__(self, constants: Constants) -> optax.GradientTransformation:
+        """The transformation for these constants."""
+        schedule = cosine_in_stages(constants["learning_rate"], self.steps, self.stages)
+        return torch_sgd(schedule, constants["momentum"], constants["weight_decay"])
+
+
+def train(
+    key: jax.Array,
+    classifier: Classifier,
+    data: Dataset,
+    config: TrainConfig = TrainConfig(),
+    *,
+    flip: bool = False,
+    name: str = "training",
+    checkpoints: Path | None = None,
+) -> tuple[Variables, dict[str, np.ndarray]]:
+    """Trains a classifier from scratch.
+
+    Args:
+        key: a `jax.random` key; weights, order and augmentation all come from it.
+        classifier: what to train.
+        data: the (poisoned or clean) training set.
+        config: settings.
+        flip: whether training mirrors images, as the benchmark does for CIFAR-10.
+        name: what progress and errors call the run.
+        checkpoints: a folder for Orbax checkpoints; a killed run resumes from there.
+
+    Returns:
+        The variables, and loss and accuracy of every step run here.
+
+    Example:
+        >>> from backdoor_jax import build_classifier, digits
+        >>> data = digits().train.take(slice(64))
+        >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+        >>> variables, history = train(jax.random.key(0), classifier, data, TrainConfig(epochs=1, batch_size=32))
+        >>> history["loss"].shape
+        (2,)
+    """
+    init_key, fit_key = jax.random.split(key)
+    steps, _ = batch_shape(len(data), config.batch_size)
+    step = GradientStep(SupervisedLoss(classifier), CosineSGD(steps * config.epochs, config.epochs))
+    constants = numbers(config)
+    state, history = fit(
+        fit_key,
+        step,
+        step.init(classifier.init(init_key, data.images[:1]), constants),
+        data,
+        constants,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        augment=Augment(crop=config.crop, flip=flip),
+        name=name,
+        checkpoints=checkpoints,
+    )
+    return state.variables, history
