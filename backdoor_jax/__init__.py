@@ -1,10 +1,81 @@
-"""Removes backdoors from image classifiers after training, in JAX, and measures how well it did."""
+"""Removes backdoors from image classifiers after training, in JAX, and measures how well it did.
+
+    >>> import jax
+    >>> import backdoor_jax as bj
+    >>> task = bj.digits()
+    >>> classifier = bj.build_classifier("preact_resnet18", task.num_classes, width=2)
+    >>> suspect = classifier.init(jax.random.key(0), task.train.images)
+    >>> repair = bj.d3(jax.random.key(1), classifier, suspect, task.train.take(slice(70)), bj.D3Config(steps=2))
+    >>> repair.info["changed"]
+    True
+"""
 
 from backdoor_jax.attacks import ATTACKS, Attack, BadNets, Blended
+from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset, LabelMap, Task, clean_indices, digits, load_task, make_dataset, poison
+from backdoor_jax.defenses import (
+    DEFENSES,
+    D3Config,
+    FineTuneConfig,
+    PadConfig,
+    PadFtConfig,
+    Repair,
+    SuperFineTuneConfig,
+    TacConfig,
+    d3,
+    finetune,
+    pad,
+    pad_ft,
+    scan,
+    super_finetune,
+    tac,
+)
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate, predict
-from backdoor_jax.models import Classifier, build_classifier
+from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
+from backdoor_jax.version import __version__
 
-__version__ = "0.1.0"
+__all__ = [
+    "ATTACKS",
+    "DEFENSES",
+    "MODELS",
+    "Attack",
+    "Augment",
+    "BadNets",
+    "Blended",
+    "Classifier",
+    "Config",
+    "D3Config",
+    "Dataset",
+    "FineTuneConfig",
+    "LabelMap",
+    "NonFiniteError",
+    "PadConfig",
+    "PadFtConfig",
+    "Repair",
+    "Scores",
+    "SuperFineTuneConfig",
+    "TacConfig",
+    "Task",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "build_classifier",
+    "clean_indices",
+    "d3",
+    "defense_effectiveness",
+    "digits",
+    "evaluate",
+    "finetune",
+    "load_task",
+    "make_dataset",
+    "pad",
+    "pad_ft",
+    "poison",
+    "predict",
+    "scan",
+    "super_finetune",
+    "tac",
+    "train",
+]

@@ -16,9 +16,7 @@ import numpy as np
 from backdoor_jax.data import Dataset, LabelMap, Trigger
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
-
-CHUNK = 500
-
+from backdoor_jax.training import map_chunks
 
 class Scores(NamedTuple):
     """Rates in [0, 1]; ``asr`` and ``ra`` are None where there is no trigger."""
@@ -28,23 +26,16 @@ class Scores(NamedTuple):
     ra: float | None = None
 
 
-def chunks(images: jax.Array, size: int) -> jax.Array:
-    """Images in equal chunks ``(n, size, H, W, channels)``, the last one filled up with the first image."""
-    count = -(-images.shape[0] // size)
-    filling = jnp.broadcast_to(images[:1], (count * size - images.shape[0], *images.shape[1:]))
-    return jnp.concatenate([images, filling]).reshape(count, size, *images.shape[1:])
-
-
 @jax.jit
 def _predict(
     classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger | None
 ) -> tuple[jax.Array, jax.Array]:
     def one(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = classifier.logits(variables, chunk if trigger is None else trigger(chunk))
-        return jnp.argmax(logits, -1).astype(jnp.int32), jnp.all(jnp.isfinite(logits))
+        return jnp.argmax(logits, -1), jnp.all(jnp.isfinite(logits), -1)
 
-    predictions, finite = jax.lax.map(one, chunks(images, min(CHUNK, images.shape[0])))
-    return predictions.reshape(-1)[: images.shape[0]], jnp.all(finite)
+    predictions, finite = map_chunks(one, images)
+    return predictions, jnp.all(finite)
 
 
 def predict(

@@ -14,6 +14,7 @@ from backdoor_jax.training.engine import (
     run_epoch,
     split_by_path,
 )
+from backdoor_jax.training.inference import latents, map_chunks
 from backdoor_jax.training.losses import cross_entropy, symmetric_cross_entropy
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
@@ -35,6 +36,8 @@ __all__ = [
     "cross_entropy",
     "epoch",
     "fit",
+    "latents",
+    "map_chunks",
     "merge",
     "run_epoch",
     "split_by_path",

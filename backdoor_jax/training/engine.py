@@ -8,8 +8,10 @@ An *epoch* shuffles, gathers, augments and steps on the device; it may be jitted
 traced. It shows progress, checkpoints and resumes.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -157,7 +159,7 @@ def epoch(
 
     Args:
         state: whatever `step` carries, with a field ``step`` that counts.
-        data: ``N`` images and labels.
+        data: ``N`` images and labels; or a pytree dataclass of other rows that has `Dataset`'s length and ``take``.
         key: the run's key.
         constants: traced values handed to every step.
         step: see `Step`.
@@ -188,6 +190,23 @@ run_epoch = partial(
     jax.jit, static_argnames=("step", "batch_size", "augment", "sharding"), donate_argnames=("state",)
 )(epoch)
 """`epoch`, compiled once for each configuration; it consumes the state it is given."""
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda steps, loss: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, desc=name, unit="step", leave=False) as bar:
+
+        def advance(steps: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update(steps)
+
+        yield advance
 
 
 def fit(
@@ -229,8 +248,6 @@ def fit(
     Raises:
         NonFiniteError: when a loss is not finite, naming the run and the step.
     """
-    from tqdm import tqdm
-
     steps, _ = batch_shape(len(data), batch_size)
     state = jax.tree.map(jnp.copy, state)
     saved = None if checkpoints is None else Checkpoints(checkpoints)
@@ -238,7 +255,7 @@ def fit(
         state = saved.latest(state)
     done = int(state.step) // steps
     history: list[Info] = []
-    with tqdm(total=epochs * steps, initial=done * steps, desc=name, unit="step", disable=None, leave=False) as bar:
+    with _progress(name, epochs * steps, done * steps) as advance:
         for number in range(done, epochs):
             state, info = run_epoch(
                 state, data, key, constants, step=step, batch_size=batch_size, augment=augment, sharding=sharding
@@ -251,8 +268,7 @@ def fit(
                     "lower the learning rate, or check the model and the data given"
                 )
             history.append(info)
-            bar.update(steps)
-            bar.set_postfix(loss=f"{info['loss'].mean():.4f}")
+            advance(steps, float(info["loss"].mean()))
             if saved is not None and ((number + 1) % checkpoint_every == 0 or number + 1 == epochs):
                 saved.save(number + 1, state)
     if saved is not None:

@@ -1,0 +1,103 @@
+"""The command line; it parses, calls and prints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from backdoor_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0, or 2 with one line on stderr for what the user can mend.
+
+    Example:
+        >>> main(["run", "nowhere.yaml"])
+        2
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.command(parsed)
+    except UserError as error:
+        print(f"backdoor-jax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="backdoor-jax", description="Removes backdoors from image classifiers and measures how well it did."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="every method on the embedded digits: a table and a page, a few minutes")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for results (default: demo)")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", help="an experiment; run again, it goes on where it was")
+    run.add_argument("config", type=Path, help="experiment in YAML, such as configs/gtsrb_small.yaml")
+    run.add_argument("--out", type=Path, help="folder for results (default: runs/ and the file's name)")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="such as victim.epochs=2 or seeds=[0]")
+    run.set_defaults(command=_run)
+
+    listing = commands.add_parser("list", help="the attacks, defences, models and data sets, with a line each")
+    listing.set_defaults(command=_list)
+    return parser
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    with resources.as_file(resources.files("backdoor_jax") / "demo.yaml") as config:
+        _experiment(config, parsed.out, ())
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    _experiment(parsed.config, parsed.out or Path("runs") / parsed.config.stem, tuple(parsed.overrides))
+
+
+def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    from backdoor_jax.config_files import load_experiment
+    from backdoor_jax.experiment import run_experiment
+    from backdoor_jax.report import print_table, write_page
+
+    experiment = load_experiment(config, overrides)
+    rows = run_experiment(experiment, out, report=lambda line: print(line, flush=True))
+    print_table(rows)
+    print(f"{write_page(rows, out)}: open it in a browser")
+
+
+def _list(parsed: argparse.Namespace) -> None:
+    del parsed
+    from rich.console import Console
+    from rich.table import Table
+
+    from backdoor_jax.attacks import ATTACKS
+    from backdoor_jax.defenses import DEFENSES
+    from backdoor_jax.models import MODELS
+
+    def first_line(thing: object) -> str:
+        return (thing.__doc__ or "").strip().splitlines()[0]
+
+    sections = {
+        "attacks": [(name, first_line(attack)) for name, attack in ATTACKS.items()],
+        "defences": [(name, f"{d.summary} (needs: {d.needs.replace('_', ' ')})") for name, d in DEFENSES.items()],
+        "models": [(name, model.summary) for name, model in MODELS.items()],
+        "data": [
+            ("digits", "scikit-learn's 1,797 handwritten digits, embedded"),
+            ("FILE.npz", "train_images, train_labels, test_images, test_labels"),
+            ("tfds:NAME", "a TFDS set prepared as array_record"),
+        ],
+    }
+    console = Console(soft_wrap=True)
+    for title, entries in sections.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for name, text in entries:
+            table.add_row(name, text)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Experiments in YAML: read, checked and turned into an `Experiment`.
+
+    name: digits
+    data: {source: digits}
+    model: {width: 8}
+    attacks:
+      - {name: badnets}
+    defenses:
+      - {name: d3, label: d3_paper, preset: paper}
+
+An attack's entry holds its ``name``, a ``label`` (the name by default) and its settings. A defence's holds these and, where
+the method has them, ``preset`` and ``known_target``. Types are checked by pydantic; an unknown key, a wrong type or an
+unknown name is one line.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from backdoor_jax.attacks import ATTACKS
+from backdoor_jax.defenses import DEFENSES
+from backdoor_jax.errors import UserError
+from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Experiment, ModelConfig
+from backdoor_jax.training import TrainConfig
+
+
+def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """Reads an experiment.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value`` with dots for what lies deeper, such as ``victim.epochs=2`` or ``seeds=[0]``; the value is
+            YAML.
+
+    Raises:
+        UserError: for anything that cannot be used, naming file and key.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give an experiment in YAML, such as those in configs/")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected keys such as name, data, attacks and defenses")
+    for override in overrides:
+        name, separator, value = override.partition("=")
+        if not separator or not name:
+            raise UserError(f"override {override!r} is not key=value, such as victim.epochs=2")
+        _override(document, name.split("."), yaml.safe_load(value), override)
+    return parse_experiment(document, str(path))
+
+
+def parse_experiment(document: dict[str, Any], where: str = "experiment") -> Experiment:
+    """Turns plain values into an `Experiment`.
+
+    Raises:
+        UserError: for anything that cannot be used, naming ``where`` and the key.
+
+    Example:
+        >>> parse_experiment({"name": "x", "attacks": [{"name": "badnets", "rate": "much"}], "defenses": []}, "x.yaml")
+        Traceback (most recent call last):
+        ...
+        backdoor_jax.errors.UserError: x.yaml: attacks[0].rate: Input should be a valid number, ... (got 'much')
+    """
+    fields: dict[str, Any] = dict(document)
+    for part, kind in (("data", DataConfig), ("model", ModelConfig), ("victim", TrainConfig)):
+        if part in fields:
+            fields[part] = check(kind, fields[part], f"{where}: {part}")
+    for part, parse in (("attacks", _attack), ("defenses", _defense)):
+        entries = fields.get(part, [])
+        if not isinstance(entries, list):
+            raise UserError(f"{where}: {part}: expected a list of entries, each with a name")
+        fields[part] = tuple(parse(entry, f"{where}: {part}[{number}]") for number, entry in enumerate(entries))
+    return check(Experiment, fields, where)
+
+
+def check(kind: type[Any], values: Any, where: str) -> Any:
+    """Makes a configuration of plain values, with every type checked."""
+    import pydantic
+
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected keys and values, got {values!r}")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as errors:
+        first = errors.errors()[0]
+        if isinstance(first.get("ctx", {}).get("error"), UserError):
+            raise UserError(f"{where}: {first['ctx']['error']}") from errors
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = ", ".join(field.name for field in dataclasses.fields(kind))
+            raise UserError(f"{where}: unknown key {key!r}; known are {known}") from errors
+        joint = "." if ": " in where else ": "
+        raise UserError(f"{where}{joint}{key}: {first['msg']} (got {first['input']!r})") from errors
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _attack(entry: Any, where: str) -> AttackEntry:
+    name, label, settings = _named(entry, where, ATTACKS)
+    return AttackEntry(label, check(ATTACKS[name], settings, where))
+
+
+def _defense(entry: Any, where: str) -> DefenseEntry:
+    name, label, settings = _named(entry, where, DEFENSES)
+    kind = DEFENSES[name].config
+    known_target = settings.pop("known_target", False)
+    if known_target not in (True, False) or (known_target and not hasattr(kind(), "target")):
+        raise UserError(f"{where}: known_target must be true or false, and only a method with a target takes it")
+    preset = settings.pop("preset", None)
+    if preset is not None:
+        if not hasattr(kind, "preset"):
+            raise UserError(f"{where}: {name} has no presets; leave the key out")
+        try:
+            chosen = dataclasses.asdict(kind.preset(preset))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        settings = {**chosen, **settings}
+    return DefenseEntry(label, name, check(kind, settings, where), bool(known_target))
+
+
+def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise UserError(f"{where}: expected a name and settings, such as {{name: {next(iter(known))}}}")
+    settings = dict(entry)
+    name = settings.pop("name")
+    label = settings.pop("label", name)
+    if name not in known:
+        raise UserError(f"{where}: unknown name {name!r}; known are {', '.join(known)}")
+    if not isinstance(label, str):
+        raise UserError(f"{where}: label {label!r} must be text")
+    return name, label, settings
+
+
+def _override(document: dict[str, Any], path: list[str], value: Any, shown: str) -> None:
+    for part in path[:-1]:
+        document = document.setdefault(part, {})
+        if not isinstance(document, dict):
+            raise UserError(f"override {shown!r}: {part} holds no keys; only keys under keys can be set")
+    document[path[-1]] = value

@@ -1,0 +1,104 @@
+"""What every defence takes, needs and gives back."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from backdoor_jax.config import Config
+from backdoor_jax.data import Augment, Dataset
+from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.training import Constants, GradientStep, State, batch_shape, fit
+
+Needs = Literal["clean", "training_set"]
+
+
+class Repair(NamedTuple):
+    """What a defence gives back.
+
+    Attributes:
+        variables: the repaired model's, in the same tree as the victim's (plus ``bounds`` where it was clipped).
+        info: what happened, in plain Python values: steps, whether anything was changed, what was chosen and from what.
+    """
+
+    variables: Variables
+    info: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Defense:
+    """A defence as the registry lists it.
+
+    Attributes:
+        summary: one line.
+        needs: ``clean`` images, or the poisoned ``training_set``.
+        config: its configuration class.
+        run: ``(key, classifier, variables, data, config) -> Repair``.
+        choose: where the configuration leaves a choice to the data, makes it: ``(classifier, variables, data, config)`` to
+            the configuration with the choice written out, or None where there is nothing to repair, and what was found.
+    """
+
+    summary: str
+    needs: Needs
+    config: type[Config]
+    run: Callable[[jax.Array, Classifier, Variables, Dataset, Any], Repair]
+    choose: Callable[[Classifier, Variables, Dataset, Any], tuple[Any | None, dict[str, Any]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig(Config):
+    """What defences that tune on clean images share; the published benchmark's settings.
+
+    Attributes:
+        steps: gradient steps; published 100 epochs of 2,500 images in 256s, so 1,000. Kept for smaller clean sets.
+        batch_size: published 256.
+        learning_rate: published 0.01, annealed by a cosine in 100 stages.
+        momentum: published 0.9.
+        weight_decay: published 5e-4.
+        crop: zeros padded before a random crop; published 4.
+        flip: mirror half of the images; the benchmark does so for CIFAR-10 only.
+    """
+
+    steps: int = 1000
+    batch_size: int = 256
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    crop: int = 4
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        self.require(self.steps > 0, "steps", "at least 1")
+        self.require(self.batch_size > 0, "batch_size", "at least 1")
+        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+        self.require(self.crop >= 0, "crop", "0 or more pixels")
+
+
+def tune(
+    key: jax.Array,
+    step: GradientStep,
+    variables: Variables,
+    data: Dataset,
+    constants: Constants,
+    config: TuneConfig,
+    name: str,
+) -> tuple[Variables, dict[str, Any]]:
+    """Runs a gradient step for ``config.steps``, in whole epochs, and says what it did."""
+    per_epoch, size = batch_shape(len(data), config.batch_size)
+    epochs = -(-config.steps // per_epoch)
+    state: State
+    state, history = fit(
+        key,
+        step,
+        step.init(variables, constants),
+        data,
+        constants,
+        epochs=epochs,
+        batch_size=config.batch_size,
+        augment=Augment(crop=config.crop, flip=config.flip),
+        name=name,
+    )
+    last = {entry: float(np.mean(values[-per_epoch:])) for entry, values in history.items()}
+    return state.variables, {"changed": True, "steps": epochs * per_epoch, "batch": size, "last_epoch": last}

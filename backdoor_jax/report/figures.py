@@ -1,0 +1,129 @@
+"""The report's figures, each as a PNG in a data address that a page can hold."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from backdoor_jax.report.table import Row, summarize
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#4d4d4d", "#b5b500", "#7f3fbf")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def embed(figure: Figure) -> str:
+    """A figure as the text of an ``<img src=...>``."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def scatter(rows: list[Row]) -> Figure:
+    """ACC against ASR: a colour a defence, a marker an attack, bars of one standard deviation."""
+    summaries = [s for s in summarize(rows) if s.asr is not None]
+    defenses = list(dict.fromkeys(s.defense for s in summaries))
+    attacks = list(dict.fromkeys(s.attack for s in summaries))
+    figure = Figure(figsize=(7.5, 4.8))
+    axes = figure.subplots()
+    for summary in summaries:
+        assert summary.acc is not None and summary.asr is not None
+        axes.errorbar(
+            100 * summary.acc[0],
+            100 * summary.asr[0],
+            xerr=100 * (summary.acc[1] or 0),
+            yerr=100 * (summary.asr[1] or 0),
+            marker=MARKERS[attacks.index(summary.attack) % len(MARKERS)],
+            color=COLORS[defenses.index(summary.defense) % len(COLORS)],
+            markersize=8,
+            alpha=0.85,
+            linewidth=1,
+        )
+    for defense in defenses:
+        axes.plot([], [], "o", color=COLORS[defenses.index(defense) % len(COLORS)], label=defense)
+    for attack in attacks:
+        axes.plot([], [], MARKERS[attacks.index(attack) % len(MARKERS)], color="grey", mfc="none", label=f"on {attack}")
+    axes.set(xlabel="ACC %: clean test images classified rightly", ylabel="ASR %: triggered images that obey", ylim=(-4, 104))
+    axes.set_title("Good repairs are at the lower right")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def triggers(folder: Path) -> Figure | None:
+    """Clean image, triggered image and their amplified difference for each attack; None where no example was kept."""
+    examples = sorted(path for path in folder.glob("*.npz") if not path.stem.endswith(".partial"))
+    if not examples:
+        return None
+    figure = Figure(figsize=(6.6, 2.2 * len(examples)))
+    grid = figure.subplots(len(examples), 3, squeeze=False)
+    for axes, path in zip(grid, examples, strict=True):
+        with np.load(path) as arrays:
+            clean, triggered = arrays["clean"].astype(int), arrays["triggered"].astype(int)
+        difference = triggered - clean
+        gain = 127 / max(np.abs(difference).max(), 1)
+        titles = (path.stem, "triggered", f"difference × {gain:.1f}, grey is none")
+        for axis, image, title in zip(axes, (clean, triggered, 127 + gain * difference), titles, strict=True):
+            axis.imshow(np.clip(image, 0, 255).astype(np.uint8).squeeze(), cmap="gray", interpolation="nearest")
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+    figure.tight_layout()
+    return figure
+
+
+def perturbations(rows: list[Row]) -> list[tuple[str, Figure]]:
+    """For each scanned model the two statistics of every class, and the verdict as a title."""
+    figures = []
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        found: dict[str, Any] | None = row["info"].get("scan")
+        model = (row["attack"], row["seed"])
+        if found is None or model in seen:
+            continue
+        seen.add(model)
+        figure = Figure(figsize=(7.5, 2.4))
+        grid = figure.subplots(1, 2)
+        for axis, name in zip(grid, ("worst_case", "per_sample"), strict=True):
+            values = [np.nan if value is None else value for value in found[name]]
+            test = found["tests"][name]
+            colors = ["#d55e00" if number == test["index"] else "#0072b2" for number in range(len(values))]
+            axis.bar(range(len(values)), values, color=colors)
+            p_value = "too few classes" if test["p_value"] is None else f"p = {test['p_value']:.2g}"
+            used = " (verdict)" if name == found["statistic"] else ""
+            axis.set_title(f"{name.replace('_', ' ')}{used}: {p_value}", fontsize=9)
+            axis.set_xlabel("class")
+            axis.set_ylabel("norm")
+        figure.suptitle(f"{model[0]}, seed {model[1]}: {found['verdict']}", y=1.04)
+        figure.tight_layout()
+        figures.append((f"{model[0]}-{model[1]}", figure))
+    return figures
+
+
+def learning_rates(rows: list[Row]) -> Figure | None:
+    """The learning rate of every defence that has one, step by step."""
+    from backdoor_jax.training import cosine_in_stages, triangular_two_phase
+
+    configs = {
+        row["defense"]: row["config"]["defense"] for row in rows if "steps" in (row["config"].get("defense") or {})
+    }
+    if not configs:
+        return None
+    figure = Figure(figsize=(7.5, 2.8))
+    axes = figure.subplots()
+    for number, (label, config) in enumerate(configs.items()):
+        if "peak1" in config:
+            schedule = triangular_two_phase(
+                config["learning_rate"], config["peak1"], config["peak2"],
+                config["steps"], config["up"], config["down"], config["first_phase"],
+            )  # fmt: skip
+        else:
+            schedule = cosine_in_stages(config["learning_rate"], config["steps"])
+        steps = np.arange(config["steps"])
+        rates = np.maximum(np.asarray(schedule(steps)), 1e-6)
+        axes.plot(steps, rates, color=COLORS[number % len(COLORS)], linewidth=0.9, label=label)
+    axes.set(xlabel="step", ylabel="learning rate", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure

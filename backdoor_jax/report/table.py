@@ -1,0 +1,116 @@
+"""Rows to a table: mean and standard deviation over seeds."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Summary(NamedTuple):
+    """One defence on one attack over the seeds; rates as (mean, standard deviation or None), None where there is none."""
+
+    attack: str
+    defense: str
+    seeds: int
+    acc: tuple[float, float | None] | None
+    asr: tuple[float, float | None] | None
+    ra: tuple[float, float | None] | None
+    der: tuple[float, float | None] | None
+    seconds: tuple[float, float | None] | None
+    changed: str
+    data: str
+    target: str
+
+
+def summarize(rows: list[Row]) -> list[Summary]:
+    """One line for each attack and defence, in the order in which they first appear.
+
+    Example:
+        >>> row = {"attack": "badnets", "defense": "d3", "acc": 0.9, "asr": 0.1, "ra": 0.8, "der": 0.9, "seconds": 3.0,
+        ...        "n_used": 70, "data_used": "clean", "target": None, "info": {"changed": True}}
+        >>> summary = summarize([row, {**row, "acc": 0.8}])[0]
+        >>> [round(value, 3) for value in summary.acc], summary.changed, summary.data
+        ([0.85, 0.071], 'yes', '70 clean')
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["attack"], row["defense"]), []).append(row)
+
+    def of(group: list[Row], name: str) -> tuple[float, float | None] | None:
+        values = [row[name] for row in group if row[name] is not None]
+        if not values:
+            return None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    def words(group: list[Row], text: Callable[[Row], str]) -> str:
+        seen = [text(row) for row in group]
+        return seen[0] if len(set(seen)) == 1 else ", ".join(seen)
+
+    return [
+        Summary(
+            attack,
+            defense,
+            len(group),
+            *(of(group, name) for name in ("acc", "asr", "ra", "der", "seconds")),
+            words(group, lambda row: "yes" if row["info"].get("changed") else "no"),
+            words(group, lambda row: f"{row['n_used']} {row['data_used'].replace('_', ' ')}" if row["n_used"] else "-"),
+            words(group, lambda row: "-" if row["target"] is None else str(row["target"])),
+        )
+        for (attack, defense), group in groups.items()
+    ]
+
+
+def percent(value: tuple[float, float | None] | None) -> str:
+    """A rate in per cent with its deviation.
+
+    Example:
+        >>> percent((0.9123, 0.0051)), percent((0.5, None)), percent(None)
+        ('91.2 ± 0.5', '50.0', '-')
+    """
+    if value is None:
+        return "-"
+    mean, deviation = value
+    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+COLUMNS = ("attack", "defence", "seeds", "ACC %", "ASR %", "RA %", "DER %", "seconds", "changed", "data", "class")
+
+
+def cells(summary: Summary) -> tuple[str, ...]:
+    """A summary as text, in the order of `COLUMNS`."""
+    seconds = "-" if summary.seconds is None else f"{summary.seconds[0]:.1f}"
+    rates = (percent(summary.acc), percent(summary.asr), percent(summary.ra), percent(summary.der))
+    return (
+        summary.attack, summary.defense, str(summary.seeds), *rates, seconds,
+        summary.changed, summary.data, summary.target,
+    )  # fmt: skip
+
+
+def print_table(rows: list[Row]) -> None:
+    """Prints the table to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What each defence did to each model")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("attack", "defence", "data") else "right", no_wrap=True)
+    last = None
+    for summary in summarize(rows):
+        if last not in (None, summary.attack):
+            table.add_section()
+        last = summary.attack
+        table.add_row(*cells(summary))
+    console = Console()
+    Console(width=max(console.width, 130)).print(table)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table in Markdown.
+
+    Example:
+        >>> markdown([]).splitlines()[0].startswith("| attack |")
+        True
+    """
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, summarize(rows))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,72 @@
+"""What all tests share: eight virtual devices, a key, and a network and data too small to be slow."""
+
+import os
+
+FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "1"}
+"""Devices for the sharding tests; and less work for LLVM, which takes most of the suite's time otherwise."""
+os.environ["XLA_FLAGS"] = " ".join(
+    [*(f"{flag}={value}" for flag, value in FLAGS.items() if flag not in os.environ.get("XLA_FLAGS", "")),
+     os.environ.get("XLA_FLAGS", "")]
+).strip()  # fmt: skip
+os.environ["MPLBACKEND"] = os.environ.get("MPLBACKEND", "Agg")
+
+import flax.linen as nn
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from backdoor_jax import Classifier, Dataset, make_dataset
+from backdoor_jax.models import Variables
+from backdoor_jax.models.layers import BatchNorm, ReLU, conv
+
+hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, max_examples=20)
+hypothesis.settings.load_profile("suite")
+
+
+class TinyNet(nn.Module):
+    """One convolution, normalisation and rectifier, then pooling and a linear head."""
+
+    num_classes: int
+    width: int = 4
+
+    def setup(self) -> None:
+        self.conv = conv(self.width, 3)
+        self.bn = BatchNorm()
+        self.relu = ReLU()
+        self.linear = nn.Dense(self.num_classes)
+
+    def features(self, x: jax.Array, train: bool) -> jax.Array:
+        return jnp.mean(self.relu(self.bn(self.conv(x), train)), axis=(1, 2))
+
+    def head(self, latent: jax.Array) -> jax.Array:
+        return self.linear(latent)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.head(self.features(x, train))
+
+
+@pytest.fixture(scope="session")
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier() -> Classifier:
+    return Classifier(TinyNet(3), 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> Dataset:
+    """24 images of 8x8 in 3 classes; each class is brightest in a colour of its own, so that it can be learnt."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(24) % 3
+    images = generator.integers(0, 128, (24, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(24), :, :, labels] += 100
+    return make_dataset(images, labels, 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_variables(tiny_classifier: Classifier, tiny_data: Dataset) -> Variables:
+    return jax.jit(tiny_classifier.init)(jax.random.key(1), tiny_data.images)

@@ -1,0 +1,225 @@
+"""Fine-tuning and super-fine-tuning: what they promise about the victim, their settings and divergence."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from backdoor_jax import Augment, Classifier, Dataset, NonFiniteError, UserError, build_classifier, make_dataset
+from backdoor_jax.config import numbers
+from backdoor_jax.defenses.base import Repair, TuneConfig
+from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
+from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, TriangularSGD, super_finetune
+from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, fit
+
+METHODS: dict[str, tuple[Any, type[TuneConfig], dict[str, Any]]] = {
+    "finetune": (finetune, FineTuneConfig, {}),
+    "super_finetune": (super_finetune, SuperFineTuneConfig, {"up": 2, "down": 2, "peak1": 0.05, "peak2": 0.01}),
+}
+STEPS, BATCH = 4, 12  # 24 images: 2 steps an epoch
+
+
+class Linear(nn.Module):
+    """A linear head on flattened images."""
+
+    num_classes: int
+
+    def setup(self) -> None:
+        self.linear = nn.Dense(self.num_classes)
+
+    def features(self, x: jax.Array, train: bool) -> jax.Array:
+        del train
+        return x.reshape(x.shape[0], -1)
+
+    def head(self, latent: jax.Array) -> jax.Array:
+        return self.linear(latent)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.head(self.features(x, train))
+
+
+class Case(NamedTuple):
+    classifier: Classifier
+    victim: dict[str, Any]
+    data: Dataset
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    generator = np.random.default_rng(0)
+    data = make_dataset(generator.integers(0, 256, (24, 8, 8, 3)).astype(np.uint8), np.arange(24) % 4, 4)
+    classifier = build_classifier("preact_resnet18", 4, width=2)
+    return Case(classifier, jax.jit(classifier.init)(jax.random.key(0), data.images), data)
+
+
+@pytest.fixture(scope="module")
+def linear(case: Case) -> Case:
+    classifier = Classifier(Linear(4), 4)
+    return Case(classifier, classifier.init(jax.random.key(0), case.data.images), case.data)
+
+
+def run(method: str, case: Case, key: int = 1, **changes: Any) -> Repair:
+    function, config, defaults = METHODS[method]
+    settings = {"steps": STEPS, "batch_size": BATCH, "crop": 1, **defaults, **changes}
+    return function(jax.random.key(key), *case, config(**settings))
+
+
+def leaves_of(tree: Any) -> list[np.ndarray]:
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def equal(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(leaves_of(one), leaves_of(other), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_key_gives_one_result_and_another_key_another(case: Case, method: str) -> None:
+    one, same, other = (run(method, case, key) for key in (1, 1, 2))
+    assert equal(one.variables, same.variables)
+    assert one.info == same.info
+    assert not equal(one.variables["params"], other.variables["params"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_victim_is_left_as_it_was_and_every_array_of_the_repair_moved(case: Case, method: str) -> None:
+    before = leaves_of(case.victim)
+    repair = run(method, case)
+    assert equal(before, case.victim)
+    assert jax.tree.structure(repair.variables) == jax.tree.structure(case.victim)
+    for old, new in zip(before, leaves_of(repair.variables), strict=True):
+        assert not np.array_equal(old, new)
+        assert np.isfinite(new).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_info_tells_the_steps_and_batch_really_taken(case: Case, method: str) -> None:
+    info = run(method, case).info
+    assert (info["changed"], info["steps"], info["batch"]) == (True, STEPS, BATCH)
+    assert set(info["last_epoch"]) >= {"loss", "accuracy"}
+    assert all(isinstance(value, float) and np.isfinite(value) for value in info["last_epoch"].values())
+    assert 0 <= info["last_epoch"]["accuracy"] <= 1
+
+
+def test_steps_that_fill_no_whole_epoch_are_rounded_up_and_told(linear: Case) -> None:
+    repair = run("finetune", linear, steps=3)
+    assert repair.info["steps"] == 4
+
+
+def test_finetune_is_the_engine_with_the_supervised_loss(case: Case) -> None:
+    config = FineTuneConfig(steps=STEPS, batch_size=BATCH, crop=1)
+    repair = finetune(jax.random.key(1), *case, config)
+    step = GradientStep(SupervisedLoss(case.classifier), CosineSGD(STEPS))
+    state, history = fit(
+        jax.random.key(1),
+        step,
+        step.init(case.victim, numbers(config)),
+        case.data,
+        numbers(config),
+        epochs=STEPS // 2,
+        batch_size=BATCH,
+        augment=Augment(crop=1),
+    )
+    assert equal(repair.variables, state.variables)
+    assert repair.info["steps"] == int(state.step) == len(history["loss"])
+    assert repair.info["last_epoch"]["loss"] == pytest.approx(float(history["loss"][-2:].mean()), rel=1e-6)
+
+
+def test_triangular_sgd_moves_at_the_rate_of_the_schedule() -> None:
+    config = SuperFineTuneConfig(learning_rate=0.1, peak1=0.9, peak2=0.5, first_phase=0.5, steps=24, up=4, down=2)
+    optimizer = TriangularSGD(24, 4, 2)(numbers(config))
+    state, found = optimizer.init(jnp.zeros(())), []
+    for _ in range(24):
+        update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+        found.append(-float(update))
+    triangle = np.array([0, 0.25, 0.5, 0.75, 1, 0.5])
+    expected = np.concatenate([0.1 + 0.8 * np.tile(triangle, 2), 0.1 + 0.4 * np.tile(triangle, 2)])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates", "cycle", "steps", "batch", "first_phase", "momentum", "decay"),
+    [
+        ("guide", (3e-4, 0.1, 1e-3), (250, 250), 1176, 256, 0.5, 0.9, 5e-4),
+        ("toolbox_cifar10", (3e-2, 2.5, 5e-2), (10, 10), 1600, 128, 0.4, 0.0, 0.0),
+        ("toolbox_gtsrb", (3e-3, 0.25, 5e-3), (10, 10), 1600, 128, 0.4, 0.0, 0.0),
+    ],
+)
+def test_presets_of_super_finetune_have_their_documented_values(
+    name: str,
+    rates: tuple[float, float, float],
+    cycle: tuple[int, int],
+    steps: int,
+    batch: int,
+    first_phase: float,
+    momentum: float,
+    decay: float,
+) -> None:
+    config = SuperFineTuneConfig.preset(name)
+    assert (config.learning_rate, config.peak1, config.peak2) == rates
+    assert (config.up, config.down) == cycle
+    assert (config.steps, config.batch_size, config.first_phase) == (steps, batch, first_phase)
+    assert (config.momentum, config.weight_decay) == (momentum, decay)
+
+
+def test_presets_take_changes_and_the_default_is_one_of_them() -> None:
+    assert SuperFineTuneConfig.preset("toolbox_gtsrb") == SuperFineTuneConfig()
+    changed = SuperFineTuneConfig.preset("guide", steps=9, peak1=0.3)
+    assert (changed.steps, changed.peak1, changed.learning_rate) == (9, 0.3, 3e-4)
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="'mine'.*guide.*toolbox_cifar10.*toolbox_gtsrb"):
+        SuperFineTuneConfig.preset("mine")
+
+
+def test_finetune_defaults_are_the_published_ones() -> None:
+    config = FineTuneConfig()
+    assert (config.steps, config.batch_size, config.learning_rate) == (1000, 256, 0.01)
+    assert (config.momentum, config.weight_decay, config.crop, config.flip) == (0.9, 5e-4, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (FineTuneConfig, "steps", 0),
+        (FineTuneConfig, "batch_size", 0),
+        (FineTuneConfig, "learning_rate", 0.0),
+        (FineTuneConfig, "learning_rate", float("nan")),
+        (FineTuneConfig, "crop", -1),
+        (SuperFineTuneConfig, "steps", -5),
+        (SuperFineTuneConfig, "learning_rate", -1e-3),
+        (SuperFineTuneConfig, "up", 0),
+        (SuperFineTuneConfig, "down", 0),
+        (SuperFineTuneConfig, "first_phase", 1.5),
+        (SuperFineTuneConfig, "first_phase", -0.1),
+        (SuperFineTuneConfig, "peak1", 0.0),
+        (SuperFineTuneConfig, "peak2", -1.0),
+    ],
+)
+def test_a_bad_setting_is_an_error_that_names_the_field(config: type[TuneConfig], field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{config.__name__}.{field} is .*expected"):
+        config(**{field: value})
+
+
+def test_a_whole_number_is_as_good_as_a_float(linear: Case) -> None:
+    whole, exact = run("finetune", linear, weight_decay=0), run("finetune", linear, weight_decay=0.0)
+    assert equal(whole.variables, exact.variables)
+
+
+def test_an_absurd_peak_is_an_error_that_names_method_and_step(case: Case) -> None:
+    with pytest.raises(NonFiniteError, match=r"super_finetune: .*step [2-4]\b"):
+        run("super_finetune", case, peak1=1e30)
+
+
+def test_an_absurd_learning_rate_is_an_error_that_names_method_and_step(case: Case) -> None:
+    with pytest.raises(NonFiniteError, match=r"^finetune: .*step [2-4]\b"):
+        run("finetune", case, learning_rate=1e30)
+
+
+def test_weights_that_diverge_in_the_very_last_step_are_an_error_too(linear: Case) -> None:
+    one_batch = linear._replace(data=linear.data.take(slice(BATCH)))
+    with pytest.raises(NonFiniteError, match="finetune"):
+        run("finetune", one_batch, steps=1, learning_rate=3e38, weight_decay=1e3)
