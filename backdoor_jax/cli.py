@@ -19,7 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["run", "nowhere.yaml"])
         2
     """
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (parsed.command is not _run or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unknown arguments {' '.join(rest)}; settings of an experiment are given as key=value to run")
+    parsed.overrides = tuple(rest)
     try:
         parsed.command(parsed)
     except UserError as error:
@@ -38,10 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for results (default: demo)")
     demo.set_defaults(command=_demo)
 
-    run = commands.add_parser("run", help="an experiment; run again, it goes on where it was")
+    run = commands.add_parser(
+        "run",
+        help="an experiment; run again, it goes on where it was",
+        usage="backdoor-jax run CONFIG.yaml [--out DIR] [key=value ...]",
+        description="key=value changes a setting, with dots for what lies deeper: victim.epochs=2 seeds=[0]",
+    )
     run.add_argument("config", type=Path, help="experiment in YAML, such as configs/gtsrb_small.yaml")
     run.add_argument("--out", type=Path, help="folder for results (default: runs/ and the file's name)")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="such as victim.epochs=2 or seeds=[0]")
     run.set_defaults(command=_run)
 
     listing = commands.add_parser("list", help="the attacks, defences, models and data sets, with a line each")
@@ -55,7 +63,7 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    _experiment(parsed.config, parsed.out or Path("runs") / parsed.config.stem, tuple(parsed.overrides))
+    _experiment(parsed.config, parsed.out or Path("runs") / parsed.config.stem, parsed.overrides)
 
 
 def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:

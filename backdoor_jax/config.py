@@ -12,8 +12,8 @@ from backdoor_jax.errors import UserError
 class Config:
     """Base of all configurations: frozen, hashable, equal by value, and never a pytree.
 
-    A subclass declares typed fields with defaults and checks them in ``__post_init__`` through `require`. Fields of type
-    float are what one would sweep: `numbers` hands them to compiled code as traced arrays.
+    A subclass declares typed fields with defaults and checks them in ``__post_init__`` through `require`. Fields of
+    type float are what one would sweep: `numbers` hands them to compiled code as traced arrays.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}

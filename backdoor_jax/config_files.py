@@ -8,9 +8,9 @@
     defenses:
       - {name: d3, label: d3_paper, preset: paper}
 
-An attack's entry holds its ``name``, a ``label`` (the name by default) and its settings. A defence's holds these and, where
-the method has them, ``preset`` and ``known_target``. Types are checked by pydantic; an unknown key, a wrong type or an
-unknown name is one line.
+An attack's entry holds its ``name``, a ``label`` (the name by default) and its settings. A defence's holds these and,
+where the method has them, ``preset`` and ``known_target``. Types are checked by pydantic; an unknown key, a wrong type
+or an unknown name is one line.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
 
     Args:
         path: a YAML file.
-        overrides: ``key=value`` with dots for what lies deeper, such as ``victim.epochs=2`` or ``seeds=[0]``; the value is
-            YAML.
+        overrides: ``key=value`` with dots for what lies deeper, such as ``victim.epochs=2`` or ``seeds=[0]``; the
+            value is YAML.
 
     Raises:
         UserError: for anything that cannot be used, naming file and key.

@@ -1,7 +1,8 @@
 """Experiments: a typed configuration in, one row for each judged model out.
 
-An experiment trains, for every seed, one victim an attack and an unpoisoned twin, runs every defence on each, and judges
-them on the test set, which chooses nothing. Rows go to ``results.jsonl``; a run that is stopped goes on where it was.
+An experiment trains, for every seed, one victim an attack and an unpoisoned twin, runs every defence on each, and
+judges them on the test set, which chooses nothing. Rows go to ``results.jsonl``; a run that is stopped goes on where
+it was.
 """
 
 import dataclasses
@@ -78,8 +79,8 @@ class DefenseEntry(Config):
         label: what results show.
         defense: from `backdoor_jax.defenses.DEFENSES`.
         config: its configuration.
-        known_target: tell it the attacker's target class (an oracle; only for a defence with a `target`). It is then not
-            run on the unpoisoned twin, which has none.
+        known_target: tell it the attacker's target class (an oracle; only for a defence with a `target`). It is then
+            not run on the unpoisoned twin, which has none.
     """
 
     label: str
@@ -109,7 +110,7 @@ class Experiment(Config):
     defenses: tuple[DefenseEntry, ...]
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    victim: TrainConfig = TrainConfig()
+    victim: TrainConfig = TrainConfig()  # noqa: RUF009
     clean_ratio: float = 0.05
     stratified: bool = False
     seeds: tuple[int, ...] = (0,)
@@ -156,7 +157,7 @@ def run_experiment(
     *,
     root: Path = Path(),
     report: Callable[[str], None] = print,
-    only: Callable[[str, int, str], bool] = lambda attack, seed, defense: True,
+    proceed: Callable[[], bool] = lambda: True,
 ) -> list[Row]:
     """Runs what is not done yet of an experiment.
 
@@ -165,7 +166,7 @@ def run_experiment(
         out: its folder: ``results.jsonl``, ``experiment.json``, ``victims/``, ``examples/``.
         root: where relative paths of data start.
         report: told a line after each row.
-        only: which (attack, seed, defense) to run; all by default.
+        proceed: asked before each victim and each defence; False ends the run there, to go on another time.
 
     Returns:
         All rows of the folder, this run's and earlier ones.
@@ -192,8 +193,8 @@ def run_experiment(
     """
     task = load_task(experiment.data.source, experiment.data.train_size, experiment.data.test_size, root=root)
     classifier = build_classifier(experiment.model.name, task.num_classes, experiment.model.width, task.normalization)
-    for entry in experiment.attacks:
-        entry.attack.label_map(task.num_classes)
+    for attack in experiment.attacks:
+        attack.attack.label_map(task.num_classes)
     _claim(experiment, out)
     rows = read_rows(out / "results.jsonl")
 
@@ -208,14 +209,18 @@ def run_experiment(
             label = entry.label if entry else "none"
             done = {row["defense"] for row in rows if (row["attack"], row["seed"]) == (label, seed)}
             wanted = [d for d in experiment.defenses if entry or not d.known_target]
-            missing = [d for d in wanted if d.label not in done and only(label, seed, d.label)]
-            if not missing and ("none" in done or not only(label, seed, "none")):
+            missing = [d for d in wanted if d.label not in done]
+            if not missing and "none" in done:
                 continue
+            if not proceed():
+                return rows
             victim = _victim(experiment, task, classifier, entry, seed, out)
             if "none" not in done:
                 add(_victim_row(experiment, task, entry, victim))
             repairs: dict[tuple[str, Config], Repaired] = {}
             for defense in missing:
+                if not proceed():
+                    return rows
                 add(_defend(experiment, task, classifier, entry, victim, defense, repairs))
     return rows
 
@@ -229,7 +234,8 @@ def _claim(experiment: Experiment, out: Path) -> None:
         for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
             if earlier.get(part) != described[part]:
                 raise UserError(
-                    f"{out} holds another experiment ({part} is {earlier.get(part)}, here {described[part]}); give another --out"
+                    f"{out} holds another experiment ({part} is {earlier.get(part)}, here {described[part]}); "
+                    "give another --out"
                 )
         for part in ("attacks", "defenses"):
             for label in earlier.get(part, {}).keys() & described[part].keys():
@@ -261,7 +267,9 @@ def attack_name(attack: Attack) -> str:
 def _keys(seed: int, label: str) -> dict[str, jax.Array]:
     """One stream of randomness a purpose; the poison's depends on the attack, weights and clean subset do not."""
     key = jax.random.key(seed)
-    streams = {name: jax.random.fold_in(key, number) for number, name in enumerate(("clean", "victim", "poison", "defense"))}
+    streams = {
+        name: jax.random.fold_in(key, number) for number, name in enumerate(("clean", "victim", "poison", "defense"))
+    }
     for name in ("poison", "defense"):
         streams[name] = jax.random.fold_in(streams[name], zlib.crc32(label.encode()))
     return streams
@@ -325,7 +333,8 @@ def _defend(
         config = dataclasses.replace(config, target=entry.attack.target)
 
     name = f"{defense.label} on {victim.label}-{victim.seed}"
-    concrete, found = config, {}
+    concrete: Any = config
+    found: dict[str, Any] = {}
     with Stopwatch() as choosing:
         if method.choose is not None:
             concrete, found = method.choose(classifier, victim.variables, data, config)
@@ -356,7 +365,10 @@ def _defend(
         "seconds": round(done.seconds + choosing.seconds, 3),
         "compile_seconds": round(done.compile_seconds + choosing.compile_seconds, 3),
         **_where(),
-        "config": {"attack": dataclasses.asdict(entry.attack) if entry else None, "defense": dataclasses.asdict(config)},
+        "config": {
+            "attack": dataclasses.asdict(entry.attack) if entry else None,
+            "defense": dataclasses.asdict(config),
+        },
         "info": info,
     }
 
@@ -403,7 +415,8 @@ def _where() -> Row:
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     return {
         "device": f"{device.device_kind}{cores}",
-        "versions": {"backdoor_jax": __version__} | {name: version(name) for name in ("jax", "flax", "optax")}
+        "versions": {"backdoor_jax": __version__}
+        | {name: version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},
     }
 
@@ -412,11 +425,12 @@ def line(row: Row) -> str:
     """A row in a line, for the terminal.
 
     Example:
-        >>> line({"attack": "badnets", "seed": 0, "defense": "d3", "acc": 0.9, "asr": 0.01, "ra": 0.8, "der": None, "seconds": 2})
-        'badnets-0      d3               ACC  90.0  ASR   1.0  RA  80.0  DER     -  2.0 s'
+        >>> line({"attack": "badnets", "seed": 0, "defense": "d3", "acc": 0.9, "asr": 0.01, "ra": 0.8, "der": None,
+        "seconds": 2}) 'badnets-0      d3               ACC  90.0  ASR   1.0  RA  80.0  DER     -  2.0 s'
     """
     rates = "  ".join(
-        f"{name.upper()} {'    -' if row[name] is None else f'{100 * row[name]:5.1f}'}" for name in ("acc", "asr", "ra", "der")
+        f"{name.upper()} {'    -' if row[name] is None else f'{100 * row[name]:5.1f}'}"
+        for name in ("acc", "asr", "ra", "der")
     )
     return f"{row['attack'] + '-' + str(row['seed']):14} {row['defense']:16} {rates}  {row['seconds']:.1f} s"
 

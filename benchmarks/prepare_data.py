@@ -44,7 +44,9 @@ def main() -> None:
         normalization, flip = SETS[name]
         target = arguments.out / f"{name}.npz"
         partial = target.with_suffix(".partial.npz")
-        np.savez(partial, **{key: arrays[key] for key in KEYS}, normalization=np.str_(normalization), flip=np.bool_(flip))
+        np.savez(
+            partial, **{key: arrays[key] for key in KEYS}, normalization=np.str_(normalization), flip=np.bool_(flip)
+        )
         os.replace(partial, target)
         print(f"{target}: {len(arrays['train_labels'])} training and {len(arrays['test_labels'])} test images")
 

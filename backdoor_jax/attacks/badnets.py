@@ -1,10 +1,10 @@
 """BadNets (Gu et al., 2017, arXiv 1708.06733): a small patch in a corner.
 
-    >>> import jax, jax.numpy as jnp
-    >>> trigger = BadNets().trigger(jax.random.key(0), (32, 32, 3))
-    >>> stamped = trigger(jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    >>> int(stamped.astype(int).sum()) == 3 * 3 * 3 * 255
-    True
+>>> import jax, jax.numpy as jnp
+>>> trigger = BadNets().trigger(jax.random.key(0), (32, 32, 3))
+>>> stamped = trigger(jnp.zeros((1, 32, 32, 3), jnp.uint8))
+>>> int(stamped.astype(int).sum()) == 3 * 3 * 3 * 255
+True
 """
 
 import dataclasses

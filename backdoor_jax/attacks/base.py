@@ -38,5 +38,6 @@ class Attack(Config):
     def poison(self, key: jax.Array, data: Dataset, num_classes: int) -> tuple[Poisoned, Trigger]:
         """A poisoned copy of a training set, and the trigger that poisoned it."""
         trigger_key, choice_key = jax.random.split(key)
-        trigger = self.trigger(trigger_key, data.images.shape[1:])
+        height, width, channels = data.images.shape[1:]
+        trigger = self.trigger(trigger_key, (height, width, channels))
         return poison(choice_key, data, trigger, self.label_map(num_classes), self.rate), trigger

@@ -36,8 +36,9 @@ class Defense:
         needs: ``clean`` images, or the poisoned ``training_set``.
         config: its configuration class.
         run: ``(key, classifier, variables, data, config) -> Repair``.
-        choose: where the configuration leaves a choice to the data, makes it: ``(classifier, variables, data, config)`` to
-            the configuration with the choice written out, or None where there is nothing to repair, and what was found.
+        choose: where the configuration leaves a choice to the data, makes it: ``(classifier, variables, data,
+            config)`` to the configuration with the choice written out, or None where there is nothing to repair, and
+            what was found.
     """
 
     summary: str

@@ -61,8 +61,9 @@ class D3Config(TuneConfig):
     Attributes:
         penalty: lambda, the weight of the hinge; released 0.5, paper (second-hand) 10.
         epsilon: the clean loss that is good enough, per sample; 0.1 in both.
-        initialization: where the selected weights start: ``random`` uniform (released), ``near`` unchanged, ``middle`` zero,
-            ``far`` negated, ``noise`` unchanged plus normal noise of their own standard deviation. Then projected.
+        initialization: where the selected weights start: ``random`` uniform (released), ``near`` unchanged, ``middle``
+            zero, ``far`` negated, ``noise`` unchanged plus normal noise of their own standard deviation. Then
+            projected.
         select: paths of the weights measured and projected; the head's kernel by default (released).
         weight_decay: 0 (the released code's file names 5e-4 and does not use it).
     """
@@ -118,7 +119,7 @@ def project_to_sphere(weights: Any, origin: Any) -> Any:
 def initialize(key: jax.Array, weights: Any, how: Initialization) -> Any:
     """The selected weights where D3 starts, each layer rescaled to its original norm (zero stays zero)."""
     leaves, treedef = jax.tree.flatten(weights)
-    keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
+    keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
     starts = {
         "random": lambda key, w: jax.random.uniform(key, w.shape, w.dtype, -0.5, 0.5),
         "near": lambda key, w: w,

@@ -4,8 +4,8 @@ The defender has the victim and its poisoned training set, and no clean data. Th
 
 1. `purify`: score every training image with the symmetric cross-entropy under the victim (eq. 1) and keep, of each
    labelled class, the k smallest: the images the model finds easiest are taken to be clean.
-2. `bound_activations` (eq. 2; Wang et al., MM-BD, S&P 2024): one upper bound per channel after every rectifier, as low as
-   the purified images allow,
+2. `bound_activations` (eq. 2; Wang et al., MM-BD, S&P 2024): one upper bound per channel after every rectifier, as
+   low as the purified images allow,
 
    .. math:: \min_z\ \frac{1}{nC}\sum_i \|\bar f(x_i; z) - f(x_i)\|^2 + \lambda \sum_l \|z_l\|_2 ,
 
@@ -20,14 +20,16 @@ The defender has the victim and its poisoned training set, and no clean data. Th
 ``pad`` is the first two stages alone, as in the paper's tables.
 
 Sources. The paper's text gives the stages, the augmentations (flip, brightness, contrast), "the default settings of the
-benchmark" and, in its table III, sizes of the purified set (2,000 to 3,000 of 50,000 images were best). Its equations are
-lost to us: alpha, log 0, gamma, strengths of augmentation and number of views are ours. The bounds' optimiser (Adam 0.1,
-50 epochs, batches of 200), lambda's start 0.5, factor 1.2, target 95 % and rhythm (epochs 20, 30, 40) are MM-BD's released
-code; PAD-FT says only "as in" MM-BD. MM-BD's code starts every bound at 8; PAD-FT at "very large values". Here each starts
-at its channel's maximum over the purified set, from where on a larger one changes nothing but the norm.
+benchmark" and, in its table III, sizes of the purified set (2,000 to 3,000 of 50,000 images were best). Its equations
+are lost to us: alpha, log 0, gamma, strengths of augmentation and number of views are ours. The bounds' optimiser
+(Adam 0.1, 50 epochs, batches of 200), lambda's start 0.5, factor 1.2, target 95 % and rhythm (epochs 20, 30, 40) are
+MM-BD's released code; PAD-FT says only "as in" MM-BD. MM-BD's code starts every bound at 8; PAD-FT at "very large
+values". Here each starts at its channel's maximum over the purified set, from where on a larger one changes nothing
+but the norm.
 
-A limit that follows from the maths: for one-hot labels SCE falls strictly with p_y, so it ranks as p_y does whatever alpha
-and log 0 are, and a poisoned image has p_target close to 1. In the target class the easiest images can be the poisoned ones.
+A limit that follows from the maths: for one-hot labels SCE falls strictly with p_y, so it ranks as p_y does whatever
+alpha and log 0 are, and a poisoned image has p_target close to 1. In the target class the easiest images can be the
+poisoned ones.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -40,7 +42,7 @@ and log 0 are, and a poisoned image has p_target close to 1. In the target class
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,6 @@ from backdoor_jax.training import (
     Info,
     State,
     batch_shape,
-    cross_entropy,
     fit,
     latents,
     map_chunks,
@@ -67,8 +68,8 @@ from backdoor_jax.training import (
 )
 
 MMBM_PLACES = ("layer1_0/relu1", "layer2_0/relu1", "layer3_0/relu1")
-"""MM-BM's three places in PreAct-ResNet18: its code clips after the stem's rectifier and after the first two stages, which
-in a pre-activation network are the rectifiers that read those outputs."""
+"""MM-BM's three places in PreAct-ResNet18: its code clips after the stem's rectifier and after the first two stages,
+which in a pre-activation network are the rectifiers that read those outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,8 @@ class PadConfig(Config):
     """Settings of the first two stages.
 
     Attributes:
-        per_class: k, images kept of each labelled class; by default 6 % of the training set over all classes, table III's
-            3,000 of 50,000.
+        per_class: k, images kept of each labelled class; by default 6 % of the training set over all classes, table
+            III's 3,000 of 50,000.
         alpha: weight of the reverse cross-entropy; 1, ours. It cannot change which images are kept.
         log_zero: A, what log 0 is set to; -4, ours. Nor can it.
         places: which rectifiers are clipped, by path; None for all, as the paper; `MMBM_PLACES` for MM-BM's three.
@@ -171,7 +172,7 @@ def score(
     alpha: jax.Array | float = 1.0,
     log_zero: jax.Array | float = -4.0,
 ) -> jax.Array:
-    """Symmetric cross-entropy ``(N,)`` of every image under its given label: one chunk program, per sample under vmap."""
+    """Symmetric cross-entropy ``(N,)`` of every image under its label: one chunk program, vmapped per sample."""
     one = jax.vmap(symmetric_cross_entropy, in_axes=(0, 0, None, None))
 
     def chunk(images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -195,7 +196,9 @@ def purify(classifier: Classifier, variables: Variables, data: Dataset, config: 
     """
     scores = np.asarray(score(classifier, variables, data, config.alpha, config.log_zero))
     if not np.isfinite(scores).all():
-        raise NonFiniteError("pad_ft purify: scores are not finite; the victim's weights are damaged or its logits overflow")
+        raise NonFiniteError(
+            "pad_ft purify: scores are not finite; the victim's weights are damaged or its logits overflow"
+        )
     labels = np.asarray(data.labels)
     counts = np.bincount(labels, minlength=classifier.num_classes)
     if not counts.all():
@@ -267,7 +270,7 @@ def bound_activations(
     places = ["/".join(path) for path in _paths(start)]
     if not places:
         raise UserError(
-            "pad_ft: this network has no bounded rectifiers; build it with backdoor_jax.models.layers.ReLU after its layers"
+            "pad_ft: this network has no rectifiers that can be bounded; build it with backdoor_jax.models.layers.ReLU"
         )
     unknown = set(config.places or ()) - set(places)
     if unknown:
@@ -296,7 +299,10 @@ def bound_activations(
         if until < config.bound_epochs:
             weight *= config.bound_factor if accurate >= config.bound_accuracy else 1 / config.bound_factor
             weights.append(weight)
-    ratio = [float(jnp.mean(b / jnp.maximum(a, 1e-9))) for a, b in zip(*map(jax.tree.leaves, (bounds, state.variables)), strict=True)]
+    ratio = [
+        float(jnp.mean(b / jnp.maximum(a, 1e-9)))
+        for a, b in zip(*map(jax.tree.leaves, (bounds, state.variables)), strict=True)
+    ]
     done = {
         "bound_weights": [round(w, 4) for w in weights],
         "bound_accuracy": accurate,

@@ -9,9 +9,9 @@ The paper's full text was not at hand and no official code is known, so both set
 - ``guide``: a community guide that quotes the paper: base 3e-4, peaks 0.1 and 0.001, three epochs a phase, SGD with
   momentum 0.9 and weight decay 5e-4, batches of 256, on the whole clean training set (50,000 images: 1,176 steps). It
   gives a cycle of 500 iterations, taken here as 250 up and 250 down.
-- ``toolbox_cifar10`` and ``toolbox_gtsrb``: a third party's re-implementation: 100 epochs of 2,000 images in 128s (1,600
-  steps), the first 40 % of them under the large peak, 10 steps up and 10 down, plain SGD; base 3e-2, peaks 2.5 and 5e-2
-  (CIFAR-10), or base 3e-3, peaks 0.25 and 5e-3 (GTSRB).
+- ``toolbox_cifar10`` and ``toolbox_gtsrb``: a third party's re-implementation: 100 epochs of 2,000 images in 128s
+  (1,600 steps), the first 40 % of them under the large peak, 10 steps up and 10 down, plain SGD; base 3e-2, peaks 2.5
+  and 5e-2 (CIFAR-10), or base 3e-3, peaks 0.25 and 5e-3 (GTSRB).
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits

@@ -3,23 +3,24 @@ Representation", arXiv 2511.08944).
 
 A trigger moves latents by a nearly constant vector that sends anything to the target class. Three stages, each public:
 
-1. `scan`: the smallest latent change of every class that sends clean samples to it (`tac_program`), as a stand-in for the
-   true trigger-activated change.
+1. `scan`: the smallest latent change of every class that sends clean samples to it (`tac_program`), as a stand-in for
+   the true trigger-activated change.
 2. The poisoned class is the one whose change is an outlier on the small side (`smallest_outlier`).
 3. `tac`: fine-tuning that makes the model keep the true label under that change,
 
-.. math:: \min_\theta\ \frac1n \sum_i \mathrm{CE}(W\phi(x_i) + b,\ y_i) + \beta\,\mathrm{CE}(W(\phi(x_i) + s_t) + b,\ y_i),
+.. math::
+    \min_\theta\ \frac1n \sum_i \mathrm{CE}(W\phi(x_i) + b,\ y_i) + \beta\,\mathrm{CE}(W(\phi(x_i) + s_t) + b,\ y_i),
 
 with :math:`s_t` as computed on the victim and kept fixed.
 
-Sources. The quadratic program is the paper's, from a public review. Its test and its loss are not known beyond words: the
-paper speaks of a statistically small norm and of a weight that balances defence and accuracy. The test here is the
-one-sided Grubbs test of the smallest value at 5 %, fixed in advance; the loss, beta = 1 and the fixed s_t are ours, and so
-are the optimiser's settings (`TuneConfig`, the benchmark's).
+Sources. The quadratic program is the paper's, from a public review. Its test and its loss are not known beyond words:
+the paper speaks of a statistically small norm and of a weight that balances defence and accuracy. The test here is the
+one-sided Grubbs test of the smallest value at 5 %, fixed in advance; the loss, beta = 1 and the fixed s_t are ours,
+and so are the optimiser's settings (`TuneConfig`, the benchmark's).
 
 Two statistics go into the test, and both are always reported: ``worst_case``, the paper's norm of the one change that
-serves every clean sample, which a single hard sample can inflate; and ``per_sample``, ours, the mean over clean samples of
-each one's own smallest change. The verdict goes by `TacConfig.statistic`.
+serves every clean sample, which a single hard sample can inflate; and ``per_sample``, ours, the mean over the clean
+samples of other classes of each one's own smallest change. The verdict goes by `TacConfig.statistic`.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -59,8 +60,8 @@ class TacConfig(TuneConfig):
     Attributes:
         target: ``detected``: repair the class the test flags, and change nothing where it flags none; ``smallest``: the
             class of the smallest statistic, flagged or not; a number: that class, an oracle where it is the true one.
-        statistic: what the test goes by, ``worst_case`` (the paper's) or ``per_sample`` (ours, the default: of the two it is
-            the one that flagged every development victim).
+        statistic: what the test goes by, ``worst_case`` (the paper's) or ``per_sample`` (ours, the default: on the
+            development victims it ranked the target class smallest every time, the other did not).
         alpha: the test's level; 0.05, ours, fixed in advance.
         beta: weight of the perturbed term; 1, ours.
         margin: logits by which the class must lead in the program; 0, the paper's.
@@ -84,13 +85,13 @@ class Outlier(NamedTuple):
     """The test of the smallest of C values.
 
     Attributes:
-        index: where the smallest value is.
+        smallest: where the smallest value is.
         statistic: its distance below the mean in standard deviations (Grubbs' G).
         p_value: of the one-sided Grubbs test; None where there are too few values to tell.
         mad_score: its distance below the median in scaled median absolute deviations, for comparison.
     """
 
-    index: int
+    smallest: int
     statistic: float
     p_value: float | None
     mad_score: float
@@ -102,7 +103,8 @@ class Scan(NamedTuple):
     Attributes:
         perturbations: the class-wise programs' solutions.
         worst_case: ``(C,)``, norms of the changes that serve every clean sample; infinite where there is none.
-        per_sample: ``(C,)``, mean of the samples' own smallest changes.
+        per_sample: ``(C,)``, mean over samples not already of the class of each one's own smallest change; infinite
+            where there is no such sample.
         tests: the test of each statistic.
     """
 
@@ -114,7 +116,7 @@ class Scan(NamedTuple):
     def flagged(self, statistic: Statistic = "per_sample", alpha: float = 0.05) -> int | None:
         """The class the test flags, or None."""
         test = self.tests[statistic]
-        return test.index if test.p_value is not None and test.p_value <= alpha else None
+        return test.smallest if test.p_value is not None and test.p_value <= alpha else None
 
     def summary(self, statistic: Statistic, alpha: float) -> dict[str, Any]:
         """Everything in plain Python values, with the verdict in words."""
@@ -128,12 +130,14 @@ class Scan(NamedTuple):
             "alpha": alpha,
             "tests": {name: test._asdict() for name, test in self.tests.items()},
             "worst_case": [float(norm) if np.isfinite(norm) else None for norm in self.worst_case],
-            "per_sample": [float(norm) for norm in self.per_sample],
+            "per_sample": [float(norm) if np.isfinite(norm) else None for norm in self.per_sample],
             "infeasible": np.flatnonzero(~np.asarray(self.perturbations.feasible)).tolist(),
             "unsolved": np.flatnonzero(
                 np.asarray(self.perturbations.feasible) & ~np.asarray(self.perturbations.converged)
             ).tolist(),
-            "residual": float(np.max(np.asarray(self.perturbations.residual)[np.asarray(self.perturbations.feasible)], initial=0)),
+            "residual": float(
+                np.max(np.asarray(self.perturbations.residual)[np.asarray(self.perturbations.feasible)], initial=0)
+            ),
             "sweeps": int(np.max(self.perturbations.sweeps)),
         }
 
@@ -144,11 +148,11 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
     .. math:: G = \frac{\bar v - \min v}{\mathrm{sd}(v)}, \qquad
         p = \min\Bigl(1,\ C\,\Pr\bigl(T_{C-2} > \sqrt{\tfrac{C(C-2)G^2}{(C-1)^2 - C G^2}}\bigr)\Bigr)
 
-    The factor C accounts for having picked the smallest. Infinite values are left out; with fewer than five left there is
-    no p-value.
+    The factor C accounts for having picked the smallest. Infinite values are left out; with fewer than five left there
+    is no p-value.
 
     Example:
-        >>> smallest_outlier(np.array([5.0, 5.1, 4.9, 5.2, 1.0, 4.8])).index
+        >>> smallest_outlier(np.array([5.0, 5.1, 4.9, 5.2, 1.0, 4.8])).smallest
         4
     """
     from scipy import stats
@@ -189,10 +193,15 @@ def scan(
     latent = latents(classifier, variables, images)
     kernel, bias = classifier.head_weights(variables)
     if not bool(jnp.all(jnp.isfinite(latent)) & jnp.all(jnp.isfinite(kernel)) & jnp.all(jnp.isfinite(bias))):
-        raise NonFiniteError(f"{name}: latents or head weights are not finite, so nothing can be scanned; check the checkpoint")
+        raise NonFiniteError(
+            f"{name}: latents or head weights are not finite, so nothing can be scanned; check the checkpoint"
+        )
     perturbations = class_perturbations(latent, kernel, bias, margin)
     worst_case = np.asarray(perturbations.norms)
-    per_sample = np.asarray(jnp.mean(sample_norms(latent @ kernel + bias, kernel), axis=1))
+    logits = latent @ kernel + bias
+    others = jnp.argmax(logits, -1) != jnp.arange(classifier.num_classes)[:, None]
+    per_sample = np.asarray(jnp.mean(sample_norms(logits, kernel), axis=1, where=others))
+    per_sample = np.where(np.isnan(per_sample), np.inf, per_sample)
     tests = {"worst_case": smallest_outlier(worst_case), "per_sample": smallest_outlier(per_sample)}
     return Scan(perturbations, worst_case, per_sample, tests)
 
@@ -221,8 +230,8 @@ def choose_target(
     """Scans, and turns ``detected`` or ``smallest`` into the class they come to.
 
     Returns:
-        The configuration with that class, or None where there is nothing to repair; and ``scan``, ``target``, ``oracle``,
-        and ``why`` where nothing is to be repaired.
+        The configuration with that class, or None where there is nothing to repair; and ``scan``, ``target``,
+        ``oracle``, and ``why`` where nothing is to be repaired.
     """
     found = scan(classifier, variables, data.images, config.margin, "tac")
     target: int | None
@@ -233,7 +242,7 @@ def choose_target(
             )
         target = config.target
     elif config.target == "smallest":
-        target = found.tests[config.statistic].index
+        target = found.tests[config.statistic].smallest
     else:
         target = found.flagged(config.statistic, config.alpha)
     summary = found.summary(config.statistic, config.alpha)

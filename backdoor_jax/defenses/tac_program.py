@@ -1,31 +1,32 @@
 r"""The quadratic programs of TAC reconstruction, all classes at once, on their duals.
 
-For class k, with head columns :math:`w_j`, biases :math:`\beta_j` and clean latents :math:`\phi(x_i)`, the smallest latent
-change that sends *every* clean sample to k is
+For class k, with head columns :math:`w_j`, biases :math:`\beta_j` and clean latents :math:`\phi(x_i)`, the smallest
+latent change that sends *every* clean sample to k is
 
 .. math::
     s_k = \arg\min_s \tfrac12 \|s\|^2 \quad\text{s.t.}\quad
-    (w_k - w_j)^\top s \ge b_{kj} := \max_i\, (w_j - w_k)^\top \phi(x_i) + (\beta_j - \beta_k) + m \quad \forall j \ne k .
+    (w_k - w_j)^\top s \ge b_{kj} := \max_i\, (w_j - w_k)^\top \phi(x_i) + (\beta_j - \beta_k) + m
+    \quad \forall j \ne k .
 
 Of the n(C-1) constraints only the tightest sample of each j binds, so there are C-1. With :math:`V_k` the rows
-:math:`(w_k - w_j)^\top` and :math:`G_k = V_k V_k^\top`, read off :math:`K = W^\top W`, the dual has C-1 variables whatever the
-latent's size:
+:math:`(w_k - w_j)^\top` and :math:`G_k = V_k V_k^\top`, read off :math:`K = W^\top W`, the dual has C-1 variables
+whatever the latent's size:
 
 .. math::
     \max_{u \ge 0}\; b_k^\top u - \tfrac12 u^\top G_k u, \qquad s_k = V_k^\top u, \qquad
     (G_k)_{ij} = K_{kk} - K_{ki} - K_{kj} + K_{ij} .
 
 It is solved by jaxopt's coordinate descent, ``BoxCDQP``. The program may have no solution; that is said only by
-certificate. For every :math:`u \ge 0` weak duality gives :math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u for which the
-right side has no bound proves it. Theorem 1 of the paper (C - 1 < D and full row rank imply feasibility) is sufficient,
-not necessary, and is not used.
+certificate. For every :math:`u \ge 0` weak duality gives :math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u for
+which the right side has no bound proves it. Theorem 1 of the paper (C - 1 < D and full row rank imply feasibility) is
+sufficient, not necessary, and is not used.
 
 The primal is the paper's (Iwahana et al., arXiv 2511.08944, section 4 as a public review gives it); bias and margin are
 written out here, and the compression, the dual and the certificate are ours.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,8 +156,8 @@ def sample_norms(logits: jax.Array, kernel: jax.Array) -> jax.Array:
         kernel: the head's, ``(D, C)``.
 
     Returns:
-        ``(C, n)`` norms: one program a class and sample. Those of a class share G_k and are swept together, samples along
-        the fast axis, by coordinate descent of our own: batched, jaxopt's is 60 times slower here.
+        ``(C, n)`` norms: one program a class and sample. Those of a class share G_k and are swept together, samples
+        along the fast axis, by coordinate descent of our own: batched, jaxopt's is 60 times slower here.
 
     Example:
         >>> sample_norms(jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.eye(2)).round(3).tolist()
@@ -183,22 +184,22 @@ def sample_norms(logits: jax.Array, kernel: jax.Array) -> jax.Array:
         u, _, _ = jax.lax.while_loop(
             lambda carry: (carry[1] > TOLERANCE) & (carry[2] < MAX_SWEEPS),
             sweep,
-            (jnp.zeros_like(b), jnp.asarray(jnp.inf), 0),
+            (jnp.zeros_like(b), jnp.asarray(jnp.inf), jnp.asarray(0)),
         )
         return size * jnp.sqrt(jnp.maximum(jnp.sum(u * (gram @ u), axis=0), 0))
 
     return jax.lax.map(one_class, (jnp.arange(classes), grams, rows))
 
 
-def _nonnegative_qp(quadratic: jax.Array, linear: jax.Array) -> tuple[jax.Array, NamedTuple]:
+def _nonnegative_qp(quadratic: jax.Array, linear: jax.Array) -> tuple[jax.Array, Any]:
     solver = BoxCDQP(maxiter=MAX_SWEEPS, tol=TOLERANCE, implicit_diff=False, unroll=False)
     zeros = jnp.zeros_like(linear)
     step = solver.run(zeros, params_obj=(quadratic, linear), params_ineq=(zeros, jnp.full_like(linear, jnp.inf)))
     return step.params, step.state
 
 
-def _nonnegative_qps(quadratics: jax.Array, linears: jax.Array) -> tuple[jax.Array, NamedTuple]:
-    """All classes: one after the other on CPU, where each stops by itself (80 times faster at C = 200), else together."""
+def _nonnegative_qps(quadratics: jax.Array, linears: jax.Array) -> tuple[jax.Array, Any]:
+    """All classes: one after the other on CPU (80 times faster at C = 200: each stops by itself), else together."""
     return jax.lax.platform_dependent(
         quadratics,
         linears,

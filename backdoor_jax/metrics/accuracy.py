@@ -18,6 +18,7 @@ from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import map_chunks
 
+
 class Scores(NamedTuple):
     """Rates in [0, 1]; ``asr`` and ``ra`` are None where there is no trigger."""
 
@@ -53,7 +54,7 @@ def predict(
     predictions, finite = _predict(classifier, variables, images, trigger)
     if not finite:
         raise NonFiniteError(
-            f"{name}: logits are not finite, so no rate can be given; the weights have diverged or the checkpoint is damaged"
+            f"{name}: logits are not finite, so there is no rate; the training diverged or the checkpoint is damaged"
         )
     return np.asarray(predictions)
 
@@ -108,7 +109,9 @@ def evaluate(
         if not bool(jnp.all(jnp.isfinite(leaf)))
     ]
     if bad:
-        raise NonFiniteError(f"{name}: weights {bad[0]} are not finite; the training diverged or the checkpoint is damaged")
+        raise NonFiniteError(
+            f"{name}: weights {bad[0]} are not finite; the training diverged or the checkpoint is damaged"
+        )
     labels = np.asarray(test.labels)
     acc = float(np.mean(predict(classifier, variables, test.images, name=name) == labels))
     if trigger is None or label_map is None:

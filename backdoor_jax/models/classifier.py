@@ -65,11 +65,12 @@ class Classifier:
         shift = jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
         return images.astype(jnp.float32) * scale - shift
 
+    def _apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        return self.network.apply(variables, *args, **kwargs)
+
     def init(self, key: jax.Array, images: jax.Array) -> Variables:
         """Fresh variables for images of this shape; only their shape matters."""
-        variables = self.network.init(
-            key, self.normalize(images[:1]), train=False, mutable=("params", "batch_stats")
-        )
+        variables = self.network.init(key, self.normalize(images[:1]), train=False, mutable=("params", "batch_stats"))
         return dict(variables)
 
     def features(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
@@ -79,13 +80,13 @@ class Classifier:
         """
         x = self.normalize(images)
         if not train:
-            return self.network.apply(variables, x, train=False, method="features"), variables
-        latent, new = self.network.apply(variables, x, train=True, method="features", mutable=["batch_stats"])
+            return self._apply(variables, x, train=False, method="features"), variables
+        latent, new = self._apply(variables, x, train=True, method="features", mutable=["batch_stats"])
         return latent, {**variables, **new}
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
         """Logits ``(B, C)`` in float32 of latents ``(B, D)``."""
-        return self.network.apply(variables, latent, method="head").astype(jnp.float32)
+        return self._apply(variables, latent, method="head").astype(jnp.float32)
 
     def logits(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
         """Logits ``(B, C)`` of images, and the variables as `features` returns them."""
@@ -97,7 +98,7 @@ class Classifier:
 
         Empty where the network has no rectifier of ours.
         """
-        _, sown = self.network.apply(
+        _, sown = self._apply(
             variables, self.normalize(images), train=False, method="features", mutable=["activations"]
         )
         return sown.get("activations", {})

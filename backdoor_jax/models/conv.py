@@ -1,8 +1,8 @@
 r"""A convolution whose gradients stay fast inside ``lax.scan`` on the CPU backend.
 
 On CPU, XLA runs a convolution on its fast path only where the layout is canonical (NHWC images, HWIO kernels). The two
-convolutions that automatic differentiation makes are not, and inside a loop nothing moves them there: a training step is
-then about 40 times slower than the same step dispatched from Python (jax-ml/jax issue 12868). Here the gradients are
+convolutions that automatic differentiation makes are not, and inside a loop nothing moves them there: a training step
+is then about 40 times slower than the same step dispatched from Python (jax-ml/jax issue 12868). Here the gradients are
 written as canonical convolutions themselves. With stride :math:`s`, kernel :math:`w` and cotangent :math:`g`
 
 .. math::
@@ -131,6 +131,4 @@ def conv_general_dilated(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     pads: Pads = tuple((int(low), int(high)) for low, high in padding)  # type: ignore[assignment]
-    return lax.platform_dependent(
-        lhs, rhs, cpu=lambda x, w: canonical_conv(x, w, strides, pads), default=plain
-    )
+    return lax.platform_dependent(lhs, rhs, cpu=lambda x, w: canonical_conv(x, w, strides, pads), default=plain)

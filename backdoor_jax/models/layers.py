@@ -15,7 +15,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_bias(fan_in: int) -> Callable[..., jax.Array]:
     """PyTorch's default for a bias: uniform on +-1/sqrt(fan-in of the layer)."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:  # type: ignore[assignment]
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -1, 1) / jnp.sqrt(fan_in)
 
     return init
@@ -50,6 +50,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalised ``x``, with the batch's statistics when training."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -78,6 +79,7 @@ class ReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Rectified ``x``, clipped where there is a bound."""
         x = nn.relu(x)
         if self.is_mutable_collection("activations"):
             largest = jnp.max(x, axis=tuple(range(x.ndim - 1)))

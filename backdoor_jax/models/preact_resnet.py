@@ -20,6 +20,7 @@ class PreActBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """The block's output."""
         out = ReLU(name="relu1")(BatchNorm(name="bn1")(x, train))
         shortcut = x
         if self.stride != 1 or x.shape[-1] != self.features:
@@ -47,6 +48,7 @@ class PreActResNet18(nn.Module):
     width: int = 64
 
     def setup(self) -> None:
+        """Makes the layers; Flax calls it."""
         self.stem = conv(self.width, 3)
         self.blocks = [
             PreActBlock(self.width * 2**stage, 2 if stage and not block else 1, name=f"layer{stage + 1}_{block}")

@@ -45,7 +45,9 @@ def scatter(rows: list[Row]) -> Figure:
         axes.plot([], [], "o", color=COLORS[defenses.index(defense) % len(COLORS)], label=defense)
     for attack in attacks:
         axes.plot([], [], MARKERS[attacks.index(attack) % len(MARKERS)], color="grey", mfc="none", label=f"on {attack}")
-    axes.set(xlabel="ACC %: clean test images classified rightly", ylabel="ASR %: triggered images that obey", ylim=(-4, 104))
+    axes.set(
+        xlabel="ACC %: clean test images classified rightly", ylabel="ASR %: triggered images that obey", ylim=(-4, 104)
+    )
     axes.set_title("Good repairs are at the lower right")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -88,7 +90,7 @@ def perturbations(rows: list[Row]) -> list[tuple[str, Figure]]:
         for axis, name in zip(grid, ("worst_case", "per_sample"), strict=True):
             values = [np.nan if value is None else value for value in found[name]]
             test = found["tests"][name]
-            colors = ["#d55e00" if number == test["index"] else "#0072b2" for number in range(len(values))]
+            colors = ["#d55e00" if number == test["smallest"] else "#0072b2" for number in range(len(values))]
             axis.bar(range(len(values)), values, color=colors)
             p_value = "too few classes" if test["p_value"] is None else f"p = {test['p_value']:.2g}"
             used = " (verdict)" if name == found["statistic"] else ""

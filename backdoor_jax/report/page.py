@@ -19,16 +19,16 @@ tr.bad td { color: #a33; } img { max-width: 100%; } .note { color: #555; font-si
 </style></head><body>
 <h1>{{ name }}</h1>
 <p>{{ dataset }}, {{ model }}, {{ device }}, JAX {{ jax }}.</p>
-<p class="note">ACC: clean test images classified rightly. ASR: triggered images not of the target class that go where the
-attacker wants. RA: the same images classified rightly. DER: (max(0, drop of ASR) − max(0, drop of ACC) + 1) / 2; doing
-nothing earns 50. Mean ± standard deviation over seeds. Attack <b>none</b> is the unpoisoned twin: what a defence costs where
-there is nothing to repair. <b>class</b> is the class repaired; a label with <b>known</b> was told the attacker's class and
-is an oracle. Seconds leave compilation out.</p>
+<p class="note">ACC: clean test images classified rightly. ASR: triggered images not of the target class that go where
+the attacker wants. RA: the same images classified rightly. DER: (max(0, drop of ASR) − max(0, drop of ACC) + 1) / 2;
+doing nothing earns 50. Mean ± standard deviation over seeds. Attack <b>none</b> is the unpoisoned twin: what a defence
+costs where there is nothing to repair. <b>class</b> is the class repaired; a label with <b>known</b> was told the
+attacker's class and is an oracle. Seconds leave compilation out.</p>
 <table><thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table %}<tr class="{{ row.style }}">{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-{% if worse %}<p class="note">In red: the attack still succeeds on more than half of the images, or ACC fell by more than ten
-points.</p>{% endif %}
+{% if worse %}<p class="note">In red: the attack still succeeds on more than half of the images, or ACC fell by more
+than ten points.</p>{% endif %}
 {% for title, note, images in sections %}<h2>{{ title }}</h2><p class="note">{{ note }}</p>
 {% for image in images %}<img alt="{{ title }}" src="{{ image }}">{% endfor %}
 {% endfor %}</body></html>
@@ -55,13 +55,17 @@ def render(rows: list[Row], folder: Path) -> str:
 
     sections = []
     if any(row["asr"] is not None for row in rows):
-        sections.append(("Accuracy against attack success", "A colour a defence, a marker an attack.", [figures.scatter(rows)]))
+        sections.append(
+            ("Accuracy against attack success", "A colour a defence, a marker an attack.", [figures.scatter(rows)])
+        )
     examples = figures.triggers(folder / "examples")
     if examples is not None:
         sections.append(("Triggers", "A test image, the same image triggered, and what changed.", [examples]))
     scans = [figure for _, figure in figures.perturbations(rows)]
     if scans:
-        note = "The smallest latent change that sends clean images to each class; an outlier on the small side is suspect."
+        note = (
+            "The smallest latent change that sends clean images to each class; an outlier on the small side is suspect."
+        )
         sections.append(("Scan for the poisoned class", note, scans))
     rates = figures.learning_rates(rows)
     if rates is not None:

@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 class Summary(NamedTuple):
-    """One defence on one attack over the seeds; rates as (mean, standard deviation or None), None where there is none."""
+    """One defence on one attack over the seeds; rates as (mean, deviation or None), or None where there is none."""
 
     attack: str
     defense: str
@@ -51,11 +51,15 @@ def summarize(rows: list[Row]) -> list[Summary]:
         Summary(
             attack,
             defense,
-            len(group),
-            *(of(group, name) for name in ("acc", "asr", "ra", "der", "seconds")),
-            words(group, lambda row: "yes" if row["info"].get("changed") else "no"),
-            words(group, lambda row: f"{row['n_used']} {row['data_used'].replace('_', ' ')}" if row["n_used"] else "-"),
-            words(group, lambda row: "-" if row["target"] is None else str(row["target"])),
+            seeds=len(group),
+            acc=of(group, "acc"),
+            asr=of(group, "asr"),
+            ra=of(group, "ra"),
+            der=of(group, "der"),
+            seconds=of(group, "seconds"),
+            changed=words(group, lambda row: "yes" if row["info"].get("changed") else "no"),
+            data=words(group, lambda row: f"{row['n_used']} {row['data_used']}" if row["n_used"] else "-"),
+            target=words(group, lambda row: "-" if row["target"] is None else str(row["target"])),
         )
         for (attack, defense), group in groups.items()
     ]

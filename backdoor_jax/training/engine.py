@@ -1,11 +1,12 @@
 """The one optimisation engine: a step, an epoch that is a `lax.scan` of steps, and `fit`, a host loop over epochs.
 
-A *step* ``(state, batch, key, constants) -> (state, info)`` is pure. `GradientStep` is the usual one; a method may bring
-its own. Steps are static to the compiler: make them frozen dataclasses, equal by value, so that an equal step is compiled
-once. What a sweep would change goes into ``constants``, which are traced: learning rates, penalties, the original head.
+A *step* ``(state, batch, key, constants) -> (state, info)`` is pure. `GradientStep` is the usual one; a method may
+bring its own. Steps are static to the compiler: make them frozen dataclasses, equal by value, so that an equal step is
+compiled once. What a sweep would change goes into ``constants``, which are traced: learning rates, penalties, the
+original head.
 
-An *epoch* shuffles, gathers, augments and steps on the device; it may be jitted, mapped over and sharded. `fit` is never
-traced. It shows progress, checkpoints and resumes.
+An *epoch* shuffles, gathers, augments and steps on the device; it may be jitted, mapped over and sharded. `fit` is
+never traced. It shows progress, checkpoints and resumes.
 """
 
 import contextlib
@@ -114,13 +115,13 @@ def split_by_path(tree: Any, prefixes: tuple[tuple[str, ...], ...]) -> tuple[Any
     for prefix in prefixes:
         if not any(path[: len(prefix)] == prefix for path in paths):
             raise UserError(
-                f"no parameters under {'/'.join(prefix)!r}; the top level has {', '.join(sorted({p[0] for p in paths}))}"
+                f"no parameters under {'/'.join(prefix)!r}; at the top are {', '.join(sorted({p[0] for p in paths}))}"
             )
     chosen = [any(path[: len(prefix)] == prefix for prefix in prefixes) for path in paths]
     values = [value for _, value in leaves]
     inside = [value if take else None for value, take in zip(values, chosen, strict=True)]
     outside = [None if take else value for value, take in zip(values, chosen, strict=True)]
-    return treedef.unflatten(inside), treedef.unflatten(outside)
+    return jax.tree.unflatten(treedef, inside), jax.tree.unflatten(treedef, outside)
 
 
 def merge(first: Any, second: Any) -> Any:
@@ -154,8 +155,8 @@ def epoch(
 ) -> tuple[Any, Info]:
     """One pass over the data in a fresh order, everything on the device.
 
-    ``key`` stays the same for a whole run: it is folded with the number of steps done, so that a resumed run draws what an
-    uninterrupted one would have.
+    ``key`` stays the same for a whole run: it is folded with the number of steps done, so that a resumed run draws
+    what an uninterrupted one would have.
 
     Args:
         state: whatever `step` carries, with a field ``step`` that counts.
@@ -186,9 +187,9 @@ def epoch(
     return jax.lax.scan(body, state, order[: steps * size].reshape(steps, size))
 
 
-run_epoch = partial(
-    jax.jit, static_argnames=("step", "batch_size", "augment", "sharding"), donate_argnames=("state",)
-)(epoch)
+run_epoch = partial(jax.jit, static_argnames=("step", "batch_size", "augment", "sharding"), donate_argnames=("state",))(
+    epoch
+)
 """`epoch`, compiled once for each configuration; it consumes the state it is given."""
 
 

@@ -17,8 +17,8 @@ def map_chunks(function: Callable[..., Any], *arrays: jax.Array, size: int = CHU
     The last chunk overlaps the one before it, so that every chunk has one static size and nothing is copied to pad.
 
     Args:
-        function: takes a slice of each array, ``(size, ...)``, and returns a tree of arrays with that leading axis; what it
-            gives for a row must not depend on the other rows.
+        function: takes a slice of each array, ``(size, ...)``, and returns a tree of arrays with that leading axis;
+            what it gives for a row must not depend on the other rows.
         arrays: ``(N, ...)`` each.
         size: rows in a chunk.
 

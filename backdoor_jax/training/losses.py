@@ -1,10 +1,12 @@
 r"""Per-sample classification losses that stay exact for confident models.
 
-Half of a confident victim's cross-entropies are 0 in float32 when computed as ``logsumexp(z) - z_y``, and ``1 - p_y`` is
+Half of a confident victim's cross-entropies are 0 in float32 when computed as ``logsumexp(z) - z_y``, and ``1 - p_y``
+is
 too: a ranking by them is mostly ties. With the margins :math:`m_j = z_j - z_y` both keep their digits:
 
 .. math::
-    \mathrm{CE} = \mathrm{softplus}\Bigl(\log \sum_{j \ne y} e^{m_j}\Bigr), \qquad 1 - p_y = -\mathrm{expm1}(-\mathrm{CE}) .
+    \mathrm{CE} = \mathrm{softplus}\Bigl(\log \sum_{j \ne y} e^{m_j}\Bigr), \qquad 1 - p_y =
+    -\mathrm{expm1}(-\mathrm{CE}) .
 """
 
 import jax

@@ -66,9 +66,7 @@ def triangular_two_phase(
     return schedule
 
 
-def torch_sgd(
-    schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate = 0.0
-) -> optax.GradientTransformation:
+def torch_sgd(schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate = 0.0) -> optax.GradientTransformation:
     r"""SGD as PyTorch has it: :math:`v \leftarrow \mu v + (g + \lambda w),\; w \leftarrow w - \eta v`.
 
     Weight decay is part of the gradient and applies to every parameter, normalisation and biases included.

@@ -18,8 +18,8 @@ _lock = threading.Lock()
 class Stopwatch:
     """Measures a block: seconds of work, and seconds of tracing, lowering and compiling, apart.
 
-    JAX reports each of those through `jax.monitoring`; overlapping reports (a function traced inside another) count once.
-    Wait for the results (`jax.block_until_ready`) inside the block.
+    JAX reports each of those through `jax.monitoring`; overlapping reports (a function traced inside another) count
+    once. Wait for the results (`jax.block_until_ready`) inside the block.
 
     Example:
         >>> with Stopwatch() as watch:
@@ -48,12 +48,12 @@ class Stopwatch:
         self.seconds = end - self._start - self.compile_seconds
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event in _COMPILING:
         now = time.perf_counter()
         with _lock:
             for watch in _running:
-                watch._intervals.append((now - duration, now))
+                watch._intervals.append((now - duration_secs, now))
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Both set everything up in .venv first; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+WORKERS ?= 2
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+comma = ,
+
+.PHONY: demo test fast lint install clean
+
+demo: install
+	$(BIN)/backdoor-jax demo
+
+test: install lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -c "import torch" 2>/dev/null || \
+	  echo "Not run: comparison with PyTorch, which is not installed. To run it: make test EXTRAS=dev,torch"
+
+fast: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "backdoor_jax needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
