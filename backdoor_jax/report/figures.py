@@ -97,7 +97,7 @@ def perturbations(rows: list[Row]) -> list[tuple[str, Figure]]:
             axis.set_title(f"{name.replace('_', ' ')}{used}: {p_value}", fontsize=9)
             axis.set_xlabel("class")
             axis.set_ylabel("norm")
-        figure.suptitle(f"{model[0]}, seed {model[1]}: {found['verdict']}", y=1.04)
+        figure.suptitle(f"{model[0]}, seed {model[1]}: {found['verdict']}", fontsize=10)
         figure.tight_layout()
         figures.append((f"{model[0]}-{model[1]}", figure))
     return figures
