@@ -1,7 +1,8 @@
 """Frozen, validated configurations, and the split between what is compiled in and what is traced."""
 
 import dataclasses
-from typing import Any, ClassVar
+import typing
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -17,6 +18,15 @@ class Config:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        """Checks the fields that take one of a few names."""
+        for field in dataclasses.fields(self):
+            kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if typing.get_origin(kind) is Literal]
+            names = [name for kind in kinds for name in typing.get_args(kind)]
+            value = getattr(self, field.name)
+            if names and (isinstance(value, str) or field.type in kinds):
+                self.require(value in names, field.name, f"one of {', '.join(map(repr, names))}")
 
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Raises a `UserError` naming the field where a condition does not hold."""
@@ -38,5 +48,5 @@ def numbers(config: Config) -> dict[str, Any]:
     return {
         field.name: jnp.asarray(getattr(config, field.name), jnp.float32)
         for field in dataclasses.fields(config)
-        if isinstance(getattr(config, field.name), float)
+        if field.type is float
     }

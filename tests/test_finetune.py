@@ -171,7 +171,7 @@ def test_presets_take_changes_and_the_default_is_one_of_them() -> None:
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'mine'.*guide.*toolbox_cifar10.*toolbox_gtsrb"):
+    with pytest.raises(UserError, match=r"'mine'.*guide.*toolbox_cifar10.*toolbox_gtsrb"):
         SuperFineTuneConfig.preset("mine")
 
 

@@ -24,6 +24,7 @@ class Attack(Config):
     target: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(0 < self.rate <= 1, "rate", "a share in (0, 1]")
         self.require(self.target >= 0, "target", "a class from 0")
 

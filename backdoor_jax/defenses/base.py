@@ -71,6 +71,7 @@ class TuneConfig(Config):
     flip: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.steps > 0, "steps", "at least 1")
         self.require(self.batch_size > 0, "batch_size", "at least 1")
         self.require(self.learning_rate > 0, "learning_rate", "a positive number")

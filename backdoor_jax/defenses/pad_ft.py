@@ -85,8 +85,8 @@ class PadConfig(Config):
         bound_epochs: passes over the purified set; 50, MM-BD's code.
         bound_batch_size: 200, MM-BD's code.
         bound_learning_rate: of Adam; 0.1, MM-BD's code.
-        bound_weight: lambda's start; 0.05, ours, chosen on development victims. MM-BD's code has 0.5 for its three places,
-            which over all sixteen rectifiers pulled so hard that accuracy fell from .92 to .22.
+        bound_weight: lambda's start; 0.05, ours, chosen on development victims. MM-BD's code has 0.5 for its three
+            places, which over all sixteen rectifiers pulled so hard that accuracy fell from .92 to .22.
         bound_factor: lambda is multiplied or divided by it; 1.2, MM-BD's code.
         bound_accuracy: the clipped model's accuracy that decides which; 0.95, MM-BD's code.
     """
@@ -112,7 +112,6 @@ class PadConfig(Config):
         self.require(self.bound_weight >= 0, "bound_weight", "0 or more")
         self.require(self.bound_factor >= 1, "bound_factor", "1 or more")
         self.require(0 <= self.bound_accuracy <= 1, "bound_accuracy", "a share in [0, 1]")
-
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -200,8 +200,8 @@ def scan(
     worst_case = np.asarray(perturbations.norms)
     logits = latent @ kernel + bias
     others = jnp.argmax(logits, -1) != jnp.arange(classifier.num_classes)[:, None]
-    per_sample = np.asarray(jnp.mean(sample_norms(logits, kernel), axis=1, where=others))
-    per_sample = np.where(np.isnan(per_sample), np.inf, per_sample)
+    own = sample_norms(logits, kernel, margin)
+    per_sample = np.asarray(jnp.where(others.any(1), jnp.mean(own, axis=1, where=others), jnp.inf))
     tests = {"worst_case": smallest_outlier(worst_case), "per_sample": smallest_outlier(per_sample)}
     return Scan(perturbations, worst_case, per_sample, tests)
 
@@ -233,20 +233,18 @@ def choose_target(
         The configuration with that class, or None where there is nothing to repair; and ``scan``, ``target``,
         ``oracle``, and ``why`` where nothing is to be repaired.
     """
+    given = None if isinstance(config.target, str) else int(config.target)
+    if given is not None and given >= classifier.num_classes:
+        raise UserError(f"TacConfig.target is {given}, but the model has classes 0 to {classifier.num_classes - 1}")
     found = scan(classifier, variables, data.images, config.margin, "tac")
-    target: int | None
-    if isinstance(config.target, int):
-        if config.target >= classifier.num_classes:
-            raise UserError(
-                f"TacConfig.target is {config.target}, but the model has classes 0 to {classifier.num_classes - 1}"
-            )
-        target = config.target
+    if given is not None:
+        target: int | None = given
     elif config.target == "smallest":
         target = found.tests[config.statistic].smallest
     else:
         target = found.flagged(config.statistic, config.alpha)
     summary = found.summary(config.statistic, config.alpha)
-    info = {"scan": summary, "target": target, "oracle": isinstance(config.target, int)}
+    info = {"scan": summary, "target": target, "oracle": given is not None}
     if target is None:
         return None, {**info, "changed": False, "steps": 0, "why": summary["verdict"]}
     if not found.perturbations.feasible[target]:

@@ -40,6 +40,8 @@ TOLERANCE = 1e-6
 CONVERGED = 1e-3
 INFEASIBLE_ABOVE = 1e4
 """A norm bound of so many times the largest right-hand side (rows of unit length) counts as no solution."""
+SAMPLE_INFEASIBLE_ABOVE = 1e3
+"""The same for a single sample's program, whose lengths come from Gram matrices and resolve less."""
 
 
 class Perturbations(NamedTuple):
@@ -148,16 +150,18 @@ def _certified_infeasible(kernel: jax.Array, bounds: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def sample_norms(logits: jax.Array, kernel: jax.Array) -> jax.Array:
+def sample_norms(logits: jax.Array, kernel: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
     """Each clean sample's own smallest latent change to each class.
 
     Args:
         logits: of clean samples, ``(n, C)``.
         kernel: the head's, ``(D, C)``.
+        margin: logits by which the class must lead.
 
     Returns:
-        ``(C, n)`` norms: one program a class and sample. Those of a class share G_k and are swept together, samples
-        along the fast axis, by coordinate descent of our own: batched, jaxopt's is 60 times slower here.
+        ``(C, n)`` norms, infinite where the class cannot be reached: one program a class and sample. Those of a class
+        share G_k and are swept together, samples along the fast axis, by coordinate descent of our own: batched,
+        jaxopt's is 60 times slower here.
 
     Example:
         >>> sample_norms(jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.eye(2)).round(3).tolist()
@@ -168,27 +172,51 @@ def sample_norms(logits: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def one_class(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         own, gram, row = inputs
-        b = (logits.T - logits[:, own]) / row[:, None]  # (C, n); row `own` is zero
+        b = ((logits.T - logits[:, own] + margin) / row[:, None]).at[own].set(0.0)  # (C, n)
         size = jnp.maximum(jnp.max(b, axis=0), 1e-12)
         b = b / size
+        u, unsettled = _sweep_samples(gram, b, 0.0)
 
-        def coordinate(i: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            u, moved = carry
-            new = jnp.maximum(u[i] + b[i] - gram[i] @ u, 0)
-            return u.at[i].set(new), jnp.maximum(moved, jnp.max(jnp.abs(new - u[i])))
+        def certified() -> jax.Array:
+            direction = _sweep_samples(gram, b, 1.0)[0]
+            return jnp.sum(b * direction, axis=0) > SAMPLE_INFEASIBLE_ABOVE * _lengths(gram, direction)
 
-        def sweep(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            u, _, count = carry
-            return *jax.lax.fori_loop(0, classes, coordinate, (u, jnp.zeros(()))), count + 1
-
-        u, _, _ = jax.lax.while_loop(
-            lambda carry: (carry[1] > TOLERANCE) & (carry[2] < MAX_SWEEPS),
-            sweep,
-            (jnp.zeros_like(b), jnp.asarray(jnp.inf), jnp.asarray(0)),
-        )
-        return size * jnp.sqrt(jnp.maximum(jnp.sum(u * (gram @ u), axis=0), 0))
+        none = jnp.zeros(b.shape[1], bool)
+        unreachable = unsettled & jax.lax.cond(jnp.any(unsettled), certified, lambda: none)
+        return jnp.where(unreachable, jnp.inf, size * _lengths(gram, u))
 
     return jax.lax.map(one_class, (jnp.arange(classes), grams, rows))
+
+
+def _sweep_samples(gram: jax.Array, b: jax.Array, weight: float) -> tuple[jax.Array, jax.Array]:
+    """Coordinate descent on ``u^T G u / 2 - b^T u + weight (b^T u)^2 / 2``, ``u >= 0``, per column of b ``(C, n)``.
+
+    Returns the columns u and whether each still moved at the last sweep. With weight 1 it is the certificate's program.
+    """
+
+    def coordinate(i: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        u, moved = carry
+        slope = gram[i] @ u - b[i]
+        if weight:
+            slope += weight * b[i] * jnp.sum(b * u, axis=0)
+        new = jnp.maximum(u[i] - slope / (1 + weight * b[i] ** 2), 0)
+        return u.at[i].set(new), jnp.maximum(moved, jnp.abs(new - u[i]))
+
+    def sweep(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        u, _, count = carry
+        return *jax.lax.fori_loop(0, gram.shape[0], coordinate, (u, jnp.zeros(u.shape[1]))), count + 1
+
+    u, moved, _ = jax.lax.while_loop(
+        lambda carry: (jnp.max(carry[1]) > TOLERANCE) & (carry[2] < MAX_SWEEPS),
+        sweep,
+        (jnp.zeros_like(b), jnp.full(b.shape[1], jnp.inf), jnp.asarray(0)),
+    )
+    return u, moved > TOLERANCE
+
+
+def _lengths(gram: jax.Array, u: jax.Array) -> jax.Array:
+    """``|V^T u|`` for each column of u, from the Gram matrix."""
+    return jnp.sqrt(jnp.maximum(jnp.sum(u * (gram @ u), axis=0), 0))
 
 
 def _nonnegative_qp(quadratic: jax.Array, linear: jax.Array) -> tuple[jax.Array, Any]:

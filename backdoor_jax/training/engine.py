@@ -115,7 +115,7 @@ def split_by_path(tree: Any, prefixes: tuple[tuple[str, ...], ...]) -> tuple[Any
     for prefix in prefixes:
         if not any(path[: len(prefix)] == prefix for path in paths):
             raise UserError(
-                f"no parameters under {'/'.join(prefix)!r}; at the top are {', '.join(sorted({p[0] for p in paths}))}"
+                f"no parameters under {'/'.join(prefix)!r}; there are {', '.join(sorted(map('/'.join, paths)))}"
             )
     chosen = [any(path[: len(prefix)] == prefix for prefix in prefixes) for path in paths]
     values = [value for _, value in leaves]
@@ -247,7 +247,7 @@ def fit(
         The state, and the info of every step run here.
 
     Raises:
-        NonFiniteError: when a loss is not finite, naming the run and the step.
+        NonFiniteError: when a loss or the final weights are not finite, naming the run and the step.
     """
     steps, _ = batch_shape(len(data), batch_size)
     state = jax.tree.map(jnp.copy, state)
@@ -274,4 +274,6 @@ def fit(
                 saved.save(number + 1, state)
     if saved is not None:
         saved.close()
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.variables)):
+        raise NonFiniteError(f"{name}: weights are not finite after step {int(state.step)}; lower the learning rate")
     return state, {name: np.concatenate([info[name] for info in history]) for name in (history[0] if history else ())}

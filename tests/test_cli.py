@@ -1,0 +1,196 @@
+"""The command line: exit codes, one line on stderr for what can be mended, and what a run leaves behind."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from backdoor_jax.attacks import ATTACKS
+from backdoor_jax.cli import main
+from backdoor_jax.defenses import DEFENSES
+from backdoor_jax.experiment import read_rows
+from backdoor_jax.models import MODELS
+
+CONFIG = """
+name: tiny
+data: {source: digits, train_size: 96, test_size: 48}
+model: {width: 2}
+victim: {epochs: 1}
+clean_ratio: 0.5
+attacks: [{name: badnets}]
+defenses: [{name: finetune, steps: 1}]
+"""
+
+
+class Run(NamedTuple):
+    config: Path
+    out: Path
+    code: int
+    told: str
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run, with settings changed on the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    config, out = folder / "tiny.yaml", folder / "out"
+    config.write_text(CONFIG)
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        code = main(["run", str(config), "--out", str(out), "name=renamed", "victim.learning_rate=1e-3", "seeds=[3]"])
+    return Run(config, out, code, told.getvalue())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line on stderr of a command that must leave with 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+    assert error.startswith("backdoor-jax: ")
+    return error
+
+
+def test_a_run_leaves_rows_and_a_page(done: Run) -> None:
+    assert done.code == 0
+    rows = read_rows(done.out / "results.jsonl")
+    assert [(row["attack"], row["defense"]) for row in rows] == [
+        ("badnets", "none"),
+        ("badnets", "finetune"),
+        ("none", "none"),
+        ("none", "finetune"),
+    ]
+    page = (done.out / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "renamed" in page
+
+
+def test_settings_on_the_command_line_are_those_of_the_rows(done: Run) -> None:
+    for row in read_rows(done.out / "results.jsonl"):
+        assert (row["experiment"], row["seed"]) == ("renamed", 3)
+        if row["defense"] == "none":
+            assert row["config"]["victim"]["learning_rate"] == 0.001
+
+
+def test_a_run_tells_each_row_the_table_and_where_the_page_is(done: Run) -> None:
+    lines = done.told.splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["badnets-3", "none"],
+        ["badnets-3", "finetune"],
+        ["none-3", "none"],
+        ["none-3", "finetune"],
+    ]
+    assert str(done.out / "report.html") in lines[-1]
+
+
+def test_results_go_to_a_folder_named_after_the_file_by_default(
+    done: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(done.config), "defenses=[]"]) == 0
+    assert {path.name for path in (tmp_path / "runs" / "tiny").iterdir()} >= {"results.jsonl", "report.html"}
+
+
+def test_running_again_prints_the_table_and_nothing_new(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (done.out / "results.jsonl").read_bytes()
+    arguments = ["run", str(done.config), "name=renamed", "--out", str(done.out), "victim.learning_rate=0.001"]
+    assert main([*arguments, "seeds=[3]"]) == 0
+    told = capsys.readouterr().out
+    assert "badnets-3" not in told
+    assert "finetune" in told
+    assert (done.out / "results.jsonl").read_bytes() == before
+
+
+def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "nowhere.yaml: no such file" in refusal(capsys, "run", tmp_path / "nowhere.yaml")
+
+
+def test_missing_data_are_one_line(done: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = refusal(capsys, "run", done.config, "--out", tmp_path / "out", "data={source: nowhere.npz}")
+    assert "nowhere.npz: no such file" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("colour=red", "unknown key 'colour'"),
+        ("victim.epochs=many", "victim.epochs"),
+        ("clean_ratio=2", "clean_ratio is 2"),
+        ("seeds=[0", "seeds=[0"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_line(
+    done: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, named: str
+) -> None:
+    assert named in refusal(capsys, "run", done.config, "--out", tmp_path / "out", override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_experiment_is_one_line(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
+    assert "holds another experiment (name" in refusal(capsys, "run", done.config, "--out", done.out)
+    assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*")} == before
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    done: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "file" in refusal(capsys, "run", done.config, "--out", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run"],
+        ["run", "x.yaml", "--bogus"],
+        ["run", "x.yaml", "bogus"],
+        ["run", "x.yaml", "--epochs=3"],
+        ["list", "seeds=[0]"],
+        ["demo", "seeds=[0]"],
+    ],
+)
+def test_unknown_arguments_leave_with_two(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: backdoor-jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["list"]])
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: backdoor-jax" in capsys.readouterr().out
+
+
+def test_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    for name in (*ATTACKS, *DEFENSES, *MODELS, "digits"):
+        assert name in first_words
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "backdoor_jax.cli"]
+    listed = subprocess.run([*command, "list"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stderr
+    assert all(name in listed.stdout for name in (*ATTACKS, *DEFENSES, *MODELS))
+    refused = subprocess.run([*command, "run", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert (
+        refused.stderr == "backdoor-jax: nowhere: no such file; give an experiment in YAML, such as those in configs/\n"
+    )
+
+
+def test_rows_are_plain_json_lines(done: Run) -> None:
+    lines = (done.out / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == read_rows(done.out / "results.jsonl")

@@ -1,0 +1,227 @@
+"""Experiments in YAML: those shipped are read, and whatever cannot be used is one line that names it and the mend."""
+
+from pathlib import Path
+
+import pytest
+
+from backdoor_jax import (
+    Blended,
+    D3Config,
+    FineTuneConfig,
+    PadConfig,
+    PadFtConfig,
+    SuperFineTuneConfig,
+    TacConfig,
+    UserError,
+)
+from backdoor_jax.config_files import load_experiment
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), ROOT / "backdoor_jax" / "demo.yaml"])
+VALID = """
+name: small
+data: {source: digits, train_size: 96}
+model: {width: 2}
+victim: {epochs: 1}
+attacks:
+  - {name: badnets}
+defenses:
+  - {name: finetune, steps: 2}
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_experiment(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_are_read(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment.name
+    assert {entry.label for entry in experiment.attacks} >= {"badnets", "blended"}
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert {path.stem for path in SHIPPED} >= {"demo", "gtsrb_small"}
+
+
+def test_entries_become_typed_configurations(tmp_path: Path) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text("""
+name: all
+clean_ratio: 1
+victim: {learning_rate: 1e-3}
+attacks:
+  - {name: blended, label: faint, alpha: 0.1, target: 3}
+defenses:
+  - {name: d3, label: strong, preset: paper, steps: 7}
+  - {name: super_finetune, preset: guide, peak1: 0.3}
+  - {name: pad_ft, consistency: 2, places: [layer1_0/relu1]}
+  - {name: pad, preset: mmbm}
+  - {name: tac, label: known, known_target: true}
+  - {name: tac, label: third, target: 3}
+""")
+    experiment = load_experiment(path)
+    assert (experiment.attacks[0].label, experiment.attacks[0].attack) == ("faint", Blended(alpha=0.1, target=3))
+    assert [entry.label for entry in experiment.defenses] == [
+        "strong",
+        "super_finetune",
+        "pad_ft",
+        "pad",
+        "known",
+        "third",
+    ]
+    assert [entry.config for entry in experiment.defenses] == [
+        D3Config.preset("paper", steps=7),
+        SuperFineTuneConfig.preset("guide", peak1=0.3),
+        PadFtConfig(consistency=2.0, places=("layer1_0/relu1",)),
+        PadConfig.preset("mmbm"),
+        TacConfig(),
+        TacConfig(target=3),
+    ]
+    assert [entry.known_target for entry in experiment.defenses] == [False, False, False, False, True, False]
+    assert experiment.victim.learning_rate == 0.001
+    assert isinstance(experiment.clean_ratio, float)
+    assert hash(experiment) == hash(load_experiment(path))
+
+
+def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path) -> None:
+    experiment = load_experiment(
+        written,
+        (
+            "seeds=[0, 1]",
+            "name=other",
+            "victim.epochs=3",
+            "victim.learning_rate=1e-2",
+            "data.test_size=48",
+            "model.width=4",
+            "clean_ratio=0.2",
+            "attacks=[{name: blended, image: a=b.png}]",
+        ),
+    )
+    assert (experiment.name, experiment.seeds, experiment.clean_ratio) == ("other", (0, 1), 0.2)
+    assert (experiment.victim.epochs, experiment.victim.learning_rate) == (3, 0.01)
+    assert (experiment.data.train_size, experiment.data.test_size, experiment.model.width) == (96, 48, 4)
+    assert experiment.attacks[0].attack == Blended(image="a=b.png")
+    assert experiment.defenses[0].config == FineTuneConfig(steps=2)
+
+    written.write_text("name: bare\nattacks: [{name: badnets}]\n")
+    assert load_experiment(written, ("victim.epochs=3",)).victim.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("name: small", "name: small\ncolour: 1", ["'colour'", "known are name, attacks"]),
+        ("{epochs: 1}", "{epoch: 1}", ["victim", "'epoch'", "known are epochs"]),
+        ("{name: badnets}", "{name: badnets, rtae: 0.1}", ["attacks[0]", "'rtae'", "known are rate"]),
+        ("steps: 2", "stpes: 2", ["defenses[0]", "'stpes'", "known are steps"]),
+        ("{epochs: 1}", "{epochs: many}", ["victim.epochs", "integer", "'many'"]),
+        ("{epochs: 1}", "{epochs: 0}", ["victim", "TrainConfig.epochs is 0", "at least 1"]),
+        ("{epochs: 1}", "3", ["victim", "expected keys and values", "3"]),
+        ("{name: badnets}", "{name: badnets, rate: 2}", ["attacks[0]", "BadNets.rate is 2", "(0, 1]"]),
+        ("{name: badnets}", "{name: badnets, corner: middle}", ["attacks[0].corner", "'top_left'", "'middle'"]),
+        ("{name: badnets}", "{name: wanet}", ["attacks[0]", "'wanet'", "known are badnets, blended"]),
+        ("{name: badnets}", "badnets", ["attacks[0]", "expected a name"]),
+        ("{name: badnets}", "{rate: 0.1}", ["attacks[0]", "expected a name"]),
+        ("\n  - {name: badnets}", " badnets", ["attacks", "expected a list"]),
+        ("\n  - {name: badnets}", " []", ["attacks", "at least one"]),
+        ("{name: finetune, steps: 2}", "{name: dbd}", ["defenses[0]", "'dbd'", "known are finetune, super_finetune"]),
+        ("{name: finetune, steps: 2}", "{name: d3, preset: fast}", ["defenses[0]", "'fast'", "released, paper"]),
+        ("{name: finetune, steps: 2}", "{name: d3, preset: [paper]}", ["defenses[0]", "preset"]),
+        ("steps: 2", "preset: paper", ["defenses[0]", "finetune has no presets"]),
+        ("steps: 2", "known_target: true", ["defenses[0]", "known_target", "method with a target"]),
+        ("steps: 2", "label: 3", ["defenses[0]", "label 3", "text"]),
+        ("{name: finetune, steps: 2}", "{name: tac, target: fish}", ["defenses[0].target", "'fish'", "'detected'"]),
+        ("steps: 2}", "steps: 2}\n  - {name: finetune}", ["'finetune' is taken", "label of its own"]),
+        ("{name: badnets}", "{name: badnets, label: none}", ["'none' is taken", "label of its own"]),
+        ("name: small", "name: small\nclean_ratio: 0", ["Experiment.clean_ratio is 0", "(0, 1]"]),
+        ("name: small", "name: small\nclean_ratio: 1.5", ["Experiment.clean_ratio is 1.5", "(0, 1]"]),
+        ("name: small", "name: small\nseeds: 0", ["seeds", "tuple", "0"]),
+        ("name: small", "name: small\nseeds: []", ["Experiment.seeds", "at least one"]),
+        ("width: 2", "width: wide", ["model.width", "'wide'"]),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_naming_file_key_and_mend(
+    written: Path, old: str, new: str, named: list[str]
+) -> None:
+    assert old in VALID
+    written.write_text(VALID.replace(old, new, 1))
+    text = message(written)
+    assert text.startswith(f"{written}: ")
+    assert "\n" not in text
+    for word in named:
+        assert word in text, text
+
+
+def test_a_missing_name_is_asked_for(written: Path) -> None:
+    written.write_text(VALID.replace("name: small\n", ""))
+    text = message(written)
+    assert text.startswith(f"{written}: name: ")
+    assert "\n" not in text
+    assert "ArgsKwargs" not in text
+    assert len(text.removeprefix(str(written))) < 120
+
+
+@pytest.mark.parametrize("label", ["../outside", "a/b"])
+def test_an_attacks_label_that_cannot_name_a_folder_is_refused(written: Path, label: str) -> None:
+    written.write_text(VALID.replace("{name: badnets", f"{{name: badnets, label: {label}"))
+    assert "label" in message(written)
+
+
+@pytest.mark.parametrize("content", ["name: [1", "a: b: c", "name: \t- x\n\t- y", b"\xff\xfe\x00name"])
+def test_what_is_not_yaml_is_one_line(written: Path, content: str | bytes) -> None:
+    written.write_bytes(content.encode() if isinstance(content, str) else content)
+    text = message(written)
+    assert text.startswith(f"{written}: not YAML (")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("content", ["", "- name: x", "just text", "3"])
+def test_a_document_without_keys_is_told_what_is_expected(written: Path, content: str) -> None:
+    written.write_text(content)
+    assert message(written) == f"{written}: expected keys such as name, data, attacks and defenses"
+
+
+def test_keys_that_are_not_text_are_refused(written: Path) -> None:
+    written.write_text(VALID + "3: 4\n")
+    text = message(written)
+    assert text.startswith(f"{written}: ")
+    assert "3" in text
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
+def test_a_missing_file_is_named_with_where_to_find_one(tmp_path: Path, name: str) -> None:
+    text = message(tmp_path / name)
+    assert text.startswith(f"{tmp_path / name}: no such file")
+    assert "configs/" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("victim.epochs", ["'victim.epochs'", "key=value"]),
+        ("=3", ["'=3'", "key=value"]),
+        ("attacks.0.rate=1", ["'attacks.0.rate=1'", "attacks holds no keys"]),
+        ("victim.epochs.deep=1", ["'victim.epochs.deep=1'", "epochs holds no keys"]),
+        ("victim.epochs=many", ["victim.epochs", "'many'"]),
+        ("victim.epoch=1", ["victim", "unknown key 'epoch'", "epochs"]),
+        ("victim.=1", ["victim", "unknown key ''"]),
+        ("seeds=[0", ["seeds=[0"]),
+        ("clean_ratio=5%", ["clean_ratio", "'5%'"]),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_one_line(written: Path, override: str, named: list[str]) -> None:
+    text = message(written, override)
+    assert "\n" not in text
+    for word in named:
+        assert word in text, text

@@ -1,0 +1,449 @@
+"""Data sets, their sources, the defender's share, augmentation, poisoning and chunked passes."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backdoor_jax import Augment, Dataset, LabelMap, UserError, clean_indices, digits, load_task, make_dataset, poison
+from backdoor_jax.data import npz_task, random_crop, tfds_task
+from backdoor_jax.training import map_chunks
+
+RANDOM = np.random.default_rng(5)
+
+
+def noise(count: int, side: int = 6, channels: int = 3) -> np.ndarray:
+    return RANDOM.integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+
+
+# Data sets
+
+
+def test_a_dataset_keeps_what_it_was_given() -> None:
+    images, labels = noise(4), np.array([2, 0, 1, 2], np.uint8)
+    data = make_dataset(images, labels, 3)
+    assert (data.images.dtype, data.labels.dtype, len(data)) == (jnp.uint8, jnp.int32, 4)
+    np.testing.assert_array_equal(data.images, images)
+    np.testing.assert_array_equal(data.labels, labels)
+    part = data.take(np.array([3, 1]))
+    np.testing.assert_array_equal(part.images, images[[3, 1]])
+    np.testing.assert_array_equal(part.labels, [2, 0])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "mend"),
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), np.zeros(2, int), "astype"),
+        (np.zeros((2, 4, 4, 3), np.int64), np.zeros(2, int), "astype"),
+        (np.zeros((2, 4, 4), np.uint8), np.zeros(2, int), r"expected \(N, height, width, 1 or 3\)"),
+        (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(2, int), r"expected \(N, height, width, 1 or 3\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2), "expected integers"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, int), r"expected integers of shape \(2,\), one an image"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 3), int), r"expected integers of shape \(2,\), one an image"),
+        (np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, int), "no images"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 3]), "right number of classes"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.array([-1, 0]), "relabel from 0"),
+    ],
+)
+def test_arrays_that_are_no_dataset_are_refused_with_the_mend(
+    images: np.ndarray, labels: np.ndarray, mend: str
+) -> None:
+    with pytest.raises(UserError, match=f"^suspect: .*{mend}"):
+        make_dataset(images, labels, 3, "suspect")
+
+
+def test_labels_below_zero_are_refused_without_a_class_count() -> None:
+    with pytest.raises(UserError, match="relabel from 0"):
+        make_dataset(noise(2), np.array([-1, 0]))
+
+
+# The defender's share
+
+
+@settings(max_examples=10)
+@given(count=st.integers(1, 60), ratio=st.floats(0.05, 1.0))
+def test_clean_indices_are_exactly_as_many_as_asked_and_none_twice(count: int, ratio: float) -> None:
+    wanted = round(ratio * count)
+    if not wanted:
+        with pytest.raises(UserError, match="leaves none; take at least"):
+            clean_indices(jax.random.key(0), np.zeros(count, int), ratio, 1)
+        return
+    chosen = clean_indices(jax.random.key(0), np.zeros(count, int), ratio, 1)
+    assert len(chosen) == wanted
+    assert np.all(np.diff(chosen) > 0) and chosen[0] >= 0 and chosen[-1] < count
+
+
+@settings(max_examples=10)
+@given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=4), ratio=st.floats(0.01, 1.0))
+def test_a_stratified_share_takes_its_part_of_each_class_and_at_least_one(counts: list[int], ratio: float) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    chosen = clean_indices(jax.random.key(0), labels, ratio, len(counts), stratified=True)
+    assert np.all(np.diff(chosen) > 0)
+    assert np.bincount(labels[chosen]).tolist() == [max(1, round(ratio * count)) for count in counts]
+
+
+def test_clean_indices_follow_the_key(key: jax.Array) -> None:
+    labels = np.arange(60) % 3
+    for stratified in (False, True):
+        first, again, other = (clean_indices(k, labels, 0.2, 3, stratified) for k in (key, key, jax.random.key(9)))
+        np.testing.assert_array_equal(first, again)
+        assert first.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
+def test_a_ratio_outside_its_range_is_refused(key: jax.Array, ratio: float) -> None:
+    with pytest.raises(UserError, match="expected a share in"):
+        clean_indices(key, np.zeros(10, int), ratio, 1)
+
+
+@pytest.mark.parametrize(("labels", "classes", "empty"), [([0, 2, 2], 3, 1), ([0, 1], 3, 2)])
+def test_a_stratified_share_of_an_empty_class_is_refused(
+    key: jax.Array, labels: list[int], classes: int, empty: int
+) -> None:
+    with pytest.raises(UserError, match=f"class {empty} has no images.*set stratified to false"):
+        clean_indices(key, np.array(labels), 0.5, classes, stratified=True)
+
+
+# Sources
+
+
+def test_digits_are_scikit_learns_enlarged_and_in_order() -> None:
+    from sklearn.datasets import load_digits
+
+    raw, task = load_digits(), digits()
+    assert (task.train.images.shape, task.test.images.shape) == ((1400, 16, 16, 3), (397, 16, 16, 3))
+    images = np.concatenate([task.train.images, task.test.images])
+    assert np.all(images == images[..., :1])
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        np.testing.assert_array_equal(images[:, row::2, column::2, 0], np.rint(raw.images / 16 * 255))
+    np.testing.assert_array_equal(np.concatenate([task.train.labels, task.test.labels]), raw.target)
+    assert (task.num_classes, task.normalization, task.flip) == (10, "none", False)
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    entries = {
+        "train_images": noise(8),
+        "train_labels": np.arange(8) % 4,
+        "test_images": noise(4),
+        "test_labels": np.arange(4) % 3,
+        **changes,
+    }
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def test_an_npz_file_becomes_a_task(tmp_path: Path) -> None:
+    entries = arrays()
+    np.savez(tmp_path / "mine.npz", **entries)
+    task = load_task("mine.npz", root=tmp_path)
+    assert (task.name, task.num_classes, task.normalization, task.flip) == ("mine", 4, "none", False)
+    np.testing.assert_array_equal(task.train.images, entries["train_images"])
+    np.testing.assert_array_equal(task.train.labels, entries["train_labels"])
+    np.testing.assert_array_equal(task.test.images, entries["test_images"])
+    np.testing.assert_array_equal(task.test.labels, entries["test_labels"])
+
+
+def test_an_npz_file_names_classes_normalisation_and_flip(tmp_path: Path) -> None:
+    named = arrays(class_names=np.array(list("abcdef")), normalization=np.str_("cifar10"), flip=np.bool_(True))
+    np.savez_compressed(tmp_path / "mine.npz", **named)
+    task = npz_task(tmp_path / "mine.npz")
+    assert (task.num_classes, task.normalization, task.flip) == (6, "cifar10", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"test_images": None, "train_labels": None}, "lacks train_labels, test_images; it must hold"),
+        ({"train_images": np.zeros((8, 6, 6, 3), np.float32)}, "train: images are float32, expected uint8"),
+        ({"test_labels": np.zeros(4, np.float32)}, "test: labels are float32"),
+        ({"train_labels": np.array(["cat"] * 8)}, "train: labels are"),
+        ({"class_names": np.array(["a", "b"])}, "train: labels run from 0 to 3, expected 0 to 2 - 1"),
+        ({"test_labels": np.full(4, -2)}, "test: labels run from -2"),
+        ({"train_labels": np.array([{"a": 1}] * 8, dtype=object)}, "cannot be read as a plain .npz"),
+    ],
+    ids=["missing", "dtype", "labels_dtype", "labels_text", "too_few_classes", "negative", "pickled"],
+)
+def test_an_npz_file_with_other_contents_is_refused(tmp_path: Path, changes: dict[str, Any], mend: str) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays(**changes))
+    with pytest.raises(UserError, match=f"bad.npz.*{mend}"):
+        npz_task(tmp_path / "bad.npz")
+
+
+def damaged(kind: str) -> bytes:
+    whole, array = io.BytesIO(), io.BytesIO()
+    np.savez(whole, **arrays())
+    np.save(array, noise(1))
+    return {"empty": b"", "text": b"hello", "truncated": whole.getvalue()[:200], "npy": array.getvalue()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "npy"])
+def test_a_damaged_or_foreign_npz_file_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "bad.npz").write_bytes(damaged(kind))
+    with pytest.raises(UserError, match=r"bad\.npz"):
+        npz_task(tmp_path / "bad.npz")
+
+
+def test_a_file_that_is_not_there_and_an_unknown_source_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent.npz: no such file; give a .npz with train_images"):
+        load_task("absent.npz", root=tmp_path)
+    with pytest.raises(UserError, match="unknown data 'cifar'; give 'digits'"):
+        load_task("cifar")
+
+
+def test_part_of_a_task_is_drawn_by_the_seed_in_the_old_order(tmp_path: Path) -> None:
+    entries = arrays(train_images=noise(40), train_labels=np.arange(40) % 4)
+    np.savez(tmp_path / "mine.npz", **entries)
+    first, again, other = (load_task("mine.npz", 10, 3, seed, tmp_path) for seed in (1, 1, 2))
+    assert (len(first.train), len(first.test), first.num_classes) == (10, 3, 4)
+    np.testing.assert_array_equal(first.train.images, again.train.images)
+    assert not np.array_equal(first.train.images, other.train.images)
+    whole = [image.tobytes() for image in entries["train_images"]]
+    places = [whole.index(np.asarray(image).tobytes()) for image in first.train.images]
+    assert places == sorted(set(places))
+    np.testing.assert_array_equal(first.train.labels, entries["train_labels"][places])
+
+
+@pytest.mark.parametrize(("sizes", "field"), [((9, None), "train"), ((None, 5), "test"), ((0, None), "train")])
+def test_more_images_than_there_are_is_refused(
+    tmp_path: Path, sizes: tuple[int | None, int | None], field: str
+) -> None:
+    np.savez(tmp_path / "mine.npz", **arrays())
+    with pytest.raises(UserError, match=f"{field} images wanted, there are .*lower {field}_size"):
+        load_task("mine.npz", *sizes, root=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tfds_examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[np.ndarray, int]]]:
+    """What the TFDS data set `tiny_noise` holds; it lies prepared as array_record where TFDS looks for data."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    examples = {"train": [(noise(1)[0], n % 3) for n in range(7)], "test": [(noise(1)[0], n % 2) for n in range(3)]}
+
+    with tfds.core.registered.skip_registration():
+
+        class TinyNoise(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self) -> Any:
+                features = {
+                    "image": tfds.features.Image(shape=(6, 6, 3)),
+                    "label": tfds.features.ClassLabel(num_classes=3),
+                }
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+                return {split: self._generate_examples(split) for split in examples}
+
+            def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+                for number, (image, label) in enumerate(examples[split]):
+                    file = io.BytesIO()
+                    Image.fromarray(image).save(file, "PNG")
+                    yield number, {"image": file.getvalue(), "label": label}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyNoise(data_dir=folder, file_format="array_record").download_and_prepare()
+    tfds.core.add_data_dir(folder)
+    return examples
+
+
+@pytest.mark.parametrize("read", [tfds_task, lambda name: load_task(f"tfds:{name}")], ids=["tfds_task", "load_task"])
+def test_a_tfds_set_is_read_image_by_image(
+    tfds_examples: dict[str, list[tuple[np.ndarray, int]]], read: Callable[[str], Any]
+) -> None:
+    task = read("tiny_noise")
+    assert (task.name, task.num_classes, task.normalization, task.flip) == ("tiny_noise", 3, "none", False)
+    for split, examples in tfds_examples.items():
+        data = getattr(task, split)
+        got = [(np.asarray(image).tobytes(), int(label)) for image, label in zip(data.images, data.labels, strict=True)]
+        assert sorted(got) == sorted((image.tobytes(), label) for image, label in examples)
+
+
+def test_an_unknown_tfds_name_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"^tfds:no_such_set_at_all .*not found") as caught:
+        load_task("tfds:no_such_set_at_all")
+    assert "\n" not in str(caught.value)
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_random_crop_cuts_every_window_of_the_padded_image(key: jax.Array, channels: int) -> None:
+    images, pad, side = noise(60, channels=channels), 1, 6
+    crops = np.asarray(random_crop(key, jnp.asarray(images), pad))
+    assert crops.shape == images.shape and crops.dtype == np.uint8
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corners = set()
+    for crop, whole in zip(crops, padded, strict=True):
+        found = [
+            (row, column)
+            for row in range(2 * pad + 1)
+            for column in range(2 * pad + 1)
+            if np.array_equal(crop, whole[row : row + side, column : column + side])
+        ]
+        assert len(found) == 1
+        corners.update(found)
+    assert len(corners) == (2 * pad + 1) ** 2
+
+
+def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others(key: jax.Array) -> None:
+    images = noise(64)
+    out = np.asarray(Augment(flip=True)(key, jnp.asarray(images)))
+    same = np.all(out == images, axis=(1, 2, 3))
+    mirrored = np.all(out == images[:, :, ::-1], axis=(1, 2, 3))
+    assert np.all(same ^ mirrored)
+    assert 16 < mirrored.sum() < 48
+
+
+def test_brightness_scales_each_image_by_one_factor_in_range(key: jax.Array) -> None:
+    images = noise(40).astype(int)
+    out = np.asarray(Augment(brightness=0.4)(key, jnp.asarray(images, jnp.uint8)))
+    assert out.dtype == np.uint8
+    factors = []
+    for image, result in zip(images, out.astype(int), strict=True):
+        brightest = np.where(result < 255, image, 0).argmax()
+        factor = result.flat[brightest] / image.flat[brightest]
+        assert np.abs(result - np.clip(factor * image, 0, 255)).max() <= 1.5
+        factors.append(factor)
+    assert 0.58 < min(factors) < 0.75 and 1.25 < max(factors) < 1.42
+
+
+def test_contrast_scales_each_image_about_its_mean_grey(key: jax.Array) -> None:
+    images = RANDOM.integers(80, 176, (40, 6, 6, 3))
+    out = np.asarray(Augment(contrast=0.4)(key, jnp.asarray(images, jnp.uint8)))
+    assert out.dtype == np.uint8
+    factors = []
+    for image, result in zip(images, out.astype(int), strict=True):
+        grey = (image @ [0.299, 0.587, 0.114]).mean()
+        factor, offset = np.polyfit(image.ravel(), result.ravel(), 1)
+        assert np.abs(result - (grey + factor * (image - grey))).max() <= 1.0
+        assert offset == pytest.approx((1 - factor) * grey, abs=1.0)
+        factors.append(factor)
+    assert 0.58 < min(factors) < 0.75 and 1.25 < max(factors) < 1.42
+
+
+def test_contrast_of_grey_images_keeps_a_plain_one(key: jax.Array) -> None:
+    plain = jnp.full((5, 6, 6, 1), 77, jnp.uint8)
+    np.testing.assert_array_equal(Augment(contrast=0.9)(key, plain), plain)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [Augment(2), Augment(flip=True), Augment(brightness=2.0), Augment(contrast=2.0), Augment(2, True, 0.5, 0.5)],
+)
+def test_augmentation_follows_the_key_and_keeps_shape_and_dtype(key: jax.Array, augment: Augment) -> None:
+    images = jnp.asarray(noise(6))
+    first, again, other = augment(key, images), jax.jit(augment)(key, images), augment(jax.random.key(9), images)
+    assert first.shape == images.shape and first.dtype == jnp.uint8
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_no_augmentation_is_the_identity(key: jax.Array) -> None:
+    images = jnp.asarray(noise(3))
+    np.testing.assert_array_equal(Augment()(key, images), images)
+
+
+# Poisoning
+
+
+def invert(images: jax.Array) -> jax.Array:
+    return 255 - images
+
+
+@settings(max_examples=10)
+@given(rate=st.floats(0, 1), seed=st.integers(0, 3), kind=st.sampled_from(["all_to_one", "all_to_all"]))
+def test_poisoning_stamps_and_relabels_exactly_its_share_and_nothing_else(rate: float, seed: int, kind: Any) -> None:
+    clean = make_dataset(noise(30), np.arange(30) % 3, 3)
+    poisoned, indices = poison(jax.random.key(seed), clean, invert, LabelMap(kind, 3, target=1), rate)
+    assert len(indices) == round(rate * 30)
+    assert np.all(np.diff(indices) > 0) and set(indices) <= set(range(30))
+    want_images, want_labels = np.array(clean.images), np.array(clean.labels)
+    want_images[indices] = 255 - want_images[indices]
+    want_labels[indices] = 1 if kind == "all_to_one" else (want_labels[indices] + 1) % 3
+    np.testing.assert_array_equal(poisoned.images, want_images)
+    np.testing.assert_array_equal(poisoned.labels, want_labels)
+    assert (poisoned.images.dtype, poisoned.labels.dtype) == (clean.images.dtype, clean.labels.dtype)
+
+
+def test_poisoning_follows_the_key_and_draws_from_every_class(key: jax.Array) -> None:
+    clean = make_dataset(noise(60), np.arange(60) % 3, 3)
+    draws = [poison(k, clean, invert, LabelMap("all_to_one", 3), 0.5).indices for k in (key, key, jax.random.key(9))]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert draws[0].tolist() != draws[2].tolist()
+    assert set(np.asarray(clean.labels)[draws[0]]) == {0, 1, 2}
+
+
+def test_a_rate_of_zero_gives_the_clean_set(key: jax.Array, tiny_data: Dataset) -> None:
+    poisoned, indices = poison(key, tiny_data, invert, LabelMap("all_to_one", 3), 0.0)
+    assert indices.shape == (0,)
+    np.testing.assert_array_equal(poisoned.images, tiny_data.images)
+    np.testing.assert_array_equal(poisoned.labels, tiny_data.labels)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_a_poisoning_rate_outside_its_range_is_refused(key: jax.Array, tiny_data: Dataset, rate: float) -> None:
+    with pytest.raises(UserError, match=r"poisoning rate is .*such as 0\.1"):
+        poison(key, tiny_data, invert, LabelMap("all_to_one", 3), rate)
+
+
+@settings(max_examples=10)
+@given(classes=st.integers(2, 40))
+def test_all_to_all_is_a_permutation_without_fixed_points(classes: int) -> None:
+    labels = np.arange(classes)
+    label_map = LabelMap("all_to_all", classes)
+    mapped = np.asarray(label_map(jnp.asarray(labels)))
+    assert sorted(mapped) == labels.tolist() and np.all(mapped != labels)
+    assert np.all(label_map.attacked(jnp.asarray(labels)))
+
+
+def test_all_to_one_attacks_every_class_but_its_target() -> None:
+    label_map = LabelMap("all_to_one", 4, target=2)
+    labels = jnp.arange(4)
+    assert label_map(labels).tolist() == [2, 2, 2, 2]
+    assert label_map.attacked(labels).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_target_that_is_no_class_is_refused(target: int) -> None:
+    with pytest.raises(UserError, match=f"target class {target} does not exist; the data have classes 0 to 2"):
+        LabelMap("all_to_one", 3, target)
+
+
+def test_an_unknown_label_map_is_refused() -> None:
+    with pytest.raises(UserError, match="everything"):
+        LabelMap("everything", 3)  # type: ignore[arg-type]
+
+
+# Chunked passes
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 2), (6, 3), (7, 7), (7, 10), (10, 3), (11, 10)])
+def test_map_chunks_is_the_function_applied_at_once(count: int, size: int) -> None:
+    x, y = jnp.asarray(RANDOM.standard_normal((count, 2))), jnp.arange(count)
+
+    def function(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+        return {"sum": x.sum(1) + y, "outer": x[:, :, None] * x[:, None], "small": x < 0}
+
+    got, want = map_chunks(function, x, y, size=size), function(x, y)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    jitted = jax.jit(lambda x, y: map_chunks(function, x, y, size=size))(x, y)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jitted, want)
+
+
+def test_map_chunks_never_hands_over_more_than_its_size() -> None:
+    seen = []
+
+    def function(x: jax.Array) -> jax.Array:
+        seen.append(x.shape[0])
+        return x
+
+    map_chunks(function, jnp.arange(23), size=5)
+    assert set(seen) == {5}

@@ -1,0 +1,463 @@
+"""Experiments in miniature: rows by the contract, twins, resuming, folders refused, and what is checked first."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backdoor_jax import (
+    BadNets,
+    Blended,
+    Classifier,
+    D3Config,
+    FineTuneConfig,
+    NonFiniteError,
+    PadFtConfig,
+    TacConfig,
+    TrainConfig,
+    UserError,
+)
+from backdoor_jax import (
+    experiment as runner,
+)
+from backdoor_jax.experiment import (
+    AttackEntry,
+    DataConfig,
+    DefenseEntry,
+    Experiment,
+    ModelConfig,
+    Row,
+    read_rows,
+    run_experiment,
+)
+from backdoor_jax.models import MODELS, Architecture
+
+CONTRACT = (
+    "experiment", "dataset", "model", "attack", "poison_rate", "defense", "clean_ratio", "data_used", "n_used", "seed",
+    "acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before",
+    "target", "seconds", "compile_seconds", "device", "versions", "config", "info",
+)  # fmt: skip
+"""Fields of a results row, as docs and reports rely on them."""
+RATES = ("acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before")
+BADNETS = AttackEntry("badnets", BadNets(target=1))
+FINETUNE = DefenseEntry("finetune", "finetune", FineTuneConfig(steps=2))
+DEFENSES = (
+    DefenseEntry("pad_ft", "pad_ft", PadFtConfig(per_class=2, bound_epochs=2, tune_epochs=2)),
+    FINETUNE,
+    DefenseEntry("tac_detected", "tac", TacConfig(steps=2)),
+    DefenseEntry("tac_smallest", "tac", TacConfig(target="smallest", steps=2)),
+    DefenseEntry("tac_known", "tac", TacConfig(steps=2), known_target=True),
+)
+SMALL = Experiment(
+    "small",
+    (BADNETS,),
+    (FINETUNE,),
+    DataConfig("digits", train_size=96, test_size=48),
+    ModelConfig("tiny", width=16),
+    TrainConfig(epochs=1),
+    clean_ratio=0.5,
+)
+WHOLE = dataclasses.replace(SMALL, defenses=DEFENSES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model(tiny_classifier: Classifier) -> Iterator[None]:
+    """The suite's smallest network by a name of its own; most of the time would go into compiling a larger one."""
+    network = type(tiny_classifier.network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", Architecture(lambda classes, width: network(classes, width), "one layer"))
+        yield
+
+
+def run(experiment: Experiment, out: Path, **options: Any) -> list[Row]:
+    return run_experiment(experiment, out, **{"report": lambda line: None, **options})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of all defences; copy it to change it."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(WHOLE, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of fine-tuning alone."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    run(SMALL, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(done: Path) -> list[Row]:
+    return read_rows(done / "results.jsonl")
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a victim was trained")
+
+    monkeypatch.setattr(runner, "train", refuse)
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def lasting(rows: list[Row]) -> list[Row]:
+    """What must be the same wherever and whenever an experiment is run."""
+    return [
+        {name: row[name] for name in CONTRACT if name not in ("seconds", "compile_seconds", "info")} for row in rows
+    ]
+
+
+def models(rows: list[Row]) -> list[tuple[str, int, str]]:
+    return [(row["attack"], row["seed"], row["defense"]) for row in rows]
+
+
+# Rows
+
+
+def test_every_victim_and_twin_meets_every_defence_in_order(rows: list[Row]) -> None:
+    labels = [entry.label for entry in DEFENSES]
+    with_oracle = [("badnets", 0, label) for label in ["none", *labels]]
+    without = [("none", 0, label) for label in ["none", *labels] if label != "tac_known"]
+    assert models(rows) == with_oracle + without
+
+
+def test_rows_have_the_contracts_fields_and_no_others(rows: list[Row]) -> None:
+    for row in rows:
+        assert sorted(row) == sorted(CONTRACT)
+
+
+def test_rates_are_shares_and_a_twin_has_none_but_accuracy(rows: list[Row]) -> None:
+    for row in rows:
+        for name in RATES:
+            if row["attack"] == "none" and not name.startswith("acc"):
+                assert row[name] is None
+            else:
+                assert 0 <= row[name] <= 1
+        assert row["poison_rate"] == (0.1 if row["attack"] == "badnets" else 0)
+
+
+def test_der_follows_from_the_rates_of_the_row(rows: list[Row]) -> None:
+    for row in rows:
+        if row["attack"] == "badnets":
+            gain, loss = (max(0, row[f"{name}_before"] - row[name]) for name in ("asr", "acc"))
+            assert row["der"] == pytest.approx((gain - loss + 1) / 2, abs=1e-5)
+
+
+def test_rows_before_a_repair_repeat_the_victims_own(rows: list[Row]) -> None:
+    own = {row["attack"]: row for row in rows if row["defense"] == "none"}
+    for row in rows:
+        for name in ("acc", "asr", "ra"):
+            assert row[f"{name}_before"] == own[row["attack"]][name]
+
+
+def test_rows_say_which_data_a_defence_had(rows: list[Row]) -> None:
+    used = {row["defense"]: (row["data_used"], row["n_used"], row["clean_ratio"]) for row in rows}
+    assert used == {
+        "none": ("nothing", 0, 0.0),
+        "pad_ft": ("training_set", 96, 0.0),
+        **dict.fromkeys(("finetune", "tac_detected", "tac_smallest", "tac_known"), ("clean", 48, 0.5)),
+    }
+
+
+def test_an_oracle_is_told_the_attackers_class_and_says_so(rows: list[Row]) -> None:
+    known, smallest = (next(row for row in rows if row["defense"] == label) for label in ("tac_known", "tac_smallest"))
+    assert (known["target"], known["info"]["oracle"], known["config"]["defense"]["target"]) == (1, True, 1)
+    assert smallest["info"]["oracle"] is False
+    norms = np.array(smallest["info"]["scan"]["per_sample"], np.float64)
+    assert smallest["target"] == np.nanargmin(norms)
+
+
+def test_purification_is_judged_against_the_poison_it_did_not_see(rows: list[Row]) -> None:
+    found = {row["attack"]: row["info"] for row in rows if row["defense"] == "pad_ft"}
+    assert 0 <= found["badnets"]["purified_poisoned"] <= 10
+    assert found["none"]["purified_poisoned"] == 0
+    assert all("purified_indices" not in info and info["purified"] == 20 for info in found.values())
+
+
+def test_a_defence_that_comes_to_the_same_settings_shares_the_repair(tmp_path: Path) -> None:
+    again = DefenseEntry("again", "finetune", FINETUNE.config)
+    rows = run(dataclasses.replace(SMALL, defenses=(FINETUNE, again)), tmp_path / "out")
+    first, second = (next(row for row in rows if row["defense"] == label) for label in ("finetune", "again"))
+    assert second["info"]["same_repair_as"] == "finetune"
+    assert [second[name] for name in RATES] == [first[name] for name in RATES]
+    assert second["seconds"] == first["seconds"]
+
+
+def test_rows_survive_json(done: Path, rows: list[Row], no_training: None) -> None:
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert [json.loads(line) for line in (done / "results.jsonl").read_text().splitlines()] == rows
+
+
+def test_rows_given_back_are_those_written(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(SMALL, out) == read_rows(out / "results.jsonl")
+
+
+def test_lines_told_are_those_of_the_rows(tmp_path: Path) -> None:
+    told: list[str] = []
+    rows = run(SMALL, tmp_path / "out", report=told.append)
+    assert told == [runner.line(row) for row in rows]
+
+
+def test_nothing_half_written_is_left(done: Path) -> None:
+    assert not [path for path in done.rglob("*") if "partial" in path.name]
+    assert {path.name for path in done.iterdir()} == {"results.jsonl", "experiment.json", "victims", "examples"}
+
+
+# Going on where it was
+
+
+def test_running_again_does_nothing_new(done: Path, rows: list[Row], no_training: None, tmp_path: Path) -> None:
+    before = snapshot(done)
+    told: list[str] = []
+    assert run(WHOLE, done, report=told.append) == rows
+    assert told == []
+    assert snapshot(done) == before
+
+
+def test_another_folder_comes_to_the_same_rows(small: Path, tmp_path: Path) -> None:
+    assert lasting(run(SMALL, tmp_path / "out")) == lasting(read_rows(small / "results.jsonl"))
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_lost_rows_come_back_the_same_from_the_victims_kept(
+    done: Path, rows: list[Row], no_training: None, tmp_path: Path, lost: int
+) -> None:
+    out = copied(done, tmp_path)
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(lines[:-lost]))
+    again = run(WHOLE, out)
+    assert again[:-lost] == rows[:-lost]
+    assert lasting(again) == lasting(rows)
+
+
+def test_a_run_killed_after_two_rows_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    told: list[str] = []
+
+    def die(line: str) -> None:
+        told.append(line)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, out, report=die)
+    kept = read_rows(out / "results.jsonl")
+    assert models(kept) == [("badnets", 0, "none"), ("badnets", 0, "finetune")]
+
+    names: list[str] = []
+    original = runner.train
+    monkeypatch.setattr(runner, "train", lambda *a, **k: names.append(k["name"]) or original(*a, **k))
+    rows = run(SMALL, out)
+    assert names == ["none-0"]
+    assert rows[:2] == kept
+    assert lasting(rows) == lasting(read_rows(small / "results.jsonl"))
+
+
+def test_a_run_told_not_to_proceed_stops_there_and_goes_on_another_time(small: Path, tmp_path: Path) -> None:
+    answers = iter([True, True, False])
+    rows = run(SMALL, tmp_path / "out", proceed=lambda: next(answers))
+    assert models(rows) == [("badnets", 0, "none"), ("badnets", 0, "finetune")]
+    assert rows == read_rows(tmp_path / "out" / "results.jsonl")
+    assert lasting(run(SMALL, tmp_path / "out")) == lasting(read_rows(small / "results.jsonl"))
+
+
+def test_a_run_killed_between_a_victims_weights_and_its_time_goes_on(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path)
+    (out / "results.jsonl").unlink()
+    (out / "victims" / "none-0" / "timing.json").unlink()
+    assert lasting(run(SMALL, out)) == lasting(read_rows(small / "results.jsonl"))
+
+
+def test_a_broken_line_of_results_is_named(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path)
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join([*lines[:2], lines[2][:40] + "\n", *lines[3:]]))
+    with pytest.raises(UserError, match=r"results\.jsonl: line 3 is not JSON"):
+        run(SMALL, out)
+
+
+# Folders
+
+
+CHANGES: dict[str, Callable[[Experiment], Experiment]] = {
+    "name": lambda e: dataclasses.replace(e, name="other"),
+    "data": lambda e: dataclasses.replace(e, data=DataConfig("digits", train_size=95, test_size=48)),
+    "model": lambda e: dataclasses.replace(e, model=ModelConfig("tiny", width=8)),
+    "victim": lambda e: dataclasses.replace(e, victim=TrainConfig(epochs=2)),
+    "clean_ratio": lambda e: dataclasses.replace(e, clean_ratio=0.25),
+    "stratified": lambda e: dataclasses.replace(e, stratified=True),
+    "'badnets'": lambda e: dataclasses.replace(e, attacks=(AttackEntry("badnets", BadNets(rate=0.2, target=1)),)),
+    "'finetune'": lambda e: dataclasses.replace(e, defenses=(DefenseEntry("finetune", "d3", D3Config(steps=2)),)),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_the_folder_of_another_experiment_is_refused_and_left_as_it_was(
+    small: Path, no_training: None, part: str
+) -> None:
+    before = snapshot(small)
+    with pytest.raises(UserError, match=part) as caught:
+        run(CHANGES[part](SMALL), small)
+    assert str(small) in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(small) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "victims"])
+def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path: Path, no_training: None, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(UserError, match="not the folder of an experiment; give another --out"):
+        run(SMALL, out)
+    assert snapshot(out) == {name: b"mine"}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"name": "other"}'])
+def test_a_folder_with_a_foreign_experiment_file_is_refused(tmp_path: Path, no_training: None, content: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "experiment.json").write_text(content)
+    with pytest.raises(UserError, match="--out"):
+        run(SMALL, out)
+    assert snapshot(out) == {"experiment.json": content.encode()}
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path, no_training: None) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="--out"):
+        run(SMALL, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_empty_folder_is_used(tmp_path: Path) -> None:
+    assert len(run(dataclasses.replace(SMALL, defenses=()), tmp_path)) == 2
+
+
+def test_a_seed_and_a_defence_may_be_added(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path)
+    kept = read_rows(out / "results.jsonl")
+    harder = DefenseEntry("harder", "finetune", FineTuneConfig(steps=3))
+    rows = run(dataclasses.replace(SMALL, defenses=(FINETUNE, harder), seeds=(0, 1)), out)
+    assert rows[:4] == kept
+    assert set(models(rows)) == {
+        (attack, seed, defense)
+        for attack in ("badnets", "none")
+        for seed in (0, 1)
+        for defense in ("none", "finetune", "harder")
+    }
+    assert len(rows) == 12
+    by_model = {(row["attack"], row["seed"], row["defense"]): row for row in rows}
+    assert by_model["badnets", 0, "harder"]["acc_before"] == by_model["badnets", 0, "none"]["acc"]
+    assert run(SMALL, out) == rows
+    with pytest.raises(UserError, match="'harder'"):
+        run(dataclasses.replace(SMALL, defenses=(DefenseEntry("harder", "finetune", FineTuneConfig(steps=4)),)), out)
+
+
+# What is wrong
+
+
+def npz(path: Path, labels: int, classes: int) -> str:
+    """Noise in the shapes of `SMALL`, so that nothing is compiled for it."""
+    images = np.random.default_rng(0).integers(0, 256, (144, 16, 16, 3), dtype=np.uint8)
+    marks = np.arange(144) % labels
+    names = [f"class {number}" for number in range(classes)]
+    np.savez(
+        path,
+        train_images=images[:96],
+        train_labels=marks[:96],
+        test_images=images[96:],
+        test_labels=marks[96:],
+        class_names=names,
+    )
+    return str(path)
+
+
+def with_attack(attack: Any) -> Experiment:
+    return dataclasses.replace(SMALL, attacks=(AttackEntry("badnets", attack),))
+
+
+def with_data(data: DataConfig) -> Experiment:
+    return dataclasses.replace(SMALL, data=data)
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[Path], Experiment], str]] = {
+    "missing file": (lambda tmp: with_data(DataConfig("nowhere.npz")), r"nowhere\.npz: no such file"),
+    "unknown source": (lambda tmp: with_data(DataConfig("imagenet")), "unknown data 'imagenet'"),
+    "too many images": (lambda tmp: with_data(DataConfig("digits", train_size=2000)), "lower train_size"),
+    "label out of range": (
+        lambda tmp: with_data(DataConfig(npz(tmp / "data.npz", labels=5, classes=3))),
+        "labels run from 0 to 4, expected 0 to 3 - 1",
+    ),
+    "unknown model": (lambda tmp: dataclasses.replace(SMALL, model=ModelConfig("vgg19")), "unknown model 'vgg19'"),
+    "target out of range": (lambda tmp: with_attack(BadNets(target=10)), "target class 10 does not exist"),
+    "patch larger than images": (lambda tmp: with_attack(BadNets(size=17)), "larger than the 16x16 images"),
+    "picture that is missing": (lambda tmp: with_attack(Blended(image="nowhere.png")), r"nowhere\.png"),
+    "told target out of range": (
+        lambda tmp: dataclasses.replace(SMALL, defenses=(DefenseEntry("tac", "tac", TacConfig(target=10)),)),
+        "TacConfig.target is 10",
+    ),
+    "clean share of nothing": (lambda tmp: dataclasses.replace(SMALL, clean_ratio=0.001), "leaves none"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_the_data_rule_out_is_refused_before_any_training(tmp_path: Path, no_training: None, case: str) -> None:
+    make, expected = IMPOSSIBLE[case]
+    with pytest.raises(UserError, match=expected):
+        run(make(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_relative_data_path_starts_at_the_root_given(tmp_path: Path) -> None:
+    npz(tmp_path / "data.npz", labels=10, classes=10)
+    experiment = dataclasses.replace(with_data(DataConfig("data.npz")), defenses=())
+    assert [row["dataset"] for row in run(experiment, tmp_path / "out", root=tmp_path)] == ["data", "data"]
+
+
+def test_a_victim_that_diverges_is_an_error_and_never_a_row(tmp_path: Path) -> None:
+    experiment = dataclasses.replace(SMALL, victim=TrainConfig(epochs=4, batch_size=16, learning_rate=1e30))
+    with pytest.raises(NonFiniteError, match="badnets-0"):
+        run(experiment, tmp_path / "out")
+    assert read_rows(tmp_path / "out" / "results.jsonl") == []
+
+
+def test_a_repair_that_diverges_is_an_error_and_leaves_the_rows_before_it(tmp_path: Path) -> None:
+    wild = DefenseEntry("wild", "finetune", FineTuneConfig(steps=4, batch_size=8, learning_rate=1e30))
+    with pytest.raises(NonFiniteError, match="finetune"):
+        run(dataclasses.replace(SMALL, defenses=(FINETUNE, wild)), tmp_path / "out")
+    assert models(read_rows(tmp_path / "out" / "results.jsonl")) == [("badnets", 0, "none"), ("badnets", 0, "finetune")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attacks": (BADNETS, BADNETS)}, "'badnets' is taken"),
+        ({"defenses": (FINETUNE, FINETUNE)}, "'finetune' is taken"),
+        ({"attacks": (AttackEntry("none", BadNets()),)}, "'none' is taken"),
+        ({"attacks": ()}, "attacks is ()"),
+        ({"seeds": ()}, "seeds is ()"),
+        ({"clean_ratio": 0.0}, "clean_ratio is 0"),
+    ],
+)
+def test_an_experiment_that_makes_no_sense_cannot_be_made(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(SMALL, **changes)
+    assert named in str(caught.value)
