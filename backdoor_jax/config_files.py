@@ -40,7 +40,7 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an experiment in YAML, such as those in configs/")
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(document, dict):
@@ -49,7 +49,11 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         name, separator, value = override.partition("=")
         if not separator or not name:
             raise UserError(f"override {override!r} is not key=value, such as victim.epochs=2")
-        _override(document, name.split("."), yaml.safe_load(value), override)
+        try:
+            plain = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not YAML ({' '.join(str(error).split())})") from error
+        _override(document, name.split("."), plain, override)
     return parse_experiment(document, str(path))
 
 
@@ -93,6 +97,8 @@ def check(kind: type[Any], values: Any, where: str) -> Any:
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = ", ".join(field.name for field in dataclasses.fields(kind))
             raise UserError(f"{where}: unknown key {key!r}; known are {known}") from errors
+        if first["type"] in ("missing", "missing_argument"):
+            raise UserError(f"{where}: {key}: missing; give it a value") from errors
         joint = "." if ": " in where else ": "
         raise UserError(f"{where}{joint}{key}: {first['msg']} (got {first['input']!r})") from errors
     except UserError as error:
@@ -112,6 +118,8 @@ def _defense(entry: Any, where: str) -> DefenseEntry:
         raise UserError(f"{where}: known_target must be true or false, and only a method with a target takes it")
     preset = settings.pop("preset", None)
     if preset is not None:
+        if not isinstance(preset, str):
+            raise UserError(f"{where}: preset {preset!r} must be a name")
         if not hasattr(kind, "preset"):
             raise UserError(f"{where}: {name} has no presets; leave the key out")
         try:
@@ -130,8 +138,8 @@ def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dic
     label = settings.pop("label", name)
     if name not in known:
         raise UserError(f"{where}: unknown name {name!r}; known are {', '.join(known)}")
-    if not isinstance(label, str):
-        raise UserError(f"{where}: label {label!r} must be text")
+    if not isinstance(label, str) or not label or label.startswith(".") or set(label) & set("/\\"):
+        raise UserError(f"{where}: label {label!r} must be text that can name a file")
     return name, label, settings
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from backdoor_jax.attacks import ATTACKS, Attack
 from backdoor_jax.config import Config
-from backdoor_jax.data import Dataset, LabelMap, Task, Trigger, clean_indices, load_task
+from backdoor_jax.data import Dataset, LabelMap, Task, Trigger, clean_indices, load_task, poison_count
 from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import UserError
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
@@ -87,6 +87,17 @@ class DefenseEntry(Config):
     defense: str
     config: Config
     known_target: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.defense in DEFENSES, "defense", f"one of {', '.join(DEFENSES)}")
+        kind = DEFENSES[self.defense].config
+        self.require(isinstance(self.config, kind), "config", f"a {kind.__name__}")
+        self.require(not self.known_target or hasattr(self.config, "target"), "known_target", "False for this method")
+
+    def applies(self, attack: Attack | None) -> bool:
+        """Whether there is anything to run: an oracle needs an attack with one target class."""
+        return not self.known_target or (attack is not None and attack.labels == "all_to_one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +204,7 @@ def run_experiment(
     """
     task = load_task(experiment.data.source, experiment.data.train_size, experiment.data.test_size, root=root)
     classifier = build_classifier(experiment.model.name, task.num_classes, experiment.model.width, task.normalization)
-    for attack in experiment.attacks:
-        attack.attack.label_map(task.num_classes)
+    _check(experiment, task)
     _claim(experiment, out)
     rows = read_rows(out / "results.jsonl")
 
@@ -208,7 +218,7 @@ def run_experiment(
         for entry in attacks:
             label = entry.label if entry else "none"
             done = {row["defense"] for row in rows if (row["attack"], row["seed"]) == (label, seed)}
-            wanted = [d for d in experiment.defenses if entry or not d.known_target]
+            wanted = [d for d in experiment.defenses if d.applies(entry.attack if entry else None)]
             missing = [d for d in wanted if d.label not in done]
             if not missing and "none" in done:
                 continue
@@ -225,12 +235,36 @@ def run_experiment(
     return rows
 
 
+def _check(experiment: Experiment, task: Task) -> None:
+    """Finds what the data rule out before anything is trained or written."""
+    height, width, channels = task.train.images.shape[1:]
+    for entry in experiment.attacks:
+        entry.attack.label_map(task.num_classes)
+        poison_count(entry.attack.rate, len(task.train))
+        entry.attack.trigger(jax.random.key(0), (height, width, channels))
+    labels = np.asarray(task.train.labels)
+    if any(DEFENSES[entry.defense].needs == "clean" for entry in experiment.defenses):
+        clean_indices(jax.random.key(0), labels, experiment.clean_ratio, task.num_classes, experiment.stratified)
+    for defense in experiment.defenses:
+        target = getattr(defense.config, "target", None)
+        if isinstance(target, int) and target >= task.num_classes:
+            raise UserError(
+                f"{defense.label}: {type(defense.config).__name__}.target is {target}, "
+                f"but the data have classes 0 to {task.num_classes - 1}"
+            )
+
+
 def _claim(experiment: Experiment, out: Path) -> None:
     """Marks a folder as this experiment's, or refuses one that holds another; entries and seeds may be added."""
     described = describe(experiment)
     path = out / "experiment.json"
     if path.is_file():
-        earlier = json.loads(path.read_text())
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(f"{path} is not an experiment's; give another --out")
         for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
             if earlier.get(part) != described[part]:
                 raise UserError(
@@ -244,7 +278,10 @@ def _claim(experiment: Experiment, out: Path) -> None:
             described[part] = {**earlier.get(part, {}), **described[part]}
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not the folder of an experiment; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}); give another --out") from error
     _write(path, json.dumps(described, indent=1))
 
 
@@ -425,8 +462,9 @@ def line(row: Row) -> str:
     """A row in a line, for the terminal.
 
     Example:
-        >>> line({"attack": "badnets", "seed": 0, "defense": "d3", "acc": 0.9, "asr": 0.01, "ra": 0.8, "der": None,
-        "seconds": 2}) 'badnets-0      d3               ACC  90.0  ASR   1.0  RA  80.0  DER     -  2.0 s'
+        >>> rates = {"acc": 0.9, "asr": 0.01, "ra": 0.8, "der": None}
+        >>> line({"attack": "badnets", "seed": 0, "defense": "d3", **rates, "seconds": 2})
+        'badnets-0      d3               ACC  90.0  ASR   1.0  RA  80.0  DER     -  2.0 s'
     """
     rates = "  ".join(
         f"{name.upper()} {'    -' if row[name] is None else f'{100 * row[name]:5.1f}'}"
@@ -443,10 +481,13 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         return []
-    try:
-        return [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg}); mend or remove the file") from error
+    rows = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(text)] if text.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error.msg}); mend or remove the file") from error
+    return rows
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -462,7 +503,7 @@ def _plain(value: Any) -> Any:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -2,7 +2,7 @@
 
 from backdoor_jax.data.augment import Augment, random_crop
 from backdoor_jax.data.dataset import Dataset, Task, clean_indices, make_dataset
-from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, poison
+from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, poison, poison_count
 from backdoor_jax.data.sources import digits, load_task, npz_task, tfds_task
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "make_dataset",
     "npz_task",
     "poison",
+    "poison_count",
     "random_crop",
     "tfds_task",
 ]

@@ -63,6 +63,24 @@ class Poisoned(NamedTuple):
     indices: np.ndarray
 
 
+def poison_count(rate: float, images: int) -> int:
+    """How many of the training images a rate poisons.
+
+    Raises:
+        UserError: for a rate outside [0, 1], or one above 0 that poisons none.
+
+    Example:
+        >>> poison_count(0.1, 1400)
+        140
+    """
+    if not 0 <= rate <= 1:
+        raise UserError(f"poisoning rate is {rate}, expected a share in [0, 1], such as 0.1")
+    count = round(rate * images)
+    if rate and not count:
+        raise UserError(f"poisoning rate {rate} of {images} images poisons none; give at least {1 / images:.2g}")
+    return count
+
+
 def poison(key: jax.Array, data: Dataset, trigger: Trigger, labels: LabelMap, rate: float) -> Poisoned:
     """Stamps the trigger on a share of the training images and relabels them.
 
@@ -86,9 +104,7 @@ def poison(key: jax.Array, data: Dataset, trigger: Trigger, labels: LabelMap, ra
         >>> len(poisoned.indices)
         140
     """
-    if not 0 <= rate <= 1:
-        raise UserError(f"poisoning rate is {rate}, expected a share in [0, 1], such as 0.1")
-    count = round(rate * len(data))
+    count = poison_count(rate, len(data))
     indices = np.sort(np.asarray(jax.random.permutation(key, len(data))[:count]))
     if not count:
         return Poisoned(data, indices)

@@ -106,6 +106,7 @@ class PadConfig(Config):
         self.require(self.per_class is None or self.per_class > 0, "per_class", "at least 1 image, or null")
         self.require(self.alpha >= 0, "alpha", "0 or more")
         self.require(self.log_zero < 0, "log_zero", "a negative number")
+        self.require(self.places is None or len(self.places) > 0, "places", "at least one path, or null for all")
         self.require(self.bound_epochs > 0, "bound_epochs", "at least 1")
         self.require(self.bound_batch_size > 0, "bound_batch_size", "at least 1")
         self.require(self.bound_learning_rate > 0, "bound_learning_rate", "a positive number")
@@ -257,7 +258,9 @@ class BoundStep:
 
         (loss, accuracy), gradient = jax.value_and_grad(objective, has_aux=True)(state.variables)
         updates, optimizer = optax.adam(constants["rate"]).update(gradient, state.optimizer)
-        bounds = jax.tree.map(lambda b: jnp.maximum(b, 0), optax.apply_updates(state.variables, updates))
+        moved = optax.apply_updates(state.variables, updates)
+        # Above a channel's maximum only the norm changes, and where they are equal `minimum` has half a gradient.
+        bounds = jax.tree.map(lambda bound, largest: jnp.clip(bound, 0, largest), moved, constants["largest"])
         return State(state.step + 1, bounds, optimizer), {"loss": loss, "accuracy": accuracy}
 
 
@@ -303,7 +306,12 @@ def bound_activations(
             BoundStep(classifier),
             state,
             known,
-            {"victim": variables, "weight": jnp.float32(weight), "rate": rate},
+            {
+                "victim": variables,
+                "weight": jnp.float32(weight),
+                "rate": rate,
+                "largest": bounds,
+            },
             epochs=until,
             batch_size=config.bound_batch_size,
             name="pad_ft bounds",
@@ -313,7 +321,7 @@ def bound_activations(
             weight *= config.bound_factor if accurate >= config.bound_accuracy else 1 / config.bound_factor
             weights.append(weight)
     ratio = [
-        float(jnp.mean(b / jnp.maximum(a, 1e-9)))
+        float(jnp.sum(b) / jnp.maximum(jnp.sum(a), 1e-9))
         for a, b in zip(*map(jax.tree.leaves, (bounds, state.variables)), strict=True)
     ]
     done = {
@@ -323,17 +331,18 @@ def bound_activations(
         "bound_to_maximum": float(np.mean(ratio)),
         "bounded_rectifiers": len(ratio),
     }
-    return {**variables, "bounds": state.variables}, done
+    return {**variables, "bounds": _overlay(variables.get("bounds", {}), state.variables)}, done
+
+
+@jax.jit
+def _largest_of_chunk(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
+    return classifier.activations(variables, images)
 
 
 def _largest_activations(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
-    @jax.jit
-    def chunk(variables: Variables, images: jax.Array) -> Any:
-        return classifier.activations(variables, images)
-
     size = min(500, images.shape[0])
     starts = [min(at, images.shape[0] - size) for at in range(0, images.shape[0], size)]
-    parts = [chunk(variables, images[at : at + size]) for at in starts]
+    parts = [_largest_of_chunk(classifier, variables, images[at : at + size]) for at in starts]
     return jax.tree.map(lambda *values: jnp.max(jnp.stack(values), 0), *parts)
 
 
@@ -350,6 +359,13 @@ def _keep(bounds: Any, places: tuple[str, ...] | None, at: tuple[str, ...] = ())
         return bounds if "/".join(at) in places else None
     kept = {name: _keep(inner, places, (*at, name)) for name, inner in bounds.items()}
     return {name: inner for name, inner in kept.items() if inner} or None
+
+
+def _overlay(old: Any, new: Any) -> Any:
+    """The old tree of bounds with the new ones put in."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{name: _overlay(old.get(name), inner) for name, inner in new.items()}}
 
 
 @dataclasses.dataclass(frozen=True)

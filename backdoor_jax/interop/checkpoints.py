@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from backdoor_jax.errors import UserError
 
@@ -41,11 +42,11 @@ class Checkpoints:
 
 
 def save_tree(folder: Path, tree: Any) -> None:
-    """Writes a tree of arrays to a new folder, all of it or nothing."""
+    """Writes a tree of arrays to a folder, all of it or nothing; what the folder held before goes."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), tree)
+        checkpointer.save(folder.absolute(), tree, force=True)
 
 
 def load_tree(folder: Path, like: Any) -> Any:
@@ -64,9 +65,11 @@ def load_tree(folder: Path, like: Any) -> Any:
         raise UserError(f"{folder}: no such checkpoint folder")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), like)
+            tree = checkpointer.restore(folder.absolute(), like)
     except Exception as error:  # Orbax and its backends raise many kinds.
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{folder}: does not hold the model expected ({line}); give the model, width and classes it was saved with"
         ) from error
+    # Orbax pins arrays to a device, which would compile everything once more than for arrays that are not.
+    return jax.tree.map(jnp.asarray, jax.device_get(tree))

@@ -81,9 +81,9 @@ class ReLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rectified ``x``, clipped where there is a bound."""
         x = nn.relu(x)
+        if self.has_variable("bounds", "upper"):
+            x = jnp.minimum(x, self.get_variable("bounds", "upper"))
         if self.is_mutable_collection("activations"):
             largest = jnp.max(x, axis=tuple(range(x.ndim - 1)))
             self.sow("activations", "upper", largest, reduce_fn=jnp.maximum, init_fn=lambda: jnp.zeros(x.shape[-1]))
-        if self.has_variable("bounds", "upper"):
-            x = jnp.minimum(x, self.get_variable("bounds", "upper"))
         return x

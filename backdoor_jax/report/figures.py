@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -12,6 +13,10 @@ from backdoor_jax.report.table import Row, summarize
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#4d4d4d", "#b5b500", "#7f3fbf")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+# Labels are the user's, and a dollar sign in one is no formula.
+matplotlib.rcParams["text.parse_math"] = False
 
 
 def embed(figure: Figure) -> str:

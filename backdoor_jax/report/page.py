@@ -87,6 +87,6 @@ def write_page(rows: list[Row], folder: Path) -> Path:
     """Writes ``report.html`` into an experiment's folder, whole or not at all."""
     path = folder / "report.html"
     partial = folder / "report.html.partial"
-    partial.write_text(render(rows, folder))
+    partial.write_text(render(rows, folder), encoding="utf-8")
     os.replace(partial, path)
     return path

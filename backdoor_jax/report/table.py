@@ -95,6 +95,7 @@ def print_table(rows: list[Row]) -> None:
     """Prints the table to the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="What each defence did to each model")
     for column in COLUMNS:
@@ -104,7 +105,7 @@ def print_table(rows: list[Row]) -> None:
         if last not in (None, summary.attack):
             table.add_section()
         last = summary.attack
-        table.add_row(*cells(summary))
+        table.add_row(*map(Text, cells(summary)))
     console = Console()
     Console(width=max(console.width, 130)).print(table)
 
@@ -117,4 +118,4 @@ def markdown(rows: list[Row]) -> str:
         True
     """
     lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, summarize(rows))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
