@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from backdoor_jax import ATTACKS, Attack, BadNets, Blended, Dataset, UserError
 from backdoor_jax.attacks import random_pattern
 
-RANDOM = np.random.default_rng(6)
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 SHAPES = st.sampled_from([(8, 8, 3), (8, 10, 1), (9, 7, 3)])
 
 
 def noise(*shape: int) -> np.ndarray:
-    return RANDOM.integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
 
 
 def stamped(images: np.ndarray, patch: np.ndarray, corner: str) -> np.ndarray:

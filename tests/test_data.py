@@ -20,7 +20,8 @@ RANDOM = np.random.default_rng(5)
 
 
 def noise(count: int, side: int = 6, channels: int = 3) -> np.ndarray:
-    return RANDOM.integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+    shape = (count, side, side, channels)
+    return np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
 
 
 # Data sets
@@ -224,7 +225,8 @@ def tfds_examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tu
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    examples = {"train": [(noise(1)[0], n % 3) for n in range(7)], "test": [(noise(1)[0], n % 2) for n in range(3)]}
+    pairs = [(image, number % 3) for number, image in enumerate(noise(10))]
+    examples = {"train": pairs[:7], "test": pairs[7:]}
 
     with tfds.core.registered.skip_registration():
 
@@ -359,11 +361,11 @@ def invert(images: jax.Array) -> jax.Array:
 
 
 @settings(max_examples=10)
-@given(rate=st.floats(0, 1), seed=st.integers(0, 3), kind=st.sampled_from(["all_to_one", "all_to_all"]))
-def test_poisoning_stamps_and_relabels_exactly_its_share_and_nothing_else(rate: float, seed: int, kind: Any) -> None:
+@given(count=st.integers(0, 30), seed=st.integers(0, 3), kind=st.sampled_from(["all_to_one", "all_to_all"]))
+def test_poisoning_stamps_and_relabels_exactly_its_share_and_nothing_else(count: int, seed: int, kind: Any) -> None:
     clean = make_dataset(noise(30), np.arange(30) % 3, 3)
-    poisoned, indices = poison(jax.random.key(seed), clean, invert, LabelMap(kind, 3, target=1), rate)
-    assert len(indices) == round(rate * 30)
+    poisoned, indices = poison(jax.random.key(seed), clean, invert, LabelMap(kind, 3, target=1), count / 30)
+    assert len(indices) == count
     assert np.all(np.diff(indices) > 0) and set(indices) <= set(range(30))
     want_images, want_labels = np.array(clean.images), np.array(clean.labels)
     want_images[indices] = 255 - want_images[indices]
@@ -371,6 +373,11 @@ def test_poisoning_stamps_and_relabels_exactly_its_share_and_nothing_else(rate: 
     np.testing.assert_array_equal(poisoned.images, want_images)
     np.testing.assert_array_equal(poisoned.labels, want_labels)
     assert (poisoned.images.dtype, poisoned.labels.dtype) == (clean.images.dtype, clean.labels.dtype)
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.1, 2), (0.34, 8), (0.999, 24), (0.03, 1)])
+def test_a_share_between_whole_numbers_is_rounded(key: jax.Array, tiny_data: Dataset, rate: float, count: int) -> None:
+    assert len(poison(key, tiny_data, invert, LabelMap("all_to_one", 3), rate).indices) == count
 
 
 def test_poisoning_follows_the_key_and_draws_from_every_class(key: jax.Array) -> None:
@@ -386,6 +393,11 @@ def test_a_rate_of_zero_gives_the_clean_set(key: jax.Array, tiny_data: Dataset) 
     assert indices.shape == (0,)
     np.testing.assert_array_equal(poisoned.images, tiny_data.images)
     np.testing.assert_array_equal(poisoned.labels, tiny_data.labels)
+
+
+def test_a_positive_rate_that_poisons_nothing_is_refused(key: jax.Array, tiny_data: Dataset) -> None:
+    with pytest.raises(UserError, match=r"0\.02 of 24 images poisons none; give at least"):
+        poison(key, tiny_data, invert, LabelMap("all_to_one", 3), 0.02)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])

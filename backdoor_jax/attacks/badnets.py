@@ -43,7 +43,8 @@ class BadNets(Attack):
 
     Attributes:
         size: side of the patch in pixels; published 3.
-        style: ``white`` (published), or ``checker``: 255 and 1 by turns, the benchmark's grid trigger.
+        style: ``white`` (published), or ``checker``: 255 and 1 by turns from the patch's own corner, the benchmark's
+            grid trigger.
         corner: which corner; published ``bottom_right``.
     """
 
@@ -63,9 +64,11 @@ class BadNets(Attack):
             raise UserError(f"BadNets.size is {self.size}, larger than the {height}x{width} images; make it smaller")
         rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
         vertical, horizontal = self.corner.split("_")
-        inside = (rows < self.size if vertical == "top" else rows >= height - self.size) & (
-            columns < self.size if horizontal == "left" else columns >= width - self.size
-        )
-        light = (rows + columns) % 2 == 0 if self.style == "checker" else jnp.ones((height, width), bool)
+        first_row = 0 if vertical == "top" else height - self.size
+        first_column = 0 if horizontal == "left" else width - self.size
+        inside = (rows >= first_row) & (rows < first_row + self.size)
+        inside = inside & (columns >= first_column) & (columns < first_column + self.size)
+        even = (rows - first_row + columns - first_column) % 2 == 0
+        light = even if self.style == "checker" else jnp.ones((height, width), bool)
         pattern = jnp.where(light, 255, 1).astype(jnp.uint8)
         return PatchTrigger(jnp.broadcast_to(pattern[..., None], (height, width, channels)), inside[..., None])

@@ -35,6 +35,8 @@ class LabelMap:
     target: int = 0
 
     def __post_init__(self) -> None:
+        if self.kind not in ("all_to_one", "all_to_all"):
+            raise UserError(f"label map {self.kind!r} is not known; give 'all_to_one' or 'all_to_all'")
         if not 0 <= self.target < self.num_classes:
             raise UserError(
                 f"target class {self.target} does not exist; the data have classes 0 to {self.num_classes - 1}"

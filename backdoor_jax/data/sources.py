@@ -1,6 +1,7 @@
 """Where images come from: the embedded digits, plain .npz files, and TFDS data sets by name."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def npz_task(path: Path) -> Task:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
         raise UserError(f"{path}: cannot be read as a plain .npz ({error}); write it with numpy.savez") from error
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
@@ -91,7 +92,8 @@ def npz_task(path: Path) -> Task:
     if "class_names" in arrays:
         classes = len(arrays["class_names"])
     else:
-        classes = int(max(arrays["train_labels"].max(initial=0), arrays["test_labels"].max(initial=0))) + 1
+        labels = [arrays[key] for key in ("train_labels", "test_labels") if np.issubdtype(arrays[key].dtype, np.integer)]
+        classes = int(max((part.max(initial=0) for part in labels), default=0)) + 1
     return Task(
         path.stem,
         make_dataset(arrays["train_images"], arrays["train_labels"], classes, f"{path} train"),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.data import Dataset, LabelMap, Trigger
-from backdoor_jax.errors import NonFiniteError
+from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import map_chunks
 
@@ -64,6 +64,9 @@ def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelM
 
     All-to-one leaves out images of the target class; all-to-all counts every image.
 
+    Raises:
+        UserError: where no image counts.
+
     Example:
         >>> success_rates(np.array([0, 0, 2]), np.array([0, 1, 2]), LabelMap("all_to_one", 3))
         (0.5, 0.5)
@@ -71,7 +74,9 @@ def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelM
     wanted = np.asarray(label_map(jnp.asarray(labels)))
     counted = wanted != labels
     if not counted.any():
-        return 0.0, 0.0
+        raise UserError(
+            "no test image is outside the target class, so there is no attack success rate; give more images"
+        )
     predictions, labels, wanted = predictions[counted], labels[counted], wanted[counted]
     return float(np.mean(predictions == wanted)), float(np.mean(predictions == labels))
 

@@ -44,6 +44,10 @@ def build_classifier(model: str, num_classes: int, width: int = 64, normalizatio
     """
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; known are {', '.join(sorted(MODELS))}")
+    if num_classes < 2 or width < 1:
+        raise UserError(
+            f"{num_classes} classes and width {width} make no classifier; give 2 classes and width 1 or more"
+        )
     if normalization not in NORMALIZATIONS:
         raise UserError(f"unknown normalization {normalization!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
     mean, std = NORMALIZATIONS[normalization]

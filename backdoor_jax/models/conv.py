@@ -95,11 +95,13 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
     precision: Any = None,
+    batch_group_count: int = 1,
     **kwargs: Any,
 ) -> jax.Array:
     """A drop-in for ``flax.linen.Conv(conv_general_dilated=...)``: canonical on CPU, XLA's own elsewhere.
 
-    Arguments are those of `jax.lax.conv_general_dilated`, whose meaning they keep.
+    Arguments are those of `jax.lax.conv_general_dilated`, whose meaning they keep. The canonical one has no
+    forward-mode derivative (`jax.jvp`).
 
     Example:
         >>> import flax.linen as nn
@@ -119,13 +121,21 @@ def conv_general_dilated(
             dimension_numbers=dimension_numbers,
             feature_group_count=feature_group_count,
             precision=precision,
+            batch_group_count=batch_group_count,
             **kwargs,
         )
 
     layouts = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     canonical = layouts == lax.conv_dimension_numbers(lhs.shape, rhs.shape, NHWC)
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if lhs.ndim != 4 or not canonical or dilated or feature_group_count != 1:
+    if (
+        lhs.ndim != 4
+        or not canonical
+        or dilated
+        or feature_group_count != 1
+        or batch_group_count != 1
+        or any(kwargs.values())
+    ):
         return plain(lhs, rhs)
     strides = (window_strides[0], window_strides[1])
     if isinstance(padding, str):

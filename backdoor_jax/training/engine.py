@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import NonFiniteError, UserError
@@ -210,6 +210,12 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, float
         yield advance
 
 
+def _require_finite(state: Any, name: str) -> None:
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in floats):
+        raise NonFiniteError(f"{name}: weights are not finite after step {int(state.step)}; lower the learning rate")
+
+
 def fit(
     key: jax.Array,
     step: Step,
@@ -251,12 +257,16 @@ def fit(
     """
     steps, _ = batch_shape(len(data), batch_size)
     state = jax.tree.map(jnp.copy, state)
-    saved = None if checkpoints is None else Checkpoints(checkpoints)
-    if saved is not None:
-        state = saved.latest(state)
-    done = int(state.step) // steps
+    if sharding is not None:
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        key, state, data, constants = jax.device_put((key, state, data, constants), everywhere)
     history: list[Info] = []
-    with _progress(name, epochs * steps, done * steps) as advance:
+    with contextlib.ExitStack() as closing:
+        saved = None if checkpoints is None else closing.enter_context(contextlib.closing(Checkpoints(checkpoints)))
+        if saved is not None:
+            state = saved.latest(state)
+        done = int(state.step) // steps
+        advance = closing.enter_context(_progress(name, epochs * steps, done * steps))
         for number in range(done, epochs):
             state, info = run_epoch(
                 state, data, key, constants, step=step, batch_size=batch_size, augment=augment, sharding=sharding
@@ -270,10 +280,9 @@ def fit(
                 )
             history.append(info)
             advance(steps, float(info["loss"].mean()))
-            if saved is not None and ((number + 1) % checkpoint_every == 0 or number + 1 == epochs):
-                saved.save(number + 1, state)
-    if saved is not None:
-        saved.close()
-    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.variables)):
-        raise NonFiniteError(f"{name}: weights are not finite after step {int(state.step)}; lower the learning rate")
+            last = number + 1 == epochs
+            if last or (saved is not None and (number + 1) % checkpoint_every == 0):
+                _require_finite(state, name)
+                if saved is not None:
+                    saved.save(number + 1, state)
     return state, {name: np.concatenate([info[name] for info in history]) for name in (history[0] if history else ())}
