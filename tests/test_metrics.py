@@ -14,6 +14,7 @@ from backdoor_jax import (
     LabelMap,
     NonFiniteError,
     Scores,
+    UserError,
     defense_effectiveness,
     evaluate,
     make_dataset,
@@ -87,11 +88,15 @@ def test_without_a_trigger_there_is_accuracy_alone() -> None:
 def test_success_rates_leave_out_the_target_class(pairs: list[tuple[int, int]], target: int) -> None:
     counted = [(label, guess) for label, guess in pairs if label != target]
     labels, guesses = np.array(pairs).T
-    asr, ra = success_rates(guesses, labels, LabelMap("all_to_one", CLASSES, target))
-    if counted:
-        assert asr == pytest.approx(sum(guess == target for _, guess in counted) / len(counted))
-        assert ra == pytest.approx(sum(guess == label for label, guess in counted) / len(counted))
-        assert asr + ra <= 1 + 1e-12
+    label_map = LabelMap("all_to_one", CLASSES, target)
+    if not counted:
+        with pytest.raises(UserError, match="no test image is outside the target class"):
+            success_rates(guesses, labels, label_map)
+        return
+    asr, ra = success_rates(guesses, labels, label_map)
+    assert asr == pytest.approx(sum(guess == target for _, guess in counted) / len(counted))
+    assert ra == pytest.approx(sum(guess == label for label, guess in counted) / len(counted))
+    assert asr + ra <= 1 + 1e-12
 
 
 @pytest.mark.parametrize(

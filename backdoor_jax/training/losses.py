@@ -52,7 +52,7 @@ def symmetric_cross_entropy(
         ``(...,)``. It falls strictly with p_y for every alpha >= 0, so neither constant can change a ranking.
 
     Example:
-        >>> symmetric_cross_entropy(jnp.zeros(2), jnp.array(0)).round(4).item()
+        >>> round(float(symmetric_cross_entropy(jnp.zeros(2), jnp.array(0))), 4)
         2.6931
     """
     forward = cross_entropy(logits, labels)

@@ -73,7 +73,8 @@ def torch_sgd(schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate
 
     Example:
         >>> tx = torch_sgd(optax.constant_schedule(0.1), momentum=0.0)
-        >>> tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)), jnp.array(0.0))[0].round(4).item()
+        >>> update, _ = tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)), jnp.array(0.0))
+        >>> round(float(update), 4)
         -0.2
     """
     return optax.chain(
