@@ -24,7 +24,7 @@ class Summary(NamedTuple):
 
 
 def summarize(rows: list[Row]) -> list[Summary]:
-    """One line for each attack and defence, in the order in which they first appear.
+    """One line for each attack and defence: attacks, then defences, in the order in which they first appear.
 
     Example:
         >>> row = {"attack": "badnets", "defense": "d3", "acc": 0.9, "asr": 0.1, "ra": 0.8, "der": 0.9, "seconds": 3.0,
@@ -36,6 +36,7 @@ def summarize(rows: list[Row]) -> list[Summary]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["attack"], row["defense"]), []).append(row)
+    attacks = list(dict.fromkeys(attack for attack, _ in groups))
 
     def of(group: list[Row], name: str) -> tuple[float, float | None] | None:
         values = [row[name] for row in group if row[name] is not None]
@@ -61,7 +62,7 @@ def summarize(rows: list[Row]) -> list[Summary]:
             data=words(group, lambda row: f"{row['n_used']} {row['data_used']}" if row["n_used"] else "-"),
             target=words(group, lambda row: "-" if row["target"] is None else str(row["target"])),
         )
-        for (attack, defense), group in groups.items()
+        for (attack, defense), group in sorted(groups.items(), key=lambda item: attacks.index(item[0][0]))
     ]
 
 
