@@ -420,28 +420,18 @@ def tune_classifier(
         ClassifierLoss(classifier), CosineSGD(steps * config.tune_epochs), trainable=(classifier.head_path,)
     )
     constants = numbers(config)
-    head_only = {**variables, "params": _at_path(variables["params"], classifier.head_path)}
     state, history = fit(
         fit_key,
         step,
-        step.init(head_only, constants),
+        step.init(variables, constants),
         Dataset(seen, data.labels),
         constants,
         epochs=config.tune_epochs,
         batch_size=config.batch_size,
         name="pad_ft classifier",
     )
-    params = _replace_at_path(variables["params"], classifier.head_path, state.variables["params"])
     last = {name: float(np.mean(values[-steps:])) for name, values in history.items()}
-    return {**variables, "params": params}, {"steps": steps * config.tune_epochs, "last_epoch": last}
-
-
-def _at_path(params: Any, path: tuple[str, ...]) -> Any:
-    return {path[0]: _at_path(params[path[0]], path[1:])} if path else params
-
-
-def _replace_at_path(params: Any, path: tuple[str, ...], new: Any) -> Any:
-    return {**params, path[0]: _replace_at_path(params[path[0]], path[1:], new[path[0]])} if path else new
+    return state.variables, {"steps": steps * config.tune_epochs, "last_epoch": last}
 
 
 def pad(
