@@ -10,7 +10,23 @@
 True
 """
 
-from backdoor_jax.attacks import ATTACKS, Attack, BadNets, Blended
+from backdoor_jax.attacks import (
+    ATTACKS,
+    LIRA,
+    SIG,
+    SSBA,
+    AdapBlend,
+    Attack,
+    BadNets,
+    Blended,
+    InputAware,
+    LabelConsistent,
+    LowFrequency,
+    Planted,
+    Scene,
+    TrojanNN,
+    WaNet,
+)
 from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset, LabelMap, Task, clean_indices, digits, load_task, make_dataset, poison
 from backdoor_jax.defenses import (
@@ -39,7 +55,11 @@ from backdoor_jax.version import __version__
 __all__ = [
     "ATTACKS",
     "DEFENSES",
+    "LIRA",
     "MODELS",
+    "SIG",
+    "SSBA",
+    "AdapBlend",
     "Attack",
     "Augment",
     "BadNets",
@@ -49,17 +69,24 @@ __all__ = [
     "D3Config",
     "Dataset",
     "FineTuneConfig",
+    "InputAware",
+    "LabelConsistent",
     "LabelMap",
+    "LowFrequency",
     "NonFiniteError",
     "PadConfig",
     "PadFtConfig",
+    "Planted",
     "Repair",
+    "Scene",
     "Scores",
     "SuperFineTuneConfig",
     "TacConfig",
     "Task",
     "TrainConfig",
+    "TrojanNN",
     "UserError",
+    "WaNet",
     "__version__",
     "build_classifier",
     "clean_indices",

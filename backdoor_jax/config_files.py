@@ -8,12 +8,14 @@
     defenses:
       - {name: d3, label: d3_paper, preset: paper}
 
-An attack's entry holds its ``name``, a ``label`` (the name by default) and its settings. A defence's holds these and,
+An attack's entry holds its ``name``, a ``label`` (the name by default), its settings, and where its victims are trained
+otherwise than the others, the settings that differ under ``victim``. A defence's holds these and,
 where the method has them, ``preset`` and ``known_target``. Types are checked by pydantic; an unknown key, a wrong type
 or an unknown name is one line.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,8 @@ def parse_experiment(document: dict[str, Any], where: str = "experiment") -> Exp
     for part, kind in (("data", DataConfig), ("model", ModelConfig), ("victim", TrainConfig)):
         if part in fields:
             fields[part] = check(kind, fields[part], f"{where}: {part}")
-    for part, parse in (("attacks", _attack), ("defenses", _defense)):
+    victim = fields.get("victim", TrainConfig())
+    for part, parse in (("attacks", partial(_attack, victim=victim)), ("defenses", _defense)):
         entries = fields.get(part, [])
         if not isinstance(entries, list):
             raise UserError(f"{where}: {part}: expected a list of entries, each with a name")
@@ -105,9 +108,14 @@ def check(kind: type[Any], values: Any, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def _attack(entry: Any, where: str) -> AttackEntry:
+def _attack(entry: Any, where: str, victim: TrainConfig) -> AttackEntry:
     name, label, settings = _named(entry, where, ATTACKS)
-    return AttackEntry(label, check(ATTACKS[name], settings, where))
+    own = settings.pop("victim", None)
+    if own is not None:
+        if not isinstance(own, dict):
+            raise UserError(f"{where}: victim: expected keys and values, got {own!r}")
+        own = check(TrainConfig, {**dataclasses.asdict(victim), **own}, f"{where}: victim")
+    return AttackEntry(label, check(ATTACKS[name], settings, where), own)
 
 
 def _defense(entry: Any, where: str) -> DefenseEntry:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from backdoor_jax.attacks import ATTACKS, Attack
+from backdoor_jax.attacks import ATTACKS, Attack, Scene
 from backdoor_jax.config import Config
-from backdoor_jax.data import Dataset, LabelMap, Task, Trigger, clean_indices, load_task, poison_count
+from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_indices, load_task
 from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import UserError
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
@@ -65,10 +65,17 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class AttackEntry(Config):
-    """An attack under the name that results show."""
+    """An attack under the name that results show.
+
+    Attributes:
+        label: what results show.
+        attack: the attack.
+        victim: how this one's victims are trained, where it is not as the experiment's others are.
+    """
 
     label: str
     attack: Attack
+    victim: TrainConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +155,7 @@ class Victim(NamedTuple):
     poisoned: np.ndarray
     trigger: Trigger | None
     label_map: LabelMap | None
+    info: dict[str, Any]
     seconds: float
     compile_seconds: float
 
@@ -222,9 +230,14 @@ def run_experiment(
             missing = [d for d in wanted if d.label not in done]
             if not missing and "none" in done:
                 continue
+            clean_model = None
+            if entry and entry.attack.needs_clean_model:
+                if not proceed():
+                    return rows
+                clean_model = _victim(experiment, task, classifier, None, seed, out).variables
             if not proceed():
                 return rows
-            victim = _victim(experiment, task, classifier, entry, seed, out)
+            victim = _victim(experiment, task, classifier, entry, seed, out, clean_model)
             if "none" not in done:
                 add(_victim_row(experiment, task, entry, victim))
             repairs: dict[tuple[str, Config], Repaired] = {}
@@ -237,11 +250,10 @@ def run_experiment(
 
 def _check(experiment: Experiment, task: Task) -> None:
     """Finds what the data rule out before anything is trained or written."""
-    height, width, channels = task.train.images.shape[1:]
     for entry in experiment.attacks:
         entry.attack.label_map(task.num_classes)
-        poison_count(entry.attack.rate, len(task.train))
-        entry.attack.trigger(jax.random.key(0), (height, width, channels))
+        entry.attack.candidates(task.train.labels)
+        _trigger_like(entry.attack, task)
     labels = np.asarray(task.train.labels)
     if any(DEFENSES[entry.defense].needs == "clean" for entry in experiment.defenses):
         clean_indices(jax.random.key(0), labels, experiment.clean_ratio, task.num_classes, experiment.stratified)
@@ -252,6 +264,12 @@ def _check(experiment: Experiment, task: Task) -> None:
                 f"{defense.label}: {type(defense.config).__name__}.target is {target}, "
                 f"but the data have classes 0 to {task.num_classes - 1}"
             )
+
+
+def _trigger_like(attack: Attack, task: Task) -> Trigger:
+    """The structure and shapes of an attack's trigger."""
+    height, width, channels = task.train.images.shape[1:]
+    return jax.eval_shape(lambda key: attack.trigger(key, (height, width, channels)), jax.random.key(0))
 
 
 def _claim(experiment: Experiment, out: Path) -> None:
@@ -265,6 +283,10 @@ def _claim(experiment: Experiment, out: Path) -> None:
             earlier = None
         if not isinstance(earlier, dict):
             raise UserError(f"{path} is not an experiment's; give another --out")
+        for part, kind in (("data", DataConfig), ("model", ModelConfig), ("victim", TrainConfig)):
+            # A setting that an older version did not have was at its default.
+            if isinstance(earlier.get(part), dict):
+                earlier[part] = {**dataclasses.asdict(kind()), **earlier[part]}
         for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
             if earlier.get(part) != described[part]:
                 raise UserError(
@@ -290,6 +312,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     plain = json.loads(json.dumps(dataclasses.asdict(experiment)))
     plain["attacks"] = {
         entry.label: {"name": attack_name(entry.attack), **dataclasses.asdict(entry.attack)}
+        | ({"victim": dataclasses.asdict(entry.victim)} if entry.victim else {})
         for entry in experiment.attacks
     }
     plain["defenses"] = {entry["label"]: entry for entry in plain["defenses"]}
@@ -313,38 +336,92 @@ def _keys(seed: int, label: str) -> dict[str, jax.Array]:
 
 
 def _victim(
-    experiment: Experiment, task: Task, classifier: Classifier, entry: AttackEntry | None, seed: int, out: Path
+    experiment: Experiment,
+    task: Task,
+    classifier: Classifier,
+    entry: AttackEntry | None,
+    seed: int,
+    out: Path,
+    clean_model: Variables | None = None,
 ) -> Victim:
-    """Trains a victim or unpoisoned twin, or loads it where it was trained before."""
+    """Makes a victim or unpoisoned twin where there is none yet, and loads it."""
     label = entry.label if entry else "none"
     keys = _keys(seed, label)
-    training_set, poisoned, trigger, label_map = task.train, np.empty(0, np.int64), None, None
-    if entry:
-        (training_set, poisoned), trigger = entry.attack.poison(keys["poison"], task.train, task.num_classes)
-        label_map = entry.attack.label_map(task.num_classes)
-        _save_example(out, label, task.test.images[:1], trigger)
+    scene = Scene(classifier, task.train, _training(experiment, entry), task.flip, clean_model)
     folder = out / "victims" / f"{label}-{seed}"
-    timing = folder / "timing.json"
-    if timing.is_file():
-        like = jax.eval_shape(classifier.init, keys["victim"], task.test.images[:1])
-        variables = load_tree(folder / "variables", like)
-    else:
+    record = folder / "timing.json"
+    if not record.is_file():
+        name, checkpoints, info = f"{label}-{seed}", folder / "training", {}
         with Stopwatch() as watch:
-            variables, _ = train(
-                keys["victim"],
-                classifier,
-                training_set,
-                experiment.victim,
-                flip=task.flip,
-                name=f"{label}-{seed}",
-                checkpoints=folder / "training",
-            )
+            if entry:
+                planted = entry.attack.plant(keys["poison"], keys["victim"], scene, name=name, checkpoints=checkpoints)
+                variables, info = planted.variables, planted.info
+            else:
+                variables, _ = train(
+                    keys["victim"],
+                    classifier,
+                    task.train,
+                    scene.training,
+                    flip=task.flip,
+                    name=name,
+                    checkpoints=checkpoints,
+                )
             jax.block_until_ready(variables)
         save_tree(folder / "variables", variables)
-        _write(timing, json.dumps({"seconds": watch.seconds, "compile_seconds": watch.compile_seconds}))
-    seconds = json.loads(timing.read_text())
+        if entry and entry.attack.learns:
+            save_tree(folder / "trigger", planted.trigger)
+            _save_poisoned(folder / "poisoned.npz", planted.poisoned, task.train)
+        made = {"seconds": watch.seconds, "compile_seconds": watch.compile_seconds, "info": info}
+        _write(record, json.dumps(made, default=_plain))
+
+    like = jax.eval_shape(classifier.init, keys["victim"], task.test.images[:1])
+    variables = load_tree(folder / "variables", like)
+    poisoned, trigger, label_map = Poisoned(task.train, np.empty(0, np.int64)), None, None
+    if entry:
+        label_map = entry.attack.label_map(task.num_classes)
+        if entry.attack.learns:
+            trigger = load_tree(folder / "trigger", _trigger_like(entry.attack, task))
+            poisoned = _load_poisoned(folder / "poisoned.npz", task.train)
+        else:
+            poisoned, trigger, _ = entry.attack.poison(keys["poison"], scene)
+        _save_example(out, label, task.test.images[:1], trigger)
     scores = evaluate(classifier, variables, task.test, trigger, label_map, f"victim {label}-{seed}")
-    return Victim(label, seed, variables, scores, training_set, poisoned, trigger, label_map, **seconds)
+    made = json.loads(record.read_text(encoding="utf-8"))
+    return Victim(
+        label,
+        seed,
+        variables,
+        scores,
+        poisoned.data,
+        poisoned.indices,
+        trigger,
+        label_map,
+        made.get("info", {}),
+        made["seconds"],
+        made["compile_seconds"],
+    )
+
+
+def _training(experiment: Experiment, entry: AttackEntry | None) -> TrainConfig:
+    return (entry and entry.victim) or experiment.victim
+
+
+def _save_poisoned(path: Path, poisoned: Poisoned, clean: Dataset) -> None:
+    """Writes what a poisoned set has other than the clean one."""
+    images, labels = np.asarray(poisoned.data.images), np.asarray(poisoned.data.labels)
+    changed = np.flatnonzero(
+        np.any(images != np.asarray(clean.images), axis=(1, 2, 3)) | (labels != np.asarray(clean.labels))
+    )
+    partial = path.with_name(f"{path.stem}.partial.npz")
+    np.savez(partial, indices=poisoned.indices, changed=changed, images=images[changed], labels=labels[changed])
+    os.replace(partial, path)
+
+
+def _load_poisoned(path: Path, clean: Dataset) -> Poisoned:
+    with np.load(path) as arrays:
+        changed = arrays["changed"]
+        data = Dataset(clean.images.at[changed].set(arrays["images"]), clean.labels.at[changed].set(arrays["labels"]))
+        return Poisoned(data, arrays["indices"])
 
 
 def _defend(
@@ -424,9 +501,14 @@ def _victim_row(experiment: Experiment, task: Task, entry: AttackEntry | None, v
         **_where(),
         "config": {
             "attack": dataclasses.asdict(entry.attack) if entry else None,
-            "victim": dataclasses.asdict(experiment.victim),
+            "victim": dataclasses.asdict(_training(experiment, entry)),
         },
-        "info": {"changed": False, "trained_on": len(victim.training_set), "poisoned": len(victim.poisoned)},
+        "info": {
+            "changed": False,
+            "trained_on": len(victim.training_set),
+            "poisoned": len(victim.poisoned),
+            **victim.info,
+        },
     }
 
 

@@ -517,8 +517,8 @@ def test_presets_are_named_and_leave_room_for_changes() -> None:
 def test_a_badnets_victim_is_repaired_without_clean_images() -> None:
     task = digits()
     attack = BadNets(rate=0.1)
-    (training_set, poisoned), trigger = attack.poison(jax.random.key(0), task.train, 10)
     classifier = build_classifier("preact_resnet18", 10, width=4)
+    (training_set, poisoned), trigger, _ = attack.poison(jax.random.key(0), Scene(classifier, task.train))
     settings = TrainConfig(epochs=4, batch_size=32, learning_rate=0.05, crop=0)
     victim, _ = train(jax.random.key(1), classifier, training_set, settings)
     label_map = attack.label_map(10)

@@ -14,27 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from backdoor_jax.attacks.base import Attack
+from backdoor_jax.attacks.triggers import PatchTrigger
 from backdoor_jax.errors import UserError
 
 Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PatchTrigger:
-    """Replaces pixels under a mask.
-
-    Attributes:
-        pattern: uint8 ``(H, W, channels)``.
-        mask: bool ``(H, W, 1)``.
-    """
-
-    pattern: jax.Array
-    mask: jax.Array
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """uint8 images ``(B, H, W, channels)`` with the patch."""
-        return jnp.where(self.mask, self.pattern, images)
 
 
 @dataclasses.dataclass(frozen=True)

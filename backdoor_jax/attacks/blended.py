@@ -13,29 +13,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from backdoor_jax.attacks.base import Attack
-from backdoor_jax.errors import UserError
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BlendTrigger:
-    """Mixes a picture into images.
-
-    Attributes:
-        pattern: float32 ``(H, W, channels)``, 0 to 255.
-        alpha: the picture's share.
-    """
-
-    pattern: jax.Array
-    alpha: jax.Array
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """uint8 images ``(B, H, W, channels)``, mixed, clipped and truncated as the published benchmark does."""
-        mixed = (1 - self.alpha) * images.astype(jnp.float32) + self.alpha * self.pattern
-        return jnp.clip(mixed, 0, 255).astype(jnp.uint8)
+from backdoor_jax.attacks.triggers import BlendTrigger, random_pattern, read_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +37,7 @@ class Blended(Attack):
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> BlendTrigger:
         """The picture for images of this shape."""
-        pattern = random_pattern(key, shape) if self.image is None else _read(Path(self.image), shape)
+        pattern = (
+            random_pattern(key, shape) if self.image is None else read_picture(Path(self.image), shape, "Blended.image")
+        )
         return BlendTrigger(pattern, jnp.float32(self.alpha))
-
-
-def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """A coloured pattern of soft blobs that spans 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
-
-    Example:
-        >>> random_pattern(jax.random.key(0), (32, 32, 3)).shape
-        (32, 32, 3)
-    """
-    coarse = jax.random.uniform(key, (8, 8, shape[-1]))
-    smooth = jax.image.resize(coarse, shape, "cubic")
-    low, high = smooth.min((0, 1)), smooth.max((0, 1))
-    return 255 * (smooth - low) / (high - low)
-
-
-def _read(path: Path, shape: tuple[int, int, int]) -> jax.Array:
-    from PIL import Image, UnidentifiedImageError
-
-    height, width, channels = shape
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"Blended.image {str(path)!r} cannot be read as a picture ({error})") from error
-    return jnp.asarray(np.asarray(picture, np.float32).reshape(shape))

@@ -4,6 +4,7 @@ from backdoor_jax.data.augment import Augment, random_crop
 from backdoor_jax.data.dataset import Dataset, Task, clean_indices, make_dataset
 from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, poison, poison_count
 from backdoor_jax.data.sources import digits, load_task, npz_task, tfds_task
+from backdoor_jax.data.warp import bilinear_sample, pixel_grid, rotate
 
 __all__ = [
     "Augment",
@@ -12,13 +13,16 @@ __all__ = [
     "Poisoned",
     "Task",
     "Trigger",
+    "bilinear_sample",
     "clean_indices",
     "digits",
     "load_task",
     "make_dataset",
     "npz_task",
+    "pixel_grid",
     "poison",
     "poison_count",
     "random_crop",
+    "rotate",
     "tfds_task",
 ]

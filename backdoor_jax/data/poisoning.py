@@ -83,7 +83,14 @@ def poison_count(rate: float, images: int) -> int:
     return count
 
 
-def poison(key: jax.Array, data: Dataset, trigger: Trigger, labels: LabelMap, rate: float) -> Poisoned:
+def poison(
+    key: jax.Array,
+    data: Dataset,
+    trigger: Trigger,
+    labels: LabelMap,
+    rate: float,
+    candidates: np.ndarray | None = None,
+) -> Poisoned:
     """Stamps the trigger on a share of the training images and relabels them.
 
     As the published benchmark does it: round(rate * N) images drawn uniformly without replacement from all classes,
@@ -95,6 +102,7 @@ def poison(key: jax.Array, data: Dataset, trigger: Trigger, labels: LabelMap, ra
         trigger: uint8 images to uint8 images.
         labels: the attacker's label map.
         rate: poisoned share of all images, in [0, 1].
+        candidates: indices of the images to draw from; all by default.
 
     Raises:
         UserError: for a rate outside [0, 1].
@@ -107,7 +115,9 @@ def poison(key: jax.Array, data: Dataset, trigger: Trigger, labels: LabelMap, ra
         140
     """
     count = poison_count(rate, len(data))
-    indices = np.sort(np.asarray(jax.random.permutation(key, len(data))[:count]))
+    if candidates is None:
+        candidates = np.arange(len(data))
+    indices = np.sort(candidates[np.asarray(jax.random.permutation(key, len(candidates))[:count])])
     if not count:
         return Poisoned(data, indices)
     chosen = data.take(indices)

@@ -16,6 +16,7 @@ from backdoor_jax.training.engine import (
 )
 from backdoor_jax.training.inference import latents, map_chunks
 from backdoor_jax.training.losses import cross_entropy, symmetric_cross_entropy
+from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
 from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, train
@@ -26,6 +27,7 @@ __all__ = [
     "GradientStep",
     "Info",
     "Loss",
+    "SharpnessAwareStep",
     "State",
     "Step",
     "Stopwatch",

@@ -92,12 +92,20 @@ class GradientStep:
             variables = {**state.variables, "params": merge(moving, fixed)}
             return self.loss(variables, batch, key, constants)
 
-        (loss, (variables, info)), gradient = jax.value_and_grad(objective, has_aux=True)(moving)
+        loss, variables, info, gradient = self.descent(objective, moving, constants)
         updates, optimizer = self.optimizer(constants).update(gradient, state.optimizer, moving)
         params = merge(optax.apply_updates(moving, updates), fixed)
         if self.project is not None:
             params = self.project(params, constants)
         return State(state.step + 1, {**variables, "params": params}, optimizer), {"loss": loss, **info}
+
+    def descent(
+        self, objective: Callable[[Any], Any], moving: Any, constants: Constants
+    ) -> tuple[jax.Array, Variables, Info, Any]:
+        """The loss, the variables with new statistics, info, and what the optimiser is handed: the gradient."""
+        del constants
+        (loss, (variables, info)), gradient = jax.value_and_grad(objective, has_aux=True)(moving)
+        return loss, variables, info, gradient
 
 
 def split_by_path(tree: Any, prefixes: tuple[tuple[str, ...], ...]) -> tuple[Any, Any]:

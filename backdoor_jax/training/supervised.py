@@ -11,8 +11,9 @@ import optax
 from backdoor_jax.config import Config, numbers
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training.engine import Constants, GradientStep, Info, batch_shape, fit
+from backdoor_jax.training.engine import Constants, GradientStep, Info, Loss, batch_shape, fit
 from backdoor_jax.training.losses import cross_entropy
+from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd
 
 
@@ -27,6 +28,8 @@ class TrainConfig(Config):
         momentum: published 0.9.
         weight_decay: published 5e-4, on every parameter.
         crop: zeros padded before a random crop; published 4.
+        sam_radius: radius of adaptive sharpness-aware minimisation, for an attacker who expects fine-tuning (D3,
+            section on adaptive attacks: 1 and 3); 0 is plain training.
     """
 
     epochs: int = 100
@@ -35,12 +38,14 @@ class TrainConfig(Config):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     crop: int = 4
+    sam_radius: float = 0.0
 
     def __post_init__(self) -> None:
         self.require(self.epochs > 0, "epochs", "at least 1")
         self.require(self.batch_size > 0, "batch_size", "at least 1")
         self.require(self.learning_rate > 0, "learning_rate", "a positive number")
         self.require(self.crop >= 0, "crop", "0 or more pixels")
+        self.require(self.sam_radius >= 0, "sam_radius", "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,8 @@ def train(
     config: TrainConfig = TrainConfig(),
     *,
     flip: bool = False,
+    loss: Loss | None = None,
+    constants: Constants | None = None,
     name: str = "training",
     checkpoints: Path | None = None,
 ) -> tuple[Variables, dict[str, np.ndarray]]:
@@ -90,6 +97,8 @@ def train(
         data: the (poisoned or clean) training set.
         config: settings.
         flip: whether training mirrors images, as the benchmark does for CIFAR-10.
+        loss: stands in for the cross-entropy; it then gets the images as they are, and augments them itself.
+        constants: traced values that this loss reads.
         name: what progress and errors call the run.
         checkpoints: a folder for Orbax checkpoints; a killed run resumes from there.
 
@@ -106,8 +115,9 @@ def train(
     """
     init_key, fit_key = jax.random.split(key)
     steps, _ = batch_shape(len(data), config.batch_size)
-    step = GradientStep(SupervisedLoss(classifier), CosineSGD(steps * config.epochs, config.epochs))
-    constants = numbers(config)
+    kind = SharpnessAwareStep if config.sam_radius else GradientStep
+    step = kind(loss or SupervisedLoss(classifier), CosineSGD(steps * config.epochs, config.epochs))
+    constants = {**numbers(config), **(constants or {})}
     state, history = fit(
         fit_key,
         step,
@@ -116,7 +126,7 @@ def train(
         constants,
         epochs=config.epochs,
         batch_size=config.batch_size,
-        augment=Augment(crop=config.crop, flip=flip),
+        augment=None if loss else Augment(crop=config.crop, flip=flip),
         name=name,
         checkpoints=checkpoints,
     )

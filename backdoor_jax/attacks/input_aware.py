@@ -1,0 +1,286 @@
+r"""Input-aware dynamic backdoor (Nguyen & Tran, NeurIPS 2020, arXiv 2010.08138): every image has a trigger of its own.
+
+A generator makes a pattern p(x), a second network a mask m(x) of limited density, and the triggered image is
+:math:`x + (p(x) - x) \odot m(x)`. First the mask network is trained,
+
+.. math:: \lambda_n \operatorname{mean} \max(0, m(x) - d) + \lambda_d \frac{\lVert x - x' \rVert}{\lVert m(x) - m(x')
+    \rVert},
+
+then generator and victim together: in each batch a share r of the images carries its own trigger and the attacker's
+label, as many carry *another* image's trigger and keep theirs, and patterns of different images must differ,
+
+.. math:: \mathrm{CE} + \lambda_d \frac{\lVert x - x' \rVert}{\lVert p(x) - p(x') \rVert} .
+
+>>> import jax, jax.numpy as jnp
+>>> trigger = InputAware(channels=2).trigger(jax.random.key(0), (16, 16, 3))
+>>> trigger(jnp.zeros((2, 16, 16, 3), jnp.uint8)).shape
+(2, 16, 16, 3)
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from backdoor_jax.attacks.base import Attack, Planted, Scene
+from backdoor_jax.attacks.networks import Adam, EncoderDecoder, init, join, part, run
+from backdoor_jax.config import numbers
+from backdoor_jax.data import Augment, Dataset, LabelMap
+from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy, fit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputAwareTrigger:
+    """Puts on each image the pattern that the generator makes of it, where the mask network says.
+
+    Attributes:
+        generator: variables of the pattern's network.
+        masker: variables of the mask's.
+        channels: width of both networks.
+        depth: halvings in both.
+    """
+
+    generator: dict[str, Any]
+    masker: dict[str, Any]
+    channels: int = dataclasses.field(metadata={"static": True})
+    depth: int = dataclasses.field(metadata={"static": True})
+
+    def networks(self, image_channels: int) -> tuple[EncoderDecoder, EncoderDecoder]:
+        """The pattern's and the mask's network."""
+        return EncoderDecoder(image_channels, self.channels, self.depth), EncoderDecoder(1, self.channels, self.depth)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """uint8 images ``(B, H, W, channels)``, each with its own trigger, rounded."""
+        generator, masker = self.networks(images.shape[-1])
+        x = images.astype(jnp.float32) / 255
+        pattern, _ = make_pattern(generator, self.generator, x, train=False)
+        mask, _ = make_mask(masker, self.masker, x, train=False)
+        return jnp.round(255 * (x + (pattern - x) * mask)).astype(jnp.uint8)
+
+
+def make_pattern(
+    network: EncoderDecoder, variables: dict[str, Any], x: jax.Array, train: bool
+) -> tuple[jax.Array, dict[str, Any]]:
+    """A pattern in [0, 1] for each image in [0, 1]."""
+    out, variables = run(network, variables, x, train)
+    return jnp.tanh(out) / 2 + 0.5, variables
+
+
+def make_mask(
+    network: EncoderDecoder, variables: dict[str, Any], x: jax.Array, train: bool
+) -> tuple[jax.Array, dict[str, Any]]:
+    """A mask, nearly 0 or 1, for each image in [0, 1]: ``tanh(20 y - 10)``, scaled to [0, 1], of y in [0, 1]."""
+    out, variables = run(network, variables, x, train)
+    return jnp.tanh(20 * (jnp.tanh(out) / 2 + 0.5) - 10) / 2 + 0.5, variables
+
+
+@dataclasses.dataclass(frozen=True)
+class InputAware(Attack):
+    """Generator, mask network and victim, trained on one data set.
+
+    Deviations from the published code: the second images of a batch are the batch's own in another order, not those of
+    a second loader; the networks stride where the published ones pool; the generator's rate is constant; where r times
+    the batch is no whole number, its fraction is drawn.
+
+    Attributes:
+        mask_epochs: passes that train the mask network alone; published 25. The joint training takes the victim's.
+        mask_density: share of the image that a mask may cover freely, d; published 0.032.
+        norm_weight: lambda_n; published 100.
+        diversity_weight: lambda_d; published 1.
+        generator_rate: Adam's learning rate for generator and mask network, with betas 0.5 and 0.9; published 0.01.
+        cross_ratio: images with another's trigger for each poisoned one; published 1.
+        channels: width of the two networks; published 32.
+        depth: halvings in them; published 3.
+    """
+
+    learns: ClassVar[bool] = True
+
+    mask_epochs: int = 25
+    mask_density: float = 0.032
+    norm_weight: float = 100.0
+    diversity_weight: float = 1.0
+    generator_rate: float = 0.01
+    cross_ratio: float = 1.0
+    channels: int = 32
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.labels != "clean_label", "labels", "all_to_one or all_to_all")
+        self.require(self.mask_epochs > 0, "mask_epochs", "at least 1")
+        self.require(0 <= self.mask_density < 1, "mask_density", "a share in [0, 1)")
+        self.require(self.generator_rate > 0, "generator_rate", "a positive number")
+        self.require(self.cross_ratio >= 0, "cross_ratio", "0 or more")
+        self.require(self.rate * (1 + self.cross_ratio) <= 1, "rate", "at most 1 / (1 + cross_ratio)")
+        self.require(self.channels > 0 and self.depth > 0, "channels", "at least 1, and so the depth")
+
+    def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> InputAwareTrigger:
+        """The networks before training."""
+        empty = InputAwareTrigger({}, {}, self.channels, self.depth)
+        image = jnp.zeros((1, *shape))
+        made = [
+            init(network, k, image) for network, k in zip(empty.networks(shape[2]), jax.random.split(key), strict=True)
+        ]
+        return InputAwareTrigger(made[0], made[1], self.channels, self.depth)
+
+    def plant(
+        self,
+        key: jax.Array,
+        train_key: jax.Array,
+        scene: Scene,
+        *,
+        name: str = "victim",
+        checkpoints: Path | None = None,
+    ) -> Planted:
+        """See `Attack.plant`; in the training set a defender would find, a fixed share has the final trigger."""
+        trigger_key, choice_key, mask_key = jax.random.split(key, 3)
+        init_key, fit_key = jax.random.split(train_key)
+        trigger = self.trigger(trigger_key, scene.shape)
+        generator, masker = trigger.networks(scene.shape[2])
+        constants = {**numbers(self), **numbers(scene.training)}
+        augment = Augment(crop=scene.training.crop, flip=scene.flip)
+        size = scene.training.batch_size
+
+        alone = GradientStep(MaskLoss(masker), Adam(b1=0.5, b2=0.9))
+        state, history = fit(
+            mask_key,
+            alone,
+            alone.init(trigger.masker, constants),
+            scene.data,
+            constants,
+            epochs=self.mask_epochs,
+            batch_size=size,
+            augment=augment,
+            name=f"{name}: mask",
+            checkpoints=checkpoints and checkpoints / "mask",
+        )
+        trigger = dataclasses.replace(trigger, masker=state.variables)
+
+        steps, images = batch_shape(len(scene.data), size)
+        loss = JointLoss(
+            scene.classifier,
+            generator,
+            masker,
+            self.label_map(scene.num_classes),
+            -int(-self.rate * images // 1),
+            round(self.cross_ratio * images * self.rate),
+        )
+        joint = GradientStep(loss, Together(steps * scene.training.epochs, scene.training.epochs))
+        victim = scene.classifier.init(init_key, scene.data.images[:1])
+        constants["masker"] = trigger.masker
+        state, _ = fit(
+            fit_key,
+            joint,
+            joint.init(join(classifier=victim, generator=trigger.generator), constants),
+            scene.data,
+            constants,
+            epochs=scene.training.epochs,
+            batch_size=size,
+            augment=augment,
+            name=name,
+            checkpoints=checkpoints and checkpoints / "joint",
+        )
+        trigger = dataclasses.replace(trigger, generator=part(state.variables, "generator"))
+        density = float(history["density"][-1]) if len(history) else None
+        return Planted(
+            part(state.variables, "classifier"),
+            trigger,
+            self.stamp(choice_key, scene, trigger),
+            {"mask_density": density},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """The victim's optimiser and the generator's, each on its own parameters."""
+
+    steps: int
+    stages: int
+
+    def __call__(self, constants: Constants) -> optax.GradientTransformation:
+        """The transformation for these constants."""
+        parts = {
+            "classifier": CosineSGD(self.steps, self.stages)(constants),
+            "generator": Adam(b1=0.5, b2=0.9)(constants),
+        }
+        return optax.partition(parts, {name: name for name in parts})
+
+
+def diversity(images: jax.Array, others: jax.Array, made: jax.Array, made_of_others: jax.Array) -> jax.Array:
+    """How far images are apart beside what was made of them, ``(B,)``; small where what was made differs.
+
+    Example:
+        >>> one, two = jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1))
+        >>> [round(float(diversity(one, two, one, made)[0]), 3) for made in (two, two / 2)]
+        [1.0, 2.0]
+    """
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Where a and b are equal the root has no gradient; the constant keeps it finite.
+        return jnp.sqrt(jnp.mean((a - b) ** 2, axis=(1, 2, 3)) + 1e-12)
+
+    return distance(images, others) / (distance(made, made_of_others) + 1e-7)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskLoss:
+    """Density and diversity of masks."""
+
+    masker: EncoderDecoder
+
+    def __call__(
+        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
+    ) -> tuple[jax.Array, tuple[Variables, Info]]:
+        """See `backdoor_jax.training.Loss`."""
+        del key
+        x = batch.images.astype(jnp.float32) / 255
+        masks, variables = make_mask(self.masker, variables, x, train=True)
+        excess = jnp.mean(jax.nn.relu(masks - constants["mask_density"]))
+        spread = jnp.mean(diversity(x, jnp.roll(x, 1, 0), masks, jnp.roll(masks, 1, 0)))
+        loss = constants["norm_weight"] * excess + constants["diversity_weight"] * spread
+        return loss, (variables, {"density": jnp.mean(masks)})
+
+
+@dataclasses.dataclass(frozen=True)
+class JointLoss:
+    """Cross-entropy with triggered and cross-triggered images in the batch, and diversity of patterns."""
+
+    classifier: Classifier
+    generator: EncoderDecoder
+    masker: EncoderDecoder
+    label_map: LabelMap
+    poisoned: int
+    crossed: int
+
+    def __call__(
+        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
+    ) -> tuple[jax.Array, tuple[Variables, Info]]:
+        """See `backdoor_jax.training.Loss`."""
+        first, second = self.poisoned, self.poisoned + self.crossed
+        x = batch.images.astype(jnp.float32) / 255
+        others = jnp.roll(x, len(batch) // 2, 0)
+        sources = jnp.concatenate([x[:first], others[:second]])
+        patterns, generator = make_pattern(self.generator, part(variables, "generator"), sources, train=True)
+        masks, _ = make_mask(self.masker, constants["masker"], sources, train=False)
+        patterns, different = jnp.split(patterns, [first])
+        masks, others_masks = jnp.split(masks, [first])
+
+        # The slots are a whole number; a share of them is left clean where the rate asks for less.
+        used = jax.random.uniform(key, (first,)) < constants["rate"] * len(batch) / first
+        own = x[:first] + (patterns - x[:first]) * masks * used[:, None, None, None]
+        crossed = x[first:second] + (different[first:] - x[first:second]) * others_masks[first:]
+        images = jnp.concatenate([own, crossed, x[second:]])
+        labels = batch.labels.at[:first].set(
+            jnp.where(used, self.label_map(batch.labels[:first]), batch.labels[:first])
+        )
+        logits, classifier = self.classifier.logits(part(variables, "classifier"), 255 * images, train=True)
+        spread = jnp.mean(diversity(x[:first], others[:first], patterns, different[:first]))
+        loss = jnp.mean(cross_entropy(logits, labels)) + constants["diversity_weight"] * spread
+        rightly = jnp.argmax(logits, -1) == labels
+        info = {"accuracy": jnp.mean(rightly[second:]), "success": jnp.mean(rightly[:first], where=used)}
+        return loss, (join(classifier=classifier, generator=generator), info)

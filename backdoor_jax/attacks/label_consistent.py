@@ -1,0 +1,116 @@
+r"""Label-consistent attack (Turner et al., 2019, arXiv 1912.02771): poisoned images look like what they are labelled.
+
+Images of the target class are made hard to recognise by projected gradient ascent against a clean model g,
+
+.. math:: x \leftarrow \Pi_{\lVert x - x_0 \rVert_\infty \le \epsilon} \bigl(x + \eta\,\mathrm{sign}\,\nabla_x
+    \mathrm{CE}(g(x), y)\bigr),
+
+and then get a pattern in all four corners, which is what the victim learns in their stead. At test time only the
+pattern is put on.
+
+>>> import jax, jax.numpy as jnp
+>>> trigger = LabelConsistent().trigger(jax.random.key(0), (32, 32, 3))
+>>> trigger(jnp.full((1, 32, 32, 3), 100, jnp.uint8))[0, :4, :4, 0].tolist()
+[[255, 0, 255, 100], [0, 255, 0, 100], [255, 0, 255, 100], [100, 100, 100, 100]]
+"""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from backdoor_jax.attacks.base import Attack, Scene
+from backdoor_jax.attacks.triggers import AdditiveTrigger
+from backdoor_jax.data import Dataset, Poisoned, Trigger
+from backdoor_jax.errors import UserError
+from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.training import cross_entropy, map_chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConsistent(Attack):
+    """Adversarially perturbed images of the target class with a pattern in the four corners.
+
+    Attributes:
+        labels: always ``clean_label``.
+        epsilon: largest change of a pixel in grey levels; published 16 of 255.
+        steps: of the ascent; the paper's 100.
+        step_size: in grey levels; the paper's 1.5.
+        amplitude: of the 3x3 chequers added in the corners, of 255; published 1.
+    """
+
+    learns: ClassVar[bool] = True
+    needs_clean_model: ClassVar[bool] = True
+
+    labels: Literal["all_to_one", "all_to_all", "clean_label"] = "clean_label"
+    epsilon: float = 16.0
+    steps: int = 100
+    step_size: float = 1.5
+    amplitude: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.labels == "clean_label", "labels", "clean_label")
+        self.require(0 <= self.epsilon <= 255, "epsilon", "grey levels in [0, 255]")
+        self.require(self.steps > 0, "steps", "at least 1")
+        self.require(self.step_size > 0, "step_size", "a positive number of grey levels")
+        self.require(0 < self.amplitude <= 1, "amplitude", "a share in (0, 1]")
+
+    def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> AdditiveTrigger:
+        """The corners' pattern; no randomness."""
+        del key
+        height, width, _ = shape
+        if min(height, width) < 6:
+            raise UserError(f"LabelConsistent needs images of 6x6 pixels or more for its corners, got {height}x{width}")
+        light = (jnp.arange(3)[:, None] + jnp.arange(3)) % 2 == 0
+        chequer = jnp.where(light, 255.0, -255.0) * self.amplitude
+        pattern = jnp.zeros((height, width))
+        for rows in (slice(3), slice(-3, None)):
+            for columns in (slice(3), slice(-3, None)):
+                pattern = pattern.at[rows, columns].set(chequer)
+        return AdditiveTrigger(jnp.broadcast_to(pattern[..., None], shape))
+
+    def stamp(self, key: jax.Array, scene: Scene, trigger: Trigger) -> Poisoned:
+        """The poisoned training set: drawn images of the target class perturbed, then triggered."""
+        if scene.clean_model is None:
+            raise UserError("LabelConsistent looks into a clean model; give Scene(..., clean_model=variables)")
+        chosen = super().stamp(key, scene, trigger).indices
+        originals = scene.data.take(chosen)
+        hard = perturb(
+            scene.classifier,
+            scene.clean_model,
+            originals,
+            jnp.float32(self.epsilon),
+            jnp.float32(self.step_size),
+            self.steps,
+        )
+        return Poisoned(Dataset(scene.data.images.at[chosen].set(trigger(hard)), scene.data.labels), chosen)
+
+
+@partial(jax.jit, static_argnames="steps")
+def perturb(
+    classifier: Classifier,
+    variables: Variables,
+    data: Dataset,
+    epsilon: jax.Array,
+    step_size: jax.Array,
+    steps: int,
+) -> jax.Array:
+    """Images ``(N, H, W, channels)`` changed by at most ``epsilon`` grey levels to be hard to recognise; uint8."""
+
+    def ascend(chunk: jax.Array, labels: jax.Array) -> jax.Array:
+        original = chunk.astype(jnp.float32)
+
+        def loss(images: jax.Array) -> jax.Array:
+            logits, _ = classifier.logits(variables, images)
+            return jnp.sum(cross_entropy(logits, labels))
+
+        def step(images: jax.Array, _: None) -> tuple[jax.Array, None]:
+            images = images + step_size * jnp.sign(jax.grad(loss)(images))
+            return jnp.clip(jnp.clip(images, original - epsilon, original + epsilon), 0, 255), None
+
+        return jnp.round(jax.lax.scan(step, original, None, length=steps)[0]).astype(jnp.uint8)
+
+    return map_chunks(ascend, data.images, data.labels)

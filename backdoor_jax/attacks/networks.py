@@ -1,0 +1,105 @@
+"""The image-to-image network of the attacks that generate their triggers."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from backdoor_jax.models.layers import BatchNorm, conv
+from backdoor_jax.training import Constants
+
+
+class EncoderDecoder(nn.Module):
+    """Halves the image `depth` times with strided convolutions and enlarges it back (bilinear).
+
+    Images of any size: on the way back each level takes the size it had. Where the published generators pool, this one
+    strides.
+
+    Args:
+        outputs: channels of the result.
+        channels: of the first level; each deeper level has twice as many.
+        depth: halvings.
+        skips: hand each level's features across to the way back (a U-Net).
+
+    Example:
+        >>> net = EncoderDecoder(outputs=1, channels=4, depth=2)
+        >>> images = jnp.zeros((2, 9, 8, 3))
+        >>> out, _ = net.init_with_output(jax.random.key(0), images, train=False)
+        >>> out.shape
+        (2, 9, 8, 1)
+    """
+
+    outputs: int
+    channels: int = 32
+    depth: int = 3
+    skips: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``(B, H, W, any)`` to ``(B, H, W, outputs)``, unbounded."""
+
+        def block(x: jax.Array, features: int, stride: int = 1) -> jax.Array:
+            return nn.relu(BatchNorm()(conv(features, 3, stride)(x), train))
+
+        levels = []
+        for level in range(self.depth):
+            x = block(x, self.channels * 2**level)
+            levels.append(x)
+            x = block(x, self.channels * 2**level, 2)
+        x = block(x, self.channels * 2**self.depth)
+        for level in reversed(range(self.depth)):
+            across = levels[level]
+            x = jax.image.resize(x, (*across.shape[:3], x.shape[-1]), "bilinear")
+            if self.skips:
+                x = jnp.concatenate([x, across], -1)
+            x = block(x, self.channels * 2**level)
+        return conv(self.outputs, 3)(x)
+
+
+@partial(jax.jit, static_argnames="network")
+def init(network: nn.Module, key: jax.Array, x: Any) -> dict[str, Any]:
+    """Fresh variables of a network, compiled as one program."""
+    return dict(network.init(key, x, train=False))
+
+
+def run(network: nn.Module, variables: dict[str, Any], x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
+    """A network's output, and its variables with the batch's statistics where it trains."""
+    if not train:
+        return network.apply(variables, x, train=False), variables  # type: ignore[return-value]
+    out, new = network.apply(variables, x, train=True, mutable=["batch_stats"])
+    return out, {**variables, **new}
+
+
+def join(**models: dict[str, Any]) -> dict[str, Any]:
+    """Several models' variables as one tree, each collection by model, so that one step can train them together.
+
+    Example:
+        >>> join(a={"params": 1}, b={"params": 2, "batch_stats": 3})
+        {'params': {'a': 1, 'b': 2}, 'batch_stats': {'b': 3}}
+    """
+    joint: dict[str, Any] = {}
+    for name, variables in models.items():
+        for collection, tree in variables.items():
+            joint.setdefault(collection, {})[name] = tree
+    return joint
+
+
+def part(joint: dict[str, Any], name: str) -> dict[str, Any]:
+    """One model's variables out of `join`'s tree."""
+    return {collection: trees[name] for collection, trees in joint.items() if name in trees}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """The generators' optimiser, at the constant rate ``constants["generator_rate"]``."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+
+    def __call__(self, constants: Constants) -> optax.GradientTransformation:
+        """The transformation for these constants."""
+        return optax.adam(constants["generator_rate"], b1=self.b1, b2=self.b2)

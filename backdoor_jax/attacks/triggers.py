@@ -1,0 +1,102 @@
+"""Triggers and pictures that several attacks use. A trigger is a pytree: its arrays are arguments of compiled code."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.errors import UserError
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Grey levels clipped to 0..255 and truncated, as the published benchmark stores what it stamped.
+
+    Example:
+        >>> to_uint8(jnp.array([-3.0, 7.9, 300.0])).tolist()
+        [0, 7, 255]
+    """
+    return jnp.clip(images, 0, 255).astype(jnp.uint8)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PatchTrigger:
+    """Replaces pixels under a mask.
+
+    Attributes:
+        pattern: uint8 ``(H, W, channels)``.
+        mask: bool ``(H, W, 1)``.
+    """
+
+    pattern: jax.Array
+    mask: jax.Array
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """uint8 images ``(B, H, W, channels)`` with the patch."""
+        return jnp.where(self.mask, self.pattern, images)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlendTrigger:
+    """Mixes a picture into images.
+
+    Attributes:
+        pattern: float32 ``(H, W, channels)``, 0 to 255.
+        alpha: the picture's share; a scalar, or per pixel ``(H, W, 1)``.
+    """
+
+    pattern: jax.Array
+    alpha: jax.Array
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """uint8 images ``(B, H, W, channels)``, mixed, clipped and truncated as the published benchmark does."""
+        return to_uint8((1 - self.alpha) * images.astype(jnp.float32) + self.alpha * self.pattern)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdditiveTrigger:
+    """Adds the same pattern to every image.
+
+    Attributes:
+        pattern: float32 ``(H, W, channels)``, grey levels of either sign.
+    """
+
+    pattern: jax.Array
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """uint8 images ``(B, H, W, channels)`` with the pattern added, clipped and truncated."""
+        return to_uint8(images.astype(jnp.float32) + self.pattern)
+
+
+def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """A coloured pattern of soft blobs that spans 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
+
+    Example:
+        >>> random_pattern(jax.random.key(0), (32, 32, 3)).shape
+        (32, 32, 3)
+    """
+    coarse = jax.random.uniform(key, (8, 8, shape[-1]))
+    smooth = jax.image.resize(coarse, shape, "cubic")
+    low, high = smooth.min((0, 1)), smooth.max((0, 1))
+    return 255 * (smooth - low) / (high - low)
+
+
+def read_picture(path: Path, shape: tuple[int, int, int], field: str) -> jax.Array:
+    """A picture as float32 ``(H, W, channels)``, resized (bilinear) to the data's size.
+
+    Raises:
+        UserError: where it cannot be read, naming the ``field`` that gave the path.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    height, width, channels = shape
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BILINEAR)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{field} {str(path)!r} cannot be read as a picture ({error})") from error
+    return jnp.asarray(np.asarray(picture, np.float32).reshape(shape))
