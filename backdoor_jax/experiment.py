@@ -25,7 +25,7 @@ from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import UserError
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate
-from backdoor_jax.models import Classifier, Variables, build_classifier
+from backdoor_jax.models import Classifier, Stem, Variables, build_classifier
 from backdoor_jax.training import Stopwatch, TrainConfig, train
 from backdoor_jax.version import __version__
 
@@ -53,14 +53,26 @@ class ModelConfig(Config):
 
     Attributes:
         name: from `backdoor_jax.models.MODELS`.
-        width: channels of the first layer.
+        width: channels of the first layer, or of an attention head.
+        stem: of a network that has it as an option; the network's default by default.
+        patch: likewise.
     """
 
     name: str = "preact_resnet18"
     width: int = 64
+    stem: Stem | None = None
+    patch: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.width > 0, "width", "at least 1 channel")
+        self.require(self.patch is None or self.patch > 0, "patch", "at least 1 pixel, or null")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is chosen besides name and width."""
+        chosen = {"stem": self.stem, "patch": self.patch}
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +223,9 @@ def run_experiment(
         [('badnets', 'none'), ('badnets', 'finetune'), ('none', 'none'), ('none', 'finetune')]
     """
     task = load_task(experiment.data.source, experiment.data.train_size, experiment.data.test_size, root=root)
-    classifier = build_classifier(experiment.model.name, task.num_classes, experiment.model.width, task.normalization)
-    _check(experiment, task)
+    model = experiment.model
+    classifier = build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
+    _check(experiment, task, classifier)
     _claim(experiment, out)
     rows = read_rows(out / "results.jsonl")
 
@@ -248,8 +261,9 @@ def run_experiment(
     return rows
 
 
-def _check(experiment: Experiment, task: Task) -> None:
+def _check(experiment: Experiment, task: Task, classifier: Classifier) -> None:
     """Finds what the data rule out before anything is trained or written."""
+    jax.eval_shape(classifier.init, jax.random.key(0), task.test.images[:1])
     for entry in experiment.attacks:
         entry.attack.label_map(task.num_classes)
         entry.attack.candidates(task.train.labels)
@@ -310,6 +324,7 @@ def _claim(experiment: Experiment, out: Path) -> None:
 def describe(experiment: Experiment) -> dict[str, Any]:
     """An experiment as plain values, entries by label."""
     plain = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    plain["model"] = {"name": experiment.model.name, "width": experiment.model.width, **experiment.model.options}
     plain["attacks"] = {
         entry.label: {"name": attack_name(entry.attack), **dataclasses.asdict(entry.attack)}
         | ({"victim": dataclasses.asdict(entry.victim)} if entry.victim else {})
@@ -513,10 +528,11 @@ def _victim_row(experiment: Experiment, task: Task, entry: AttackEntry | None, v
 
 
 def _common(experiment: Experiment, task: Task, entry: AttackEntry | None, victim: Victim) -> Row:
+    model = experiment.model
     return {
         "experiment": experiment.name,
         "dataset": task.name,
-        "model": f"{experiment.model.name}-{experiment.model.width}",
+        "model": "-".join([f"{model.name}-{model.width}", *(f"{key}={value}" for key, value in model.options.items())]),
         "attack": victim.label,
         "poison_rate": entry.attack.rate if entry else 0.0,
         "seed": victim.seed,

@@ -15,6 +15,7 @@ from backdoor_jax import (
     UserError,
 )
 from backdoor_jax.config_files import load_experiment
+from backdoor_jax.experiment import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), ROOT / "backdoor_jax" / "demo.yaml"])
@@ -94,6 +95,13 @@ defenses:
     assert hash(experiment) == hash(load_experiment(path))
 
 
+def test_a_model_takes_its_options(written: Path) -> None:
+    assert load_experiment(written).model == ModelConfig(width=2)
+    written.write_text(VALID.replace("{width: 2}", "{name: resnet18, width: 16, stem: small}"))
+    assert load_experiment(written).model == ModelConfig("resnet18", 16, stem="small")
+    assert load_experiment(written, ("model={name: vit_tiny, patch: 8}",)).model == ModelConfig("vit_tiny", patch=8)
+
+
 def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path) -> None:
     experiment = load_experiment(
         written,
@@ -149,6 +157,10 @@ def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path)
         ("name: small", "name: small\nseeds: 0", ["seeds", "tuple", "0"]),
         ("name: small", "name: small\nseeds: []", ["Experiment.seeds", "at least one"]),
         ("width: 2", "width: wide", ["model.width", "'wide'"]),
+        ("width: 2", "name: resnet18, stem: large", ["model.stem", "'small'", "'imagenet'", "'large'"]),
+        ("width: 2", "name: vit_tiny, patch: 0", ["ModelConfig.patch is 0", "at least 1 pixel"]),
+        ("width: 2", "name: vit_tiny, patch: four", ["model.patch", "'four'"]),
+        ("width: 2", "width: 2, depth: 3", ["'depth'", "known are name, width, stem, patch"]),
     ],
 )
 def test_what_cannot_be_used_is_one_line_naming_file_key_and_mend(

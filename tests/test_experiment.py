@@ -320,6 +320,25 @@ def test_the_folder_of_another_experiment_is_refused_and_left_as_it_was(
     assert snapshot(small) == before
 
 
+def test_an_option_of_the_model_is_recorded_and_one_not_given_leaves_no_trace(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads((small / "experiment.json").read_text())["model"] == {"name": "tiny", "width": 16}
+    assert {row["model"] for row in read_rows(small / "results.jsonl")} == {"tiny-16"}
+
+    tiny = MODELS["tiny"]
+    optional = Architecture(lambda classes, width, patch=1: tiny.build(classes, width), "one layer", options=("patch",))
+    monkeypatch.setitem(MODELS, "tiny", optional)
+    experiment = dataclasses.replace(SMALL, model=ModelConfig("tiny", 16, patch=2), defenses=())
+    with pytest.raises(UserError, match="model is"):
+        run(experiment, copied(small, tmp_path))
+    rows = run(experiment, tmp_path / "out")
+    assert {row["model"] for row in rows} == {"tiny-16-patch=2"}
+    recorded = json.loads((tmp_path / "out" / "experiment.json").read_text())["model"]
+    assert recorded == {"name": "tiny", "width": 16, "patch": 2}
+    assert run(experiment, tmp_path / "out") == rows
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "victims"])
 def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path: Path, no_training: None, name: str) -> None:
     out = tmp_path / "out"
@@ -394,6 +413,10 @@ def with_attack(attack: Any) -> Experiment:
     return dataclasses.replace(SMALL, attacks=(AttackEntry("badnets", attack),))
 
 
+def with_model(model: ModelConfig) -> Experiment:
+    return dataclasses.replace(SMALL, model=model)
+
+
 def with_data(data: DataConfig) -> Experiment:
     return dataclasses.replace(SMALL, data=data)
 
@@ -406,7 +429,10 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Path], Experiment], str]] = {
         lambda tmp: with_data(DataConfig(npz(tmp / "data.npz", labels=5, classes=3))),
         "labels run from 0 to 4, expected 0 to 3 - 1",
     ),
-    "unknown model": (lambda tmp: dataclasses.replace(SMALL, model=ModelConfig("vgg19")), "unknown model 'vgg19'"),
+    "unknown model": (lambda tmp: with_model(ModelConfig("vgg19")), "unknown model 'vgg19'"),
+    "option of another model": (lambda tmp: with_model(ModelConfig("tiny", stem="small")), "'tiny' has no stem"),
+    "images too small": (lambda tmp: with_model(ModelConfig("vgg19_bn", 2)), "16x16 are too small"),
+    "patches that do not fit": (lambda tmp: with_model(ModelConfig("vit_tiny", 2, patch=5)), "patches of 5x5 .* 16x16"),
     "target out of range": (lambda tmp: with_attack(BadNets(target=10)), "target class 10 does not exist"),
     "patch larger than images": (lambda tmp: with_attack(BadNets(size=17)), "larger than the 16x16 images"),
     "picture that is missing": (lambda tmp: with_attack(Blended(image="nowhere.png")), r"nowhere\.png"),

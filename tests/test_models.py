@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_near, draw, random_variables, torch_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -23,12 +24,6 @@ from backdoor_jax.models.layers import BatchNorm, ReLU, torch_bias, torch_unifor
 CLASSES, WIDTH = 5, 4
 
 
-def assert_near(got: Any, want: Any, tolerance: float = 1e-4) -> None:
-    """Equal up to a share of the largest value there is."""
-    want = np.asarray(want)
-    np.testing.assert_allclose(np.asarray(got), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
-
-
 def with_gradients(function: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
     """Value, and the gradients of a random weighting of it."""
 
@@ -38,10 +33,6 @@ def with_gradients(function: Callable[..., jax.Array], x: jax.Array, w: jax.Arra
         return out, *pull(draw(*out.shape, seed=9))
 
     return both(x, w)
-
-
-def draw(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32))
 
 
 @pytest.mark.parametrize(("taps", "stride", "size"), list(itertools.product((1, 3), (1, 2), (5, 6))))
@@ -209,18 +200,7 @@ def images() -> jax.Array:
 
 @pytest.fixture(scope="module")
 def variables(resnet: Classifier, images: jax.Array) -> Variables:
-    """Random everywhere, statistics and normalisation included, so that a slip in any of them shows."""
-    generator = np.random.default_rng(4)
-
-    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if path[-1].key == "var":
-            return jnp.asarray(generator.uniform(0.5, 2, leaf.shape), jnp.float32)
-        spread = np.prod(leaf.shape[:-1]) ** -0.5 if len(leaf.shape) > 1 else 0.3
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + spread * generator.standard_normal(leaf.shape), jnp.float32)
-
-    shapes = jax.eval_shape(resnet.init, jax.random.key(0), images)
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    return random_variables(resnet, images)
 
 
 @pytest.fixture(scope="module")
@@ -264,17 +244,6 @@ def torch_preact_resnet18(torch: Any, classes: int, width: int) -> Any:
             return x
 
     return Network()
-
-
-def torch_state(torch: Any, variables: Variables) -> dict[str, Any]:
-    """Our variables under PyTorch's names and in its layouts."""
-    names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-    state = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        *layers, name = (entry.key for entry in path[1:])
-        order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[leaf.ndim]
-        state[".".join([*layers, names[name]])] = torch.tensor(np.asarray(leaf).transpose(order))
-    return state
 
 
 def test_logits_and_statistics_are_those_of_an_independent_pytorch_network(

@@ -2,45 +2,83 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
 from backdoor_jax.models.preact_resnet import PreActResNet18
+from backdoor_jax.models.resnet import ResNet, Stem
+from backdoor_jax.models.vgg import VGG19
+from backdoor_jax.models.vit import VisionTransformer
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network that can be named: how to build it from a class count and a width, and a line about it."""
+    """A network that can be named.
 
-    build: Callable[[int, int], nn.Module]
+    Attributes:
+        build: makes it from a class count, a width and the options it has, by name.
+        summary: a line about it.
+        head_path: where its linear head lies in ``params``.
+        options: what can be chosen besides the width.
+    """
+
+    build: Callable[..., nn.Module]
     summary: str
+    head_path: tuple[str, ...] = ("linear",)
+    options: tuple[str, ...] = ()
+
+
+def _resnet(depth: int, build: Callable[..., nn.Module]) -> Architecture:
+    return Architecture(build, f"ResNet-{depth}; stem small (3x3, the default) or imagenet", ("fc",), ("stem",))
 
 
 MODELS: dict[str, Architecture] = {
     "preact_resnet18": Architecture(
-        lambda classes, width: PreActResNet18(classes, width),
-        "PreAct-ResNet18 as the published benchmark has it; width 64 is the full network",
+        PreActResNet18, "PreAct-ResNet18 as the published benchmark has it; width 64 is the full network"
+    ),
+    "resnet18": _resnet(18, ResNet),
+    "resnet34": _resnet(34, partial(ResNet, blocks=(3, 4, 6, 3))),
+    "resnet50": _resnet(50, partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
+    "vgg19_bn": Architecture(VGG19, "VGG19 with batch normalisation, for images of 32x32 or larger", ("classifier_6",)),
+    "vit_tiny": Architecture(
+        VisionTransformer,
+        "ViT-Tiny: 12 layers of 3 heads, width channels each; patch 4 by default",
+        ("heads_head",),
+        ("patch",),
     ),
 }
 
 
-def build_classifier(model: str, num_classes: int, width: int = 64, normalization: str = "none") -> Classifier:
+def build_classifier(
+    model: str,
+    num_classes: int,
+    width: int = 64,
+    normalization: str = "none",
+    *,
+    stem: Stem | None = None,
+    patch: int | None = None,
+) -> Classifier:
     """Makes the `Classifier` of a named network.
 
     Args:
         model: a name in `MODELS`.
         num_classes: the number of classes, at least 2.
-        width: channels of the first layer.
+        width: channels of the first layer, or of an attention head; 64 is the published network in every case.
         normalization: a name in `NORMALIZATIONS`.
+        stem: ``small`` or ``imagenet``; only for a network that has it as an option, whose own default is None.
+        patch: side of a patch in pixels; likewise.
 
     Raises:
-        UserError: for an unknown name.
+        UserError: for an unknown name, or an option that the network does not have.
 
     Example:
         >>> build_classifier("preact_resnet18", 10, width=8).num_classes
         10
+        >>> build_classifier("resnet50", 10, width=8, stem="imagenet").head_path
+        ('fc',)
     """
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; known are {', '.join(sorted(MODELS))}")
@@ -50,8 +88,25 @@ def build_classifier(model: str, num_classes: int, width: int = 64, normalizatio
         )
     if normalization not in NORMALIZATIONS:
         raise UserError(f"unknown normalization {normalization!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
-    mean, std = NORMALIZATIONS[normalization]
-    return Classifier(MODELS[model].build(num_classes, width), num_classes, mean, std)
+    options = {name: value for name, value in (("stem", stem), ("patch", patch)) if value is not None}
+    for name in options:
+        if name not in MODELS[model].options:
+            owners = ", ".join(sorted(owner for owner, known in MODELS.items() if name in known.options))
+            raise UserError(f"model {model!r} has no {name}; leave it out, or take a model that has one: {owners}")
+    network = MODELS[model].build(num_classes, width, **options)
+    return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path)
 
 
-__all__ = ["MODELS", "NORMALIZATIONS", "Architecture", "Classifier", "PreActResNet18", "Variables", "build_classifier"]
+__all__ = [
+    "MODELS",
+    "NORMALIZATIONS",
+    "VGG19",
+    "Architecture",
+    "Classifier",
+    "PreActResNet18",
+    "ResNet",
+    "Stem",
+    "Variables",
+    "VisionTransformer",
+    "build_classifier",
+]

@@ -94,9 +94,9 @@ class Classifier:
         return self.head(variables, latent), variables
 
     def activations(self, variables: Variables, images: jax.Array) -> Variables:
-        """Each bounded rectifier's largest value per channel over the batch, in the tree of the ``bounds``.
+        """Each bounded activation's largest value per channel over the batch, in the tree of the ``bounds``.
 
-        Empty where the network has no rectifier of ours.
+        Empty where the network has no `ReLU` or `GELU` of ours.
         """
         _, sown = self._apply(
             variables, self.normalize(images), train=False, method="features", mutable=["activations"]
