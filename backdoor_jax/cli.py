@@ -83,6 +83,7 @@ def _list(parsed: argparse.Namespace) -> None:
     from rich.table import Table
 
     from backdoor_jax.attacks import ATTACKS
+    from backdoor_jax.data import SOURCES
     from backdoor_jax.defenses import DEFENSES
     from backdoor_jax.models import MODELS
 
@@ -93,11 +94,7 @@ def _list(parsed: argparse.Namespace) -> None:
         "attacks": [(name, first_line(attack)) for name, attack in ATTACKS.items()],
         "defences": [(name, f"{d.summary} (needs: {d.needs.replace('_', ' ')})") for name, d in DEFENSES.items()],
         "models": [(name, model.summary) for name, model in MODELS.items()],
-        "data": [
-            ("digits", "scikit-learn's 1,797 handwritten digits, embedded"),
-            ("FILE.npz", "train_images, train_labels, test_images, test_labels"),
-            ("tfds:NAME", "a TFDS set prepared as array_record"),
-        ],
+        "data": list(SOURCES.items()),
     }
     console = Console(soft_wrap=True)
     for title, entries in sections.items():

@@ -14,3 +14,14 @@ class NonFiniteError(UserError):
 
     It is an error and never a rate, since the argmax of NaN is class 0, which would read as an attack success of 1.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in one line, or its kind where it says nothing.
+
+    Example:
+        >>> first_line(OSError("no room\\nat all")), first_line(EOFError())
+        ('no room', 'EOFError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -324,7 +324,6 @@ def _claim(experiment: Experiment, out: Path) -> None:
 def describe(experiment: Experiment) -> dict[str, Any]:
     """An experiment as plain values, entries by label."""
     plain = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    plain["model"] = {"name": experiment.model.name, "width": experiment.model.width, **experiment.model.options}
     plain["attacks"] = {
         entry.label: {"name": attack_name(entry.attack), **dataclasses.asdict(entry.attack)}
         | ({"victim": dataclasses.asdict(entry.victim)} if entry.victim else {})

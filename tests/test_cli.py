@@ -12,6 +12,7 @@ import pytest
 
 from backdoor_jax.attacks import ATTACKS
 from backdoor_jax.cli import main
+from backdoor_jax.data import SOURCES
 from backdoor_jax.defenses import DEFENSES
 from backdoor_jax.experiment import read_rows
 from backdoor_jax.models import MODELS
@@ -183,7 +184,7 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "backdoor_jax.cli"]
     listed = subprocess.run([*command, "list"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr
-    assert all(name in listed.stdout for name in (*ATTACKS, *DEFENSES, *MODELS))
+    assert all(name in listed.stdout for name in (*ATTACKS, *DEFENSES, *MODELS, *SOURCES))
     refused = subprocess.run([*command, "run", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert (

@@ -3,10 +3,13 @@
 from backdoor_jax.data.augment import Augment, random_crop
 from backdoor_jax.data.dataset import Dataset, Task, clean_indices, make_dataset
 from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, poison, poison_count
-from backdoor_jax.data.sources import digits, load_task, npz_task, tfds_task
+from backdoor_jax.data.sources import SOURCES, digits, load_task, npz_task
+from backdoor_jax.data.tfds_sets import TFDS_SETS, tfds_task
 from backdoor_jax.data.warp import bilinear_sample, pixel_grid, rotate
 
 __all__ = [
+    "SOURCES",
+    "TFDS_SETS",
     "Augment",
     "Dataset",
     "LabelMap",

@@ -1,4 +1,4 @@
-"""Where images come from: the embedded digits, plain .npz files, and TFDS data sets by name."""
+"""Where images come from: the embedded digits, plain .npz files, and TFDS data sets."""
 
 from pathlib import Path
 from zipfile import BadZipFile
@@ -6,7 +6,16 @@ from zipfile import BadZipFile
 import numpy as np
 
 from backdoor_jax.data.dataset import Task, make_dataset
+from backdoor_jax.data.tfds_sets import TFDS_SETS, tfds_task
 from backdoor_jax.errors import UserError
+
+SOURCES = {
+    "digits": "scikit-learn's 1,797 handwritten digits, embedded",
+    "FILE.npz": "train_images, train_labels, test_images, test_labels",
+    **{f"tfds:{name}": summary for name, summary in TFDS_SETS.items()},
+    "tfds:NAME": "any other TFDS set of images in classes that is prepared as array_record",
+}
+"""What `load_task` takes, and a line about each."""
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 DIGITS_TRAIN = 1400
@@ -18,7 +27,7 @@ def load_task(
     """Loads a data set by what it is called.
 
     Args:
-        source: ``digits``, the path of a ``.npz`` file (relative to `root`), or ``tfds:NAME``.
+        source: ``digits``, the path of a ``.npz`` file (relative to `root`), or ``tfds:NAME``; see `SOURCES`.
         train_size: keep that many training images, drawn with `seed`; all of them by default.
         test_size: likewise for the test set.
         seed: of the draw.
@@ -101,37 +110,4 @@ def npz_task(path: Path) -> Task:
         classes,
         str(arrays.get("normalization", "none")),
         bool(arrays.get("flip", False)),
-    )
-
-
-def tfds_task(name: str) -> Task:
-    """Reads the splits ``train`` and ``test`` of a TFDS image classification set prepared as array_record."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(f"tfds:{name} needs the package tensorflow-datasets; pip install tensorflow-datasets") from error
-
-    try:
-        builder = tfds.builder(name, file_format="array_record")
-        classes = builder.info.features["label"].num_classes
-        arrays = {}
-        for split in ("train", "test"):
-            source = builder.as_data_source(split=split)
-            arrays[split] = (
-                np.stack([example["image"] for example in source]),
-                np.asarray([example["label"] for example in source]),
-            )
-    except Exception as error:  # TFDS raises many kinds; the user needs its line, not its stack.
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"tfds:{name} cannot be read ({line}); prepare it as array_record: "
-            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
-        ) from error
-    return Task(
-        name,
-        make_dataset(*arrays["train"], classes, f"tfds:{name} train"),
-        make_dataset(*arrays["test"], classes, f"tfds:{name} test"),
-        classes,
-        name if name in ("cifar10", "cifar100") else "none",
-        flip=name == "cifar10",
     )
