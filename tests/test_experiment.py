@@ -320,10 +320,7 @@ def test_the_folder_of_another_experiment_is_refused_and_left_as_it_was(
     assert snapshot(small) == before
 
 
-def test_an_option_of_the_model_is_recorded_and_one_not_given_leaves_no_trace(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert json.loads((small / "experiment.json").read_text())["model"] == {"name": "tiny", "width": 16}
+def test_an_option_of_the_model_is_recorded(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["model"] for row in read_rows(small / "results.jsonl")} == {"tiny-16"}
 
     tiny = MODELS["tiny"]
@@ -335,8 +332,20 @@ def test_an_option_of_the_model_is_recorded_and_one_not_given_leaves_no_trace(
     rows = run(experiment, tmp_path / "out")
     assert {row["model"] for row in rows} == {"tiny-16-patch=2"}
     recorded = json.loads((tmp_path / "out" / "experiment.json").read_text())["model"]
-    assert recorded == {"name": "tiny", "width": 16, "patch": 2}
+    assert recorded == {"name": "tiny", "width": 16, "stem": None, "patch": 2}
     assert run(experiment, tmp_path / "out") == rows
+
+
+def test_a_folder_older_than_a_setting_goes_on_with_its_default(small: Path, tmp_path: Path, no_training: None) -> None:
+    out = copied(small, tmp_path)
+    described = json.loads((out / "experiment.json").read_text())
+    for part, setting in (("model", "patch"), ("victim", "sam_radius")):
+        del described[part][setting]
+    (out / "experiment.json").write_text(json.dumps(described))
+    assert run(SMALL, out) == read_rows(small / "results.jsonl")
+    changed = dataclasses.replace(SMALL, victim=dataclasses.replace(SMALL.victim, sam_radius=1.0))
+    with pytest.raises(UserError, match="victim is"):
+        run(changed, out)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "victims"])

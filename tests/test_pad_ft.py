@@ -20,6 +20,7 @@ from backdoor_jax import (
     NonFiniteError,
     PadConfig,
     PadFtConfig,
+    Scene,
     TrainConfig,
     UserError,
     build_classifier,
