@@ -87,9 +87,10 @@ class LowFrequency(Attack):
         return jax.random.normal(key, (cutoff, cutoff, shape[2])) / cutoff
 
     def learn(self, key: jax.Array, scene: Scene) -> tuple[AdditiveTrigger, dict[str, Any]]:
-        """Solves for the pattern; info holds the clean model's success rate under it, on the training images."""
-        if scene.clean_model is None:
+        """Solves for the pattern where none is saved; info holds the loss towards the target at first and at last."""
+        if self.pattern is not None:
             return self.trigger(key, scene.shape), {}
+        assert scene.clean_model is not None
         start_key, solve_key = jax.random.split(key)
         coefficients, losses = _solve(
             solve_key,
