@@ -116,7 +116,7 @@ class DefenseEntry(Config):
 
     def applies(self, attack: Attack | None) -> bool:
         """Whether there is anything to run: an oracle needs an attack with one target class."""
-        return not self.known_target or (attack is not None and attack.labels == "all_to_one")
+        return not self.known_target or (attack is not None and attack.labels != "all_to_all")
 
 
 @dataclasses.dataclass(frozen=True)
