@@ -109,10 +109,11 @@ class Attack(Config):
         labels = np.asarray(labels)
         allowed = np.flatnonzero(labels == self.target) if self.labels == "clean_label" else np.arange(len(labels))
         if poison_count(self.rate, len(labels)) > len(allowed):
+            largest = np.floor(len(allowed) / len(labels) * 1e6) / 1e6
             raise UserError(
                 f"{type(self).__name__}.rate is {self.rate}, but with clean labels only the {len(allowed)} of "
                 f"{len(labels)} images in target class {self.target} can be poisoned; "
-                f"give at most {np.floor(len(allowed) / len(labels) * 1e4) / 1e4:g}"
+                + (f"give at most {largest:g}" if len(allowed) else "choose another target")
             )
         return allowed
 
