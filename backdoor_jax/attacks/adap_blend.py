@@ -65,6 +65,11 @@ class AdapBlend(Attack):
         )
         return BlendTrigger(picture, jnp.float32(self.alpha))
 
+    def candidates(self, labels: jax.Array | np.ndarray) -> np.ndarray:
+        """All images; a cover rate that covers none is refused like a poisoning rate that poisons none."""
+        poison_count(self.cover_rate, len(labels))
+        return super().candidates(labels)
+
     def stamp(self, key: jax.Array, scene: Scene, trigger: Trigger) -> Poisoned:
         """The poisoned training set; the indices are those of the relabelled images, not of the cover."""
         assert isinstance(trigger, BlendTrigger)
