@@ -170,7 +170,7 @@ class InputAware(Attack):
             -int(-self.rate * images // 1),
             round(self.cross_ratio * images * self.rate),
         )
-        joint = GradientStep(loss, Together(steps * scene.training.epochs, scene.training.epochs))
+        joint = scene.training.step(loss, Together(steps * scene.training.epochs, scene.training.epochs))
         victim = scene.classifier.init(init_key, scene.data.images[:1])
         constants["masker"] = trigger.masker
         state, _ = fit(

@@ -25,7 +25,7 @@ from backdoor_jax.attacks.networks import Adam, EncoderDecoder, init, join, part
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Augment, Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy, fit, torch_sgd
+from backdoor_jax.training import Constants, CosineSGD, Info, batch_shape, cross_entropy, fit, torch_sgd
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +123,7 @@ class LIRA(Attack):
         steps, _ = batch_shape(len(scene.data), size)
         network, label_map = trigger.network(scene.shape[2]), self.label_map(scene.num_classes)
 
-        joint = GradientStep(NoiseLoss(scene.classifier, network, label_map, learns=True), Together())
+        joint = scene.training.step(NoiseLoss(scene.classifier, network, label_map, learns=True), Together())
         victim = scene.classifier.init(init_key, scene.data.images[:1])
         state, _ = fit(
             joint_key,
@@ -137,7 +137,7 @@ class LIRA(Attack):
             name=f"{name}: noise",
             checkpoints=checkpoints and checkpoints / "joint",
         )
-        tune = GradientStep(
+        tune = scene.training.step(
             NoiseLoss(scene.classifier, network, label_map, learns=False),
             CosineSGD(steps * scene.training.epochs, scene.training.epochs),
             trainable=(("classifier",),),

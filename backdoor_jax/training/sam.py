@@ -40,6 +40,6 @@ def ascent(weights: Any, gradient: Any, radius: jax.Array | float) -> Any:
         >>> step["w"].tolist()
         [1.0, 0.0]
     """
-    norm = optax.global_norm(jax.tree.map(lambda w, g: jnp.abs(w) * g, weights, gradient))
+    norm = optax.tree.norm(jax.tree.map(lambda w, g: jnp.abs(w) * g, weights, gradient))
     scale = radius / jnp.maximum(norm, 1e-12)
     return jax.tree.map(lambda w, g: scale * w**2 * g, weights, gradient)

@@ -40,6 +40,11 @@ class TrainConfig(Config):
     crop: int = 4
     sam_radius: float = 0.0
 
+    @property
+    def step(self) -> type[GradientStep]:
+        """The kind of step that victims are trained by: sharpness-aware where a radius is given."""
+        return SharpnessAwareStep if self.sam_radius else GradientStep
+
     def __post_init__(self) -> None:
         self.require(self.epochs > 0, "epochs", "at least 1")
         self.require(self.batch_size > 0, "batch_size", "at least 1")
@@ -115,8 +120,7 @@ def train(
     """
     init_key, fit_key = jax.random.split(key)
     steps, _ = batch_shape(len(data), config.batch_size)
-    kind = SharpnessAwareStep if config.sam_radius else GradientStep
-    step = kind(loss or SupervisedLoss(classifier), CosineSGD(steps * config.epochs, config.epochs))
+    step = config.step(loss or SupervisedLoss(classifier), CosineSGD(steps * config.epochs, config.epochs))
     constants = {**numbers(config), **(constants or {})}
     state, history = fit(
         fit_key,
