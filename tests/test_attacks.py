@@ -1,4 +1,4 @@
-"""BadNets and Blended against NumPy definitions written apart, and what every attack promises."""
+"""BadNets, Blended and SIG against NumPy definitions written apart, and what every attack promises."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backdoor_jax import ATTACKS, Attack, BadNets, Blended, Classifier, Dataset, Scene, UserError
+from backdoor_jax import (
+    ATTACKS,
+    SIG,
+    AdapBlend,
+    Attack,
+    BadNets,
+    Blended,
+    Classifier,
+    Dataset,
+    LabelConsistent,
+    LabelMap,
+    Scene,
+    UserError,
+    poison,
+)
 from backdoor_jax.attacks import random_pattern
+from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.models import Variables
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
@@ -64,12 +79,16 @@ def test_a_patch_larger_than_the_image_is_refused_and_one_as_large_is_not(key: j
         BadNets(size=7).trigger(key, (8, 6, 3))
 
 
-def assert_blended(out: Any, images: np.ndarray, picture: np.ndarray, alpha: float) -> None:
-    """The truncated mixture; where it falls on a whole number, float32 may round to either side."""
-    exact = np.clip((1 - alpha) * images.astype(np.float64) + alpha * picture.astype(np.float64), 0, 255)
+def assert_truncated(out: Any, exact: np.ndarray) -> None:
+    """The whole part, clipped; where a value falls on a whole number, float32 may round to either side."""
     low, high = np.floor(exact - 1e-3), np.floor(exact + 1e-3)
+    assert np.asarray(out).dtype == np.uint8
     out = np.asarray(out, np.float64)
-    assert np.all((out >= np.maximum(low, 0)) & (out <= high))
+    assert np.all((out >= np.clip(low, 0, 255)) & (out <= np.clip(high, 0, 255)))
+
+
+def assert_blended(out: Any, images: np.ndarray, picture: np.ndarray, alpha: float) -> None:
+    assert_truncated(out, (1 - alpha) * images.astype(np.float64) + alpha * picture.astype(np.float64))
 
 
 @given(shape=SHAPES, alpha=st.floats(0.01, 1.0), seed=st.integers(0, 3))
@@ -124,6 +143,22 @@ def test_an_unreadable_picture_is_refused(tmp_path: Path, key: jax.Array) -> Non
     for path in (tmp_path / "text.png", tmp_path / "absent.png", tmp_path):
         with pytest.raises(UserError, match=f"Blended.image '{path}' cannot be read as a picture"):
             Blended(image=str(path)).trigger(key, (8, 8, 3))
+
+
+@given(shape=SHAPES, delta=st.floats(1, 200), frequency=st.sampled_from([1.0, 2.5, 6.0]))
+def test_sig_adds_a_sine_over_the_columns(shape: tuple[int, int, int], delta: float, frequency: float) -> None:
+    images = noise(3, *shape)
+    out = SIG(delta=delta, frequency=frequency).trigger(jax.random.key(0), shape)(jnp.asarray(images))
+    want = images.astype(np.float64)
+    for column in range(shape[1]):
+        want[:, :, column] += delta * np.sin(2 * np.pi * column * frequency / shape[1])
+    assert out.shape == images.shape
+    assert_truncated(out, want)
+
+
+def test_sig_at_its_defaults_is_the_published_attack() -> None:
+    attack = SIG()
+    assert (attack.delta, attack.frequency, attack.labels, attack.rate) == (40.0, 6.0, "clean_label", 0.1)
 
 
 STAMPED = sorted({*ATTACKS} - {"label_consistent", "adap_blend"})
@@ -183,6 +218,29 @@ def test_a_poisoned_set_holds_triggered_images_under_the_attackers_labels(
     assert np.all(np.any(want_images != np.asarray(tiny_data.images), axis=(1, 2, 3)) == np.isin(range(24), indices))
 
 
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_a_trigger_keeps_shape_and_type_and_treats_every_image_by_itself(name: str, key: jax.Array) -> None:
+    trigger, images = small(name).trigger(key, (9, 7, 1)), jnp.asarray(noise(4, 9, 7, 1))
+    apply = jax.jit(lambda trigger, images: trigger(images))
+    out, beside_others = apply(trigger, images), apply(trigger, images.at[2:].set(0))
+    assert out.shape == images.shape and out.dtype == jnp.uint8
+    np.testing.assert_array_equal(out[:2], beside_others[:2])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ATTACKS if small(name).learns))
+def test_a_learnt_trigger_is_saved_and_loaded_as_it_is(
+    name: str, key: jax.Array, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    attack = small(name)
+    trigger = attack.trigger(key, (8, 8, 3))
+    save_tree(tmp_path / "trigger", trigger)
+    like = jax.eval_shape(lambda key: attack.trigger(key, (8, 8, 3)), jax.random.key(7))
+    loaded = load_tree(tmp_path / "trigger", like)
+    assert type(loaded) is type(trigger)
+    chex.assert_trees_all_equal(loaded, trigger)
+    np.testing.assert_array_equal(loaded(tiny_data.images), trigger(tiny_data.images))
+
+
 @pytest.mark.parametrize("attacks", [(BadNets(size=2), BadNets(size=3)), (Blended(alpha=0.1), Blended(alpha=0.3))])
 def test_triggers_are_arguments_of_compiled_code(attacks: tuple[Attack, Attack], tiny_data: Dataset) -> None:
     chex.clear_trace_counter()
@@ -217,3 +275,112 @@ def test_settings_out_of_range_are_refused_by_name(attack: type[Attack], fields:
 def test_a_target_that_the_data_do_not_have_is_refused(key: jax.Array, scene: Scene) -> None:
     with pytest.raises(UserError, match="target class 3 does not exist; the data have classes 0 to 2"):
         BadNets(target=3).poison(key, scene)
+
+
+# Rates and clean labels
+
+
+WHITE = BadNets(size=1).trigger(jax.random.key(0), (2, 2, 1))
+
+
+def counted(*counts: int) -> Dataset:
+    """Black images of 2x2, so many of each class, the classes in turn as far as they go."""
+    labels = np.concatenate([np.full(count, number) for number, count in enumerate(counts)])
+    labels = np.random.default_rng(0).permutation(labels)
+    return Dataset(jnp.zeros((len(labels), 2, 2, 1), jnp.uint8), jnp.asarray(labels, jnp.int32))
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.001, 1), (0.0026, 3), (0.1, 100), (0.5, 500), (1.0, 1000)])
+def test_a_rate_is_a_share_of_the_whole_training_set(rate: float, count: int, key: jax.Array) -> None:
+    data = counted(300, 300, 400)
+    poisoned = poison(key, data, WHITE, LabelMap("all_to_one", 3, 1), rate)
+    white = np.flatnonzero(np.asarray(poisoned.data.images).any((1, 2, 3)))
+    assert white.tolist() == poisoned.indices.tolist() and len(white) == count
+    assert np.all(np.asarray(poisoned.data.labels)[white] == 1)
+
+
+def test_a_rate_that_poisons_nothing_is_refused_with_one_that_does(key: jax.Array) -> None:
+    data, labels = counted(300, 300, 400), LabelMap("all_to_one", 3)
+    with pytest.raises(UserError, match=r"rate 0\.0004 of 1000 images poisons none; give at least 0\.001"):
+        poison(key, data, WHITE, labels, 0.0004)
+    assert len(poison(key, data, WHITE, labels, 0.001).indices) == 1
+
+
+def test_images_are_drawn_from_the_candidates_alone_and_as_likely_each(key: jax.Array) -> None:
+    data, candidates = counted(100, 100), np.arange(50, 90, 2)
+    drawn = [
+        poison(k, data, WHITE, LabelMap("all_to_one", 2), 0.05, candidates).indices for k in jax.random.split(key, 40)
+    ]
+    assert all(len(set(indices)) == 10 and np.all(np.diff(indices) > 0) for indices in drawn)
+    times = np.bincount(np.concatenate(drawn), minlength=200)
+    assert set(np.flatnonzero(times)) == set(candidates)
+    # Each is drawn in half of the 40, up to five standard deviations.
+    assert np.all(np.abs(times[candidates] - 20) < 5 * np.sqrt(10))
+
+
+@pytest.mark.parametrize("kind", [BadNets, Blended, SIG])
+def test_under_clean_labels_only_the_target_class_is_poisoned_and_keeps_its_label(
+    kind: type[Attack], scene: Scene, tiny_data: Dataset, key: jax.Array
+) -> None:
+    attack = kind(labels="clean_label", target=2, rate=0.25)
+    poisoned, trigger, _ = attack.poison(key, scene)
+    labels = np.asarray(tiny_data.labels)
+    assert attack.candidates(labels).tolist() == np.flatnonzero(labels == 2).tolist()
+    assert len(poisoned.indices) == 6 and np.all(labels[poisoned.indices] == 2)
+    np.testing.assert_array_equal(poisoned.data.labels, labels)
+    want = np.array(tiny_data.images)
+    want[poisoned.indices] = np.asarray(trigger(tiny_data.images))[poisoned.indices]
+    np.testing.assert_array_equal(poisoned.data.images, want)
+    # At test time every image is to go to the target.
+    assert attack.label_map(3) == LabelMap("all_to_one", 3, 2)
+
+
+@pytest.mark.parametrize("labels", ["all_to_one", "all_to_all"])
+def test_other_labels_may_be_given_to_all(labels: Any) -> None:
+    attack = SIG(labels=labels, target=1, rate=0.5)
+    assert attack.candidates(np.array([0, 1, 2, 1])).tolist() == [0, 1, 2, 3]
+    assert attack.label_map(3) == LabelMap(labels, 3, 1)
+
+
+@given(size=st.integers(2, 300_000), data=st.data())
+def test_more_than_the_target_class_has_is_refused_with_the_largest_rate_there_is(size: int, data: Any) -> None:
+    own = data.draw(st.integers(1, size - 1))
+    labels = np.where(np.arange(size) < own, 3, 0)
+    kind = data.draw(st.sampled_from([SIG, LabelConsistent]))
+    with pytest.raises(UserError) as caught:
+        kind(rate=1.0, target=3).candidates(labels)
+    start = (
+        f"{kind.__name__}.rate is 1.0, but with clean labels only the {own} of {size} images in target class 3 can be "
+    )
+    message, largest = str(caught.value).split("poisoned; give at most ")
+    assert message == start
+    rate = float(largest)
+    assert len(kind(rate=rate, target=3).candidates(labels)) == own
+    assert round(rate * size) == own
+    with pytest.raises(UserError):
+        kind(rate=(own + 0.51) / size, target=3).candidates(labels)
+
+
+def test_ten_percent_under_clean_labels_needs_a_class_that_large(key: jax.Array) -> None:
+    data = counted(7, 20, 73)
+    scene = Scene(Classifier(None, 3), data)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"only the 7 of 100 images in target class 0 can be poisoned; give at most 0\.07$"
+    ):
+        SIG(rate=0.1).poison(key, scene)
+    assert len(SIG(rate=0.07).poison(key, scene)[0].indices) == 7
+    assert len(SIG(rate=0.1, target=1).poison(key, scene)[0].indices) == 10
+
+
+def test_a_target_class_without_images_is_refused(key: jax.Array) -> None:
+    with pytest.raises(
+        UserError, match="only the 0 of 20 images in target class 1 can be poisoned; choose another target"
+    ):
+        SIG(rate=0.1, target=1).candidates(counted(20).labels)
+
+
+def test_a_cover_rate_that_covers_nothing_is_refused_before_anything_is_made() -> None:
+    labels = counted(100, 100).labels
+    assert len(AdapBlend(rate=0.1, cover_rate=0.0).candidates(labels)) == 200
+    with pytest.raises(UserError, match=r"rate 0\.001 of 200 images poisons none"):
+        AdapBlend(rate=0.1, cover_rate=0.001).candidates(labels)

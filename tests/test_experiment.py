@@ -7,24 +7,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from backdoor_jax import (
+    SIG,
+    SSBA,
+    AdapBlend,
+    Attack,
     BadNets,
     Blended,
     Classifier,
     D3Config,
+    Dataset,
     FineTuneConfig,
+    LabelConsistent,
+    LowFrequency,
     NonFiniteError,
     PadFtConfig,
     TacConfig,
     TrainConfig,
+    TrojanNN,
     UserError,
 )
 from backdoor_jax import (
     experiment as runner,
 )
+from backdoor_jax.attacks import base
+from backdoor_jax.data import Poisoned
 from backdoor_jax.experiment import (
     AttackEntry,
     DataConfig,
@@ -292,6 +303,103 @@ def test_a_broken_line_of_results_is_named(small: Path, tmp_path: Path) -> None:
         run(SMALL, out)
 
 
+# Attacks that learn
+
+
+LEARNT = (
+    AttackEntry("ssba", SSBA(bits=4, epochs=1, channels=2, depth=1)),
+    AttackEntry("trojan_nn", TrojanNN(steps=3, target=2)),
+    AttackEntry("covered", AdapBlend(rate=0.1, cover_rate=0.1)),
+    AttackEntry("label_consistent", LabelConsistent(steps=2, rate=0.05, target=1)),
+    AttackEntry("adaptive", BadNets(target=1), dataclasses.replace(SMALL.victim, epochs=2, sam_radius=1.0)),
+)
+PURIFY = DefenseEntry("pad_ft", "pad_ft", PadFtConfig(per_class=9, bound_epochs=1, tune_epochs=1))
+LEARNING = dataclasses.replace(SMALL, attacks=LEARNT, defenses=(PURIFY,))
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a finished run of attacks that learn, and the names of all trainings in their order."""
+    out, names = tmp_path_factory.mktemp("runs") / "learnt", []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (runner, base):
+            patch.setattr(module, "train", counting(module.train, names))  # type: ignore[attr-defined]
+        run(LEARNING, out)
+    return out, names
+
+
+def counting(original: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def train(*args: Any, **options: Any) -> Any:
+        names.append(options["name"])
+        return original(*args, **options)
+
+    return train
+
+
+def test_the_clean_model_an_attack_needs_is_trained_before_it_and_once(learnt: tuple[Path, list[str]]) -> None:
+    assert learnt[1] == ["ssba-0", "none-0", "trojan_nn-0", "covered-0", "label_consistent-0", "adaptive-0"]
+
+
+def test_rows_say_what_an_attack_learnt_and_how_its_victim_was_trained(learnt: tuple[Path, list[str]]) -> None:
+    rows = {row["attack"]: row for row in read_rows(learnt[0] / "results.jsonl") if row["defense"] == "none"}
+    assert list(rows) == ["ssba", "trojan_nn", "covered", "label_consistent", "adaptive", "none"]
+    assert rows["ssba"]["info"].keys() >= {"decoding_accuracy", "psnr", "poisoned"}
+    assert len(rows["trojan_nn"]["info"]["neurons"]) == 2
+    assert [rows[name]["info"]["poisoned"] for name in rows] == [10, 10, 10, 5, 10, 0]
+    assert rows["adaptive"]["config"]["victim"] == dataclasses.asdict(LEARNT[-1].victim)  # type: ignore[arg-type]
+    assert rows["ssba"]["config"]["victim"] == dataclasses.asdict(SMALL.victim)
+
+
+def test_lost_rows_come_back_without_learning_anything_again(
+    learnt: tuple[Path, list[str]], tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(learnt[0], tmp_path)
+    rows = read_rows(out / "results.jsonl")
+    (out / "results.jsonl").unlink()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("something was learnt")
+
+    monkeypatch.setattr(Attack, "plant", refuse)
+    for entry in LEARNT:
+        if entry.attack.learns:
+            monkeypatch.setattr(type(entry.attack), "learn", refuse)
+            monkeypatch.setattr(type(entry.attack), "stamp", refuse)
+    again = run(LEARNING, out)
+    assert lasting(again) == lasting(rows)
+    # What a defence finds in the training set is the same, so poison and its indices are.
+    purified = [[row["info"].get("purified_poisoned") for row in some] for some in (again, rows)]
+    assert purified[0] == purified[1]
+
+
+def test_what_a_poisoned_set_has_other_than_the_clean_one_is_kept(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8), np.arange(20, dtype=np.int32) % 5
+    clean = Dataset(jnp.asarray(images), jnp.asarray(labels))
+    indices = np.array([2, 5, 11])
+    # Relabelled and changed; relabelled alone; changed alone, as a cover is; poisoned without a trace.
+    data = Dataset(clean.images.at[jnp.array([2, 7])].add(1), clean.labels.at[jnp.array([2, 5])].set(4))
+    runner._save_poisoned(tmp_path / "poisoned.npz", Poisoned(data, indices), clean)
+    loaded = runner._load_poisoned(tmp_path / "poisoned.npz", clean)
+    for got, want in (
+        (loaded.data.images, data.images),
+        (loaded.data.labels, data.labels),
+        (loaded.indices, indices),
+    ):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == want.dtype
+    with np.load(tmp_path / "poisoned.npz") as arrays:
+        assert arrays["changed"].tolist() == [2, 5, 7]
+    assert [path.name for path in tmp_path.iterdir()] == ["poisoned.npz"]
+
+
+@pytest.mark.parametrize(("labels", "told"), [("all_to_one", True), ("clean_label", True), ("all_to_all", False)])
+def test_a_target_can_be_told_where_there_is_one(labels: Any, told: bool) -> None:
+    known = DefenseEntry("known", "tac", TacConfig(), known_target=True)
+    assert known.applies(SIG(labels=labels)) is told
+    assert not known.applies(None)
+
+
 # Folders
 
 
@@ -444,6 +552,9 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Path], Experiment], str]] = {
     "patches that do not fit": (lambda tmp: with_model(ModelConfig("vit_tiny", 2, patch=5)), "patches of 5x5 .* 16x16"),
     "target out of range": (lambda tmp: with_attack(BadNets(target=10)), "target class 10 does not exist"),
     "patch larger than images": (lambda tmp: with_attack(BadNets(size=17)), "larger than the 16x16 images"),
+    "clean labels of too few": (lambda tmp: with_attack(SIG(rate=0.5)), r"SIG\.rate is 0\.5, .* give at most 0\."),
+    "cover of nothing": (lambda tmp: with_attack(AdapBlend(rate=0.1)), r"rate 0\.003 of 96 images poisons none"),
+    "pattern that is missing": (lambda tmp: with_attack(LowFrequency(pattern="nowhere.npy")), r"nowhere\.npy"),
     "picture that is missing": (lambda tmp: with_attack(Blended(image="nowhere.png")), r"nowhere\.png"),
     "told target out of range": (
         lambda tmp: dataclasses.replace(SMALL, defenses=(DefenseEntry("tac", "tac", TacConfig(target=10)),)),

@@ -1,6 +1,7 @@
 """Sharpness-aware minimisation: its closed form, one step against NumPy, and where it can be asked for."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backdoor_jax import Classifier, Dataset, TrainConfig, UserError, train
+from backdoor_jax import LIRA, Classifier, Dataset, InputAware, Scene, TrainConfig, UserError, train
 from backdoor_jax.config_files import load_experiment
 from backdoor_jax.models import Variables
 from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss
@@ -87,7 +88,9 @@ def test_a_step_descends_the_gradient_found_at_the_worst_neighbour(radius: float
 def test_on_a_network_statistics_come_from_the_first_of_two_gradients(
     tiny_classifier: Classifier, tiny_data: Dataset, tiny_variables: Variables, key: jax.Array
 ) -> None:
-    constants = {name: jnp.float32(x) for name, x in (("learning_rate", 0.1), ("momentum", 0.9), ("weight_decay", 0.01))}
+    constants = {
+        name: jnp.float32(x) for name, x in (("learning_rate", 0.1), ("momentum", 0.9), ("weight_decay", 0.01))
+    }
     step = SharpnessAwareStep(SupervisedLoss(tiny_classifier), CosineSGD(10))
     constants["sam_radius"] = jnp.float32(1.5)
     state, info = jax.jit(step)(step.init(tiny_variables, constants), tiny_data, key, constants)
@@ -131,6 +134,31 @@ def test_a_victim_is_trained_with_it_where_its_radius_is_given(tiny_classifier: 
     assert history["loss"][-3:].mean() < 0.7 * history["loss"][:3].mean()
     with pytest.raises(UserError, match=r"TrainConfig\.sam_radius is -1, expected 0 or more"):
         TrainConfig(sam_radius=-1)
+
+
+@pytest.mark.parametrize("kind", [LIRA, InputAware])
+@pytest.mark.parametrize("radius", [0.0, 1.0])
+def test_attacks_that_train_a_network_beside_the_victim_use_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_classifier: Classifier,
+    tiny_data: Dataset,
+    kind: type[LIRA | InputAware],
+    radius: float,
+) -> None:
+    steps: list[Any] = []
+
+    def fit(key: jax.Array, step: Any, state: Any, data: Any, constants: Any, **options: Any) -> Any:
+        steps.append(step)
+        assert constants["sam_radius"] == radius
+        return state, {"density": np.zeros(1)}
+
+    monkeypatch.setattr(sys.modules[kind.__module__], "fit", fit)
+    scene = Scene(tiny_classifier, tiny_data, TrainConfig(epochs=1, batch_size=12, sam_radius=radius))
+    kind(channels=2, depth=1, rate=0.25).plant(jax.random.key(0), jax.random.key(1), scene)
+    victims = steps[-2:] if kind is LIRA else steps[-1:]
+    assert {type(step) for step in victims} == {SharpnessAwareStep if radius else GradientStep}
+    if kind is InputAware:
+        assert type(steps[0]) is GradientStep
 
 
 # In an experiment's file

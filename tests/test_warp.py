@@ -106,10 +106,7 @@ def keys_cubic(samples: np.ndarray, place: float) -> np.ndarray:
     total = np.zeros(samples.shape[1:])
     for tap in range(left - 1, left + 3):
         d = abs(place - tap)
-        if d <= 1:
-            weight = 1.25 * d**3 - 2.25 * d**2 + 1
-        else:
-            weight = -0.75 * (d - 1) * (d - 2) ** 2
+        weight = 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d - 1) * (d - 2) ** 2
         total += weight * samples[min(max(tap, 0), len(samples) - 1)]
     return total
 
@@ -193,7 +190,7 @@ def test_the_loss_is_the_supervised_one_on_warped_and_relabelled_images(
 
 @pytest.fixture
 def ramps() -> Dataset:
-    """400 images of 12x12 that say of every pixel where it lies: channel 0 is 16 times its row, channel 1 its column."""
+    """400 images of 12x12 that say of every pixel where it lies: its row and its column, each times 16."""
     places = np.stack([*np.indices((12, 12)), np.zeros((12, 12), int)], -1)
     images = np.broadcast_to(16 * places, (400, 12, 12, 3)).astype(np.uint8)
     return Dataset(jnp.asarray(images), jnp.asarray(np.arange(400) % 3, jnp.int32))

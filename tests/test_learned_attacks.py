@@ -1,0 +1,536 @@
+"""Attacks that learn, look into a clean model or poison in a way of their own, against their definitions in NumPy."""
+
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import fft, ndimage
+
+from backdoor_jax import (
+    LIRA,
+    SSBA,
+    AdapBlend,
+    Classifier,
+    Dataset,
+    InputAware,
+    LabelConsistent,
+    LabelMap,
+    LowFrequency,
+    Scene,
+    TrainConfig,
+    TrojanNN,
+    UserError,
+    train,
+)
+from backdoor_jax.attacks import input_aware, lira, ssba
+from backdoor_jax.attacks.label_consistent import perturb
+from backdoor_jax.attacks.networks import EncoderDecoder, init, join
+from backdoor_jax.models import Variables
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_classifier: Classifier, tiny_data: Dataset) -> Scene:
+    """With a clean model that knows the classes."""
+    config = TrainConfig(epochs=40, batch_size=24, learning_rate=0.2, crop=0)
+    variables, history = train(jax.random.key(0), tiny_classifier, tiny_data, config)
+    assert history["accuracy"][-1] > 0.9
+    return Scene(tiny_classifier, tiny_data, clean_model=variables)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
+
+
+def losses(scene: Scene, images: Any, labels: Any) -> np.ndarray:
+    """The clean model's cross-entropies in NumPy."""
+    assert scene.clean_model is not None
+    logits = np.asarray(scene.classifier.logits(scene.clean_model, jnp.asarray(images))[0], np.float64)
+    return mean_entropies(logits, np.asarray(labels))
+
+
+def mean_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(labels)), labels]
+
+
+# What looks into a clean model
+
+
+@pytest.mark.parametrize("attack", [LowFrequency(), TrojanNN(), LabelConsistent(rate=0.1)])
+def test_without_the_clean_model_it_needs_an_attack_says_so(
+    attack: Any, tiny_classifier: Classifier, tiny_data: Dataset, key: jax.Array
+) -> None:
+    assert attack.needs_clean_model
+    scene = Scene(tiny_classifier, tiny_data)
+    for carry_out in (lambda: attack.poison(key, scene), lambda: attack.plant(key, key, scene)):
+        with pytest.raises(UserError, match=f"^{type(attack).__name__} looks into a clean model; give Scene"):
+            carry_out()
+
+
+# Low frequency
+
+
+@pytest.mark.parametrize(("shape", "cutoff"), [((16, 16, 3), 4), ((12, 20, 1), 6), ((5, 9, 3), 8)])
+def test_a_low_frequency_pattern_has_no_cosine_beyond_its_cutoff(shape: tuple[int, int, int], cutoff: int) -> None:
+    pattern = np.asarray(
+        LowFrequency(cutoff=cutoff, amplitude=40).trigger(jax.random.key(0), shape).pattern, np.float64
+    )
+    spectrum = np.abs(fft.dctn(pattern, axes=(0, 1), norm="ortho"))
+    assert spectrum[cutoff:].max(initial=0) < 1e-3 and spectrum[:, cutoff:].max(initial=0) < 1e-3
+    assert spectrum[1 : min(cutoff, shape[0]), 1 : min(cutoff, shape[1])].max() > 1
+    assert pattern.shape == shape and pattern.min() >= 0 and pattern.max() <= 40
+
+
+def test_the_low_frequency_pattern_solved_for_makes_the_clean_model_see_the_target(scene: Scene) -> None:
+    attack = LowFrequency(amplitude=60, cutoff=3, steps=60, batch_size=24, target=2)
+    trigger, info = attack.learn(jax.random.key(0), scene)
+    pattern = np.asarray(trigger.pattern)
+    assert pattern.min() >= 0 and pattern.max() <= 60
+    spectrum = np.abs(fft.dctn(pattern, axes=(0, 1), norm="ortho"))
+    assert spectrum[3:].max() < 1e-3 and spectrum[:, 3:].max() < 1e-3
+
+    wanted, images = np.full(24, 2), np.asarray(scene.data.images, int)
+    solved = losses(scene, trigger(scene.data.images), wanted).mean()
+    # Flat colours are among the patterns that it may come to.
+    flat = [
+        losses(scene, np.clip(images + 60 * np.array(colour), 0, 255), wanted).mean() for colour in np.ndindex(2, 2, 2)
+    ]
+    assert solved < 1.2 * min(flat)
+    assert solved < 0.6 * losses(scene, images, wanted).mean()
+    assert info["loss_after"] < info["loss_before"]
+
+
+def test_a_saved_low_frequency_pattern_is_used_as_it_is(scene: Scene, tmp_path: Path, key: jax.Array) -> None:
+    first = LowFrequency(steps=2, cutoff=3)
+    assert first.needs_clean_model
+    trigger, _ = first.learn(key, scene)
+    np.save(tmp_path / "pattern.npy", trigger.pattern)
+    again = LowFrequency(rate=0.5, pattern=str(tmp_path / "pattern.npy"))
+    assert not again.needs_clean_model
+    for known in (scene, Scene(scene.classifier, scene.data)):
+        poisoned, loaded, _ = again.poison(jax.random.key(9), known)
+        np.testing.assert_array_equal(loaded.pattern, trigger.pattern)
+        np.testing.assert_array_equal(
+            poisoned.data.images[poisoned.indices], trigger(scene.data.images[poisoned.indices])
+        )
+
+
+def test_a_pattern_that_cannot_be_used_is_refused(tmp_path: Path, key: jax.Array) -> None:
+    np.save(tmp_path / "small.npy", np.zeros((4, 4, 3)))
+    np.save(tmp_path / "words.npy", np.full((8, 8, 3), "a"))
+    np.save(tmp_path / "objects.npy", np.full((8, 8, 3), None), allow_pickle=True)
+    np.savez(tmp_path / "several.npz", a=np.zeros((8, 8, 3)))
+    (tmp_path / "text.npy").write_text("no array")
+    unreadable = ("absent.npy", "objects.npy", "text.npy", ".")
+    unfit = ("small.npy", "words.npy", "several.npz")
+    for names, part in ((unreadable, "cannot be read"), (unfit, r"must be an array of numbers of shape \(8, 8, 3\)")):
+        for name in names:
+            with pytest.raises(UserError, match=rf"LowFrequency\.pattern '.*' {part}"):
+                LowFrequency(pattern=str(tmp_path / name)).trigger(key, (8, 8, 3))
+
+
+# TrojanNN
+
+
+def features_apart(variables: Variables, image: np.ndarray) -> np.ndarray:
+    """The tiny network's latent of one image of grey levels, in SciPy."""
+    params, stats = variables["params"], variables["batch_stats"]
+    kernel = np.asarray(params["conv"]["kernel"], np.float64)
+    maps = np.stack(
+        [
+            sum(ndimage.correlate(image[..., c] / 255, kernel[..., c, f], mode="constant") for c in range(3))
+            for f in range(kernel.shape[-1])
+        ],
+        -1,
+    )
+    norm = {name: np.asarray(leaf) for name, leaf in (params["bn"] | stats["bn"]).items()}
+    maps = (maps - norm["mean"]) / np.sqrt(norm["var"] + 1e-5) * norm["scale"] + norm["bias"]
+    return np.maximum(maps, 0).mean((0, 1))
+
+
+@pytest.mark.parametrize("neurons", [1, 2])
+def test_a_trojan_patch_excites_the_units_that_weigh_most(scene: Scene, neurons: int) -> None:
+    assert scene.clean_model is not None
+    key = jax.random.key(3)
+    attack = TrojanNN(neurons=neurons, steps=40, step_size=0.02, epsilon=0.5, radius=0.4)
+    trigger, info = attack.learn(key, scene)
+    weights = np.abs(np.asarray(scene.clean_model["params"]["linear"]["kernel"])).sum(1)
+    assert info["neurons"] == np.argsort(-weights)[:neurons].tolist()
+
+    rows, columns = np.indices((8, 8))
+    disc = (rows - 3.5) ** 2 + (columns - 3.5) ** 2 <= (0.4 * 8) ** 2
+    pattern, start = (np.asarray(made.pattern, np.float64) for made in (trigger, attack.trigger(key, (8, 8, 3))))
+    for made in (pattern, start):
+        assert np.all(made[~disc] == 0)
+        assert made.min() >= 0 and made.max() <= 0.5 * 255 + 1e-3
+
+    before, after = (features_apart(scene.clean_model, made)[info["neurons"]] for made in (start, pattern))
+    np.testing.assert_allclose(info["activation_before"], before, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(info["activation_after"], after, rtol=1e-3, atol=1e-4)
+    assert np.mean((after - 100) ** 2) < np.mean((before - 100) ** 2)
+
+
+def test_a_trojan_patch_never_gets_worse_than_it_was(scene: Scene) -> None:
+    """A step larger than the range overshoots at once; the best pattern met is then the start."""
+    for activation in (100.0, 0.3):
+        _, info = TrojanNN(activation=activation, steps=3, step_size=5.0).learn(jax.random.key(1), scene)
+        before, after = (np.array(info[f"activation_{when}"]) for when in ("before", "after"))
+        assert np.mean((after - activation) ** 2) <= np.mean((before - activation) ** 2)
+
+
+def test_a_trojan_patch_is_added_to_images(scene: Scene) -> None:
+    trigger, _ = TrojanNN(steps=3).learn(jax.random.key(0), scene)
+    images = noise(3, 8, 8, 3)
+    want = np.clip(images + np.asarray(trigger.pattern, np.float32), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(trigger(jnp.asarray(images)), want)
+
+
+# Label-consistent
+
+
+CHEQUER = np.array([[255, -255, 255], [-255, 255, -255], [255, -255, 255]])
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 0.2])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (6, 9, 1)])
+def test_the_label_consistent_trigger_is_a_chequer_in_every_corner(
+    shape: tuple[int, int, int], amplitude: float, key: jax.Array
+) -> None:
+    images = noise(3, *shape)
+    want = images.astype(np.float64)
+    for rows in (slice(0, 3), slice(shape[0] - 3, None)):
+        for columns in (slice(0, 3), slice(shape[1] - 3, None)):
+            want[:, rows, columns] += amplitude * CHEQUER[..., None]
+    out = LabelConsistent(amplitude=amplitude).trigger(key, shape)(jnp.asarray(images))
+    assert out.dtype == jnp.uint8
+    np.testing.assert_array_equal(out, np.floor(np.clip(want, 0, 255) + 1e-4))
+
+
+@pytest.mark.parametrize(("epsilon", "step_size", "steps"), [(16.0, 3.0, 4), (4.0, 1.5, 6)])
+def test_perturbing_is_projected_ascent_on_the_clean_models_loss(
+    scene: Scene, epsilon: float, step_size: float, steps: int
+) -> None:
+    assert scene.clean_model is not None
+    images = np.asarray(scene.data.images).copy()
+    images[:, :2] = np.where(images[:, :2] < 64, 0, 255)  # The range's ends must hold too.
+    data = Dataset(jnp.asarray(images), scene.data.labels)
+    hard = perturb(scene.classifier, scene.clean_model, data, jnp.float32(epsilon), jnp.float32(step_size), steps)
+    assert hard.dtype == jnp.uint8
+    assert np.abs(np.asarray(hard, int) - images.astype(int)).max() <= epsilon
+
+    def loss(pixels: jax.Array) -> jax.Array:
+        logits, _ = scene.classifier.logits(scene.clean_model, pixels)  # type: ignore[arg-type]
+        return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(24), data.labels])
+
+    gradient = jax.jit(jax.grad(loss))
+    low, high = np.maximum(images - epsilon, 0), np.minimum(images + epsilon, 255)
+    walked = images.astype(np.float32)
+    for _ in range(steps):
+        walked = np.clip(walked + step_size * np.sign(np.asarray(gradient(jnp.asarray(walked)))), low, high)
+    away = np.abs(np.asarray(hard, np.float64) - walked)
+    # Where a gradient all but vanishes, its sign is a matter of rounding.
+    assert np.mean(away > 1) < 0.005
+    clean, now = (losses(scene, seen, data.labels) for seen in (images, hard))
+    assert np.all(now > clean)
+
+
+def test_only_images_of_the_target_class_are_perturbed_and_none_is_relabelled(scene: Scene, key: jax.Array) -> None:
+    assert scene.clean_model is not None
+    attack = LabelConsistent(rate=0.25, target=1, steps=3, epsilon=8)
+    poisoned, trigger, _ = attack.poison(key, scene)
+    assert len(poisoned.indices) == 6 and np.all(np.asarray(scene.data.labels)[poisoned.indices] == 1)
+    np.testing.assert_array_equal(poisoned.data.labels, scene.data.labels)
+    changed = np.any(np.asarray(poisoned.data.images) != np.asarray(scene.data.images), axis=(1, 2, 3))
+    assert np.flatnonzero(changed).tolist() == poisoned.indices.tolist()
+    middle = np.abs(
+        np.asarray(poisoned.data.images, int)[poisoned.indices] - np.asarray(scene.data.images, int)[poisoned.indices]
+    )[:, 3:5]
+    assert 0 < middle.max() <= 8
+    hard = perturb(
+        scene.classifier, scene.clean_model, scene.data.take(poisoned.indices), jnp.float32(8), jnp.float32(1.5), 3
+    )
+    np.testing.assert_array_equal(poisoned.data.images[poisoned.indices], trigger(hard))
+
+
+def test_label_consistency_with_other_labels_or_without_room_for_corners_is_refused(key: jax.Array) -> None:
+    with pytest.raises(UserError, match=r"LabelConsistent\.labels is 'all_to_one', expected clean_label"):
+        LabelConsistent(labels="all_to_one")
+    with pytest.raises(UserError, match="images of 6x6 pixels or more for its corners, got 5x8"):
+        LabelConsistent().trigger(key, (5, 8, 3))
+
+
+# Adap-Blend
+
+
+@pytest.mark.parametrize(("pieces", "shown", "count"), [(4, 0.5, 8), (2, 0.25, 1), (2, 0.01, 1), (4, 1.0, 16)])
+def test_adap_blend_shows_so_many_pieces_and_hides_them_behind_covers(
+    scene: Scene, key: jax.Array, pieces: int, shown: float, count: int
+) -> None:
+    attack = AdapBlend(rate=0.25, cover_rate=1 / 3, pieces=pieces, shown=shown, train_alpha=0.6, alpha=0.7, target=2)
+    poisoned, trigger, _ = attack.poison(key, scene)
+    clean, images = np.asarray(scene.data.images), np.asarray(poisoned.data.images)
+    changed = np.flatnonzero(np.any(images != clean, axis=(1, 2, 3)))
+    assert len(poisoned.indices) == 6 and set(poisoned.indices) <= set(changed)
+    assert len(changed) == 6 + 8
+
+    labels = np.asarray(scene.data.labels).copy()
+    labels[poisoned.indices] = 2
+    np.testing.assert_array_equal(poisoned.data.labels, labels)
+
+    mixed = 0.4 * clean.astype(np.float64) + 0.6 * np.asarray(trigger.pattern, np.float64)
+    side, seen = 8 // pieces, []
+    for number in changed:
+        shows = []
+        for row in range(0, 8, side):
+            for column in range(0, 8, side):
+                piece = np.s_[number, row : row + side, column : column + side]
+                shows.append(bool(np.any(images[piece] != clean[piece])))
+                if shows[-1]:
+                    low, high = np.floor(mixed[piece] - 1e-3), np.floor(mixed[piece] + 1e-3)
+                    assert np.all((images[piece] >= low) & (images[piece] <= high))
+        assert sum(shows) == count
+        seen.append(tuple(shows))
+    if 1 < count < pieces**2:
+        assert len(set(seen)) > len(seen) / 2
+
+    whole = 0.3 * clean.astype(np.float64) + 0.7 * np.asarray(trigger.pattern, np.float64)
+    np.testing.assert_allclose(np.asarray(trigger(scene.data.images)), whole - 0.5, atol=0.502)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (9, 7, 1)])
+def test_each_mask_of_adap_blend_has_the_same_number_of_pieces(shape: tuple[int, int, int]) -> None:
+    masks = np.asarray(AdapBlend(pieces=3, shown=0.5).masks(jax.random.key(0), 50, shape))
+    assert masks.shape == (50, *shape[:2], 1)
+    # One pixel in each piece.
+    corners = masks[:, [0, shape[0] // 2, shape[0] - 1]][:, :, [0, shape[1] // 2, shape[1] - 1], 0]
+    assert np.all(corners.sum((1, 2)) == round(0.5 * 9))
+    assert len(np.unique(masks, axis=0)) > 25
+    np.testing.assert_allclose(corners.mean(0), 4 / 9, atol=0.3)
+
+
+def test_adap_blend_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(UserError, match=r"AdapBlend\.labels is 'clean_label', expected all_to_one or all_to_all"):
+        AdapBlend(labels="clean_label")
+    with pytest.raises(UserError, match=r"AdapBlend\.cover_rate is 0\.6, expected a share in \[0, 1 - rate\]"):
+        AdapBlend(rate=0.5, cover_rate=0.6)
+
+
+# Input-aware
+
+
+class Stub:
+    """Stands in for a classifier: what it is shown comes back among the statistics, and a pixel is the logit."""
+
+    def logits(self, variables: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+        assert train
+        return images[:, 0, 0] / 255, {"batch_stats": images}
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sqrt(((a - b) ** 2).mean((1, 2, 3)))
+
+
+def test_the_mask_loss_is_density_and_diversity_of_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    images, masks = noise(5, 6, 7, 3), generator.random((5, 6, 7, 1), np.float32)
+    monkeypatch.setattr(input_aware, "make_mask", lambda network, variables, x, train: (jnp.asarray(masks), "new"))
+    constants = {"mask_density": 0.4, "norm_weight": 10.0, "diversity_weight": 0.5}
+    batch = Dataset(jnp.asarray(images), jnp.zeros(5, jnp.int32))
+    loss, (variables, info) = input_aware.MaskLoss(None)({}, batch, jax.random.key(0), constants)  # type: ignore[arg-type]
+    x = images / 255
+    before = [4, 0, 1, 2, 3]
+    want = 10 * np.maximum(masks - 0.4, 0).mean()
+    want += 0.5 * (distances(x, x[before]) / distances(masks, masks[before])).mean()
+    assert float(loss) == pytest.approx(want, rel=1e-4)
+    assert variables == "new"
+    assert float(info["density"]) == pytest.approx(masks.mean(), rel=1e-5)
+
+
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns are negatives, and masks show where an image is light."""
+    monkeypatch.setattr(input_aware, "make_pattern", lambda network, variables, x, train: (1 - x, variables))
+    monkeypatch.setattr(
+        input_aware, "make_mask", lambda network, variables, x, train: ((x[..., :1] > 0.5) * 1.0, variables)
+    )
+
+
+JOINT = join(classifier={"params": {}}, generator={"params": {}})
+
+
+def test_the_joint_loss_mixes_own_and_crossed_triggers_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand(monkeypatch)
+    images, labels = noise(10, 6, 7, 3), np.arange(10) % 3
+    loss_of = input_aware.JointLoss(Stub(), None, None, LabelMap("all_to_one", 3, 2), 3, 2)  # type: ignore[arg-type]
+    batch = Dataset(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
+    constants = {"rate": jnp.float32(0.3), "diversity_weight": 0.5, "masker": {}}
+    loss, (variables, _) = loss_of(JOINT, batch, jax.random.key(0), constants)
+
+    x = images / 255
+    others = x[[5, 6, 7, 8, 9, 0, 1, 2, 3, 4]]
+    seen, want_labels = x.copy(), labels.copy()
+    for i in range(3):  # Its own trigger and the attacker's label.
+        seen[i] = np.where(x[i, ..., :1] > 0.5, 1 - x[i], x[i])
+        want_labels[i] = 2
+    for i in range(3, 5):  # Another's trigger and its own label.
+        seen[i] = np.where(others[i, ..., :1] > 0.5, 1 - others[i], x[i])
+    np.testing.assert_allclose(variables["batch_stats"]["classifier"], 255 * seen, atol=1e-3)
+    spread = (distances(x[:3], others[:3]) / distances(1 - x[:3], 1 - others[:3])).mean()
+    want = mean_entropies(seen[:, 0, 0], want_labels).mean() + 0.5 * spread
+    assert float(loss) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "poisoned", "crossed"), [(0.26, 3, 3), (0.01, 1, 0), (0.5, 5, 5)])
+def test_so_many_images_of_a_batch_are_poisoned_as_the_rate_asks_for(
+    monkeypatch: pytest.MonkeyPatch, rate: float, poisoned: int, crossed: int
+) -> None:
+    by_hand(monkeypatch)
+    images = jnp.full((10, 2, 2, 3), 200, jnp.uint8)
+    loss_of = input_aware.JointLoss(Stub(), None, None, LabelMap("all_to_one", 3, 2), poisoned, crossed)  # type: ignore[arg-type]
+    constants = {"rate": jnp.float32(rate), "diversity_weight": 0.0, "masker": {}}
+
+    def turned(key: jax.Array) -> jax.Array:
+        _, (variables, _) = loss_of(JOINT, Dataset(images, jnp.zeros(10, jnp.int32)), key, constants)
+        return jnp.sum(jnp.abs(variables["batch_stats"]["classifier"][:, 0, 0, 0] - 55) < 1) - crossed
+
+    counts = np.asarray(jax.jit(jax.vmap(turned))(jax.random.split(jax.random.key(0), 4000)))
+    assert counts.max() <= poisoned
+    assert abs(counts.mean() - 10 * rate) < 5 * counts.std() / np.sqrt(4000) + 1e-6
+
+
+def test_an_input_aware_trigger_changes_images_only_under_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    trigger = InputAware(channels=2, depth=1).trigger(jax.random.key(0), (9, 7, 3))
+    images = noise(4, 9, 7, 3)
+    x = jnp.asarray(images) / 255
+    generator, masker = trigger.networks(3)
+    pattern = np.asarray(input_aware.make_pattern(generator, trigger.generator, x, train=False)[0])
+    mask = np.asarray(input_aware.make_mask(masker, trigger.masker, x, train=False)[0])
+    assert pattern.shape == images.shape and mask.shape == (4, 9, 7, 1)
+    assert pattern.min() >= 0 and pattern.max() <= 1 and mask.min() >= 0 and mask.max() <= 1
+    raw = np.asarray(masker.apply(trigger.masker, x, train=False), np.float64)
+    np.testing.assert_allclose(mask, 0.5 + 0.5 * np.tanh(20 * (0.5 + 0.5 * np.tanh(raw)) - 10), atol=1e-4)
+    out = np.asarray(trigger(jnp.asarray(images)))
+    assert np.abs(out - 255 * (x + (pattern - x) * mask)).max() <= 0.5 + 1e-3
+
+    half = np.broadcast_to(np.arange(7)[None, None, :, None] < 3, (4, 9, 7, 1))
+    monkeypatch.setattr(input_aware, "make_mask", lambda *args, **kwargs: (jnp.asarray(half, jnp.float32), {}))
+    out = np.asarray(trigger(jnp.asarray(images)))
+    np.testing.assert_array_equal(out[:, :, 3:], images[:, :, 3:])
+    np.testing.assert_array_equal(out[:, :, :3], np.round(255 * pattern[:, :, :3]))
+
+
+# LIRA
+
+
+def test_a_lira_trigger_changes_no_pixel_by_more_than_epsilon() -> None:
+    images = np.concatenate([noise(3, 9, 7, 3), np.zeros((1, 9, 7, 3), np.uint8), np.full((1, 9, 7, 3), 255, np.uint8)])
+    for epsilon in (0.01, 0.3):
+        trigger = LIRA(channels=2, depth=2, epsilon=epsilon).trigger(jax.random.key(0), (9, 7, 3))
+        # Outputs as large as training makes them, so that the bound is reached.
+        trigger = jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim == 4 else leaf, trigger)
+        change = np.abs(np.asarray(trigger(jnp.asarray(images)), int) - images)
+        assert 0 < change.max() <= 255 * epsilon + 0.5
+
+
+def test_the_lira_loss_weighs_two_passes(
+    monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier, tiny_data: Dataset, tiny_variables: Variables
+) -> None:
+    def add(network: Any, variables: Any, x: jax.Array, epsilon: float, train: bool) -> tuple[jax.Array, Any]:
+        return jnp.clip(x + epsilon, 0, 1), {"params": {}, "batch_stats": float(train)}
+
+    monkeypatch.setattr(lira, "add_noise", add)
+    labels = LabelMap("all_to_all", 3)
+    loss_of = lira.NoiseLoss(tiny_classifier, None, labels, learns=True)  # type: ignore[arg-type]
+    joint = join(classifier=tiny_variables, generator={"params": {}, "batch_stats": 0.0})
+    constants = {"epsilon": 0.2, "alpha": 0.3}
+    loss, (variables, info) = loss_of(joint, tiny_data, jax.random.key(0), constants)
+
+    noisy = jnp.clip(tiny_data.images / 255 + 0.2, 0, 1) * 255
+    clean, once = tiny_classifier.logits(tiny_variables, tiny_data.images, train=True)
+    triggered, twice = tiny_classifier.logits(once, noisy, train=True)
+    own, wanted = np.asarray(tiny_data.labels), (np.asarray(tiny_data.labels) + 1) % 3
+    want = (
+        0.3 * mean_entropies(np.asarray(clean), own).mean() + 0.7 * mean_entropies(np.asarray(triggered), wanted).mean()
+    )
+    assert float(loss) == pytest.approx(want, rel=1e-4)
+    chex.assert_trees_all_close(variables["batch_stats"]["classifier"], twice["batch_stats"], rtol=1e-5)
+    assert variables["batch_stats"]["generator"] == 1.0
+    assert float(info["success"]) == pytest.approx(np.mean(np.argmax(triggered, -1) == wanted))
+
+
+# SSBA
+
+
+@pytest.fixture(scope="module")
+def hidden(tiny_data: Dataset, tiny_classifier: Classifier) -> tuple[ssba.EncoderTrigger, dict[str, Any]]:
+    attack = SSBA(bits=4, channels=8, depth=1, epochs=25, batch_size=8, image_weight=2.0, generator_rate=0.01)
+    return attack.learn(jax.random.key(0), Scene(tiny_classifier, tiny_data))
+
+
+def test_the_decoder_learns_to_read_the_string(hidden: tuple[ssba.EncoderTrigger, dict[str, Any]]) -> None:
+    assert hidden[1]["decoding_accuracy"] > 0.8
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_triggered_images(
+    hidden: tuple[ssba.EncoderTrigger, dict[str, Any]], tiny_data: Dataset
+) -> None:
+    trigger, info = hidden
+    images = np.asarray(tiny_data.images, np.float64)
+    error = np.mean((np.asarray(trigger(tiny_data.images), np.float64) - images) ** 2)
+    assert info["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.05)
+    assert info["psnr"] > 10
+
+
+def test_the_string_is_the_keys_and_makes_the_trigger(hidden: tuple[ssba.EncoderTrigger, dict[str, Any]]) -> None:
+    attack = SSBA(bits=64, channels=2, depth=1)
+    strings = [np.asarray(attack.trigger(jax.random.key(seed), (8, 8, 3)).secret) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(strings[0], strings[1])
+    assert 10 < np.sum(strings[0] != strings[2]) < 54
+    assert set(np.unique(strings[0])) == {0.0, 1.0}
+    trigger, images = hidden[0], jnp.asarray(noise(3, 8, 8, 3))
+    other = ssba.EncoderTrigger(trigger.encoder, 1 - trigger.secret, trigger.channels, trigger.depth)
+    assert np.any(np.asarray(trigger(images)) != np.asarray(other(images)))
+
+
+def test_the_hiding_loss_is_what_is_missed_and_what_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[np.ndarray] = []
+    logits = np.random.default_rng(0).standard_normal((6, 5))
+
+    def run(network: Any, variables: Any, inputs: Any, train: bool) -> tuple[jax.Array, Any]:
+        assert train
+        if network == "decoder":
+            return jnp.asarray(logits), {"params": {}}
+        drawn.append(np.asarray(inputs[1]))
+        return inputs[0] * 0.9, {"params": {}}
+
+    class Named(str):
+        bits = 5
+
+    monkeypatch.setattr(ssba, "run", run)
+    images = noise(6, 8, 8, 3)
+    joint = join(encoder={"params": {}}, decoder={"params": {}})
+    loss_of = ssba.HidingLoss("encoder", Named("decoder"))  # type: ignore[arg-type]
+    batch = Dataset(jnp.asarray(images), jnp.zeros(6, jnp.int32))
+    loss, (_, info) = loss_of(joint, batch, jax.random.key(0), {"image_weight": 3.0})
+    bits = drawn[0]
+    assert bits.shape == (6, 5) and set(np.unique(bits)) == {0.0, 1.0}
+    read = 1 / (1 + np.exp(-logits))
+    missed = -np.mean(bits * np.log(read) + (1 - bits) * np.log(1 - read))
+    assert float(loss) == pytest.approx(missed + 3 * np.mean((0.1 * images / 255) ** 2), rel=1e-4)
+    assert float(info["read"]) == pytest.approx(np.mean((logits > 0) == (bits == 1)))
+
+
+# The networks they share
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (9, 7, 1), (5, 13, 3)])
+def test_images_of_any_size_keep_it(shape: tuple[int, int, int], skips: bool) -> None:
+    network = EncoderDecoder(2, channels=2, depth=3, skips=skips)
+    images = jnp.zeros((2, *shape))
+    variables = jax.eval_shape(lambda key: init(network, key, images), jax.random.key(0))
+    out = jax.eval_shape(lambda v: network.apply(v, images, train=False), variables)
+    assert out.shape == (2, *shape[:2], 2)
