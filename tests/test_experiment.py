@@ -311,10 +311,9 @@ LEARNT = (
     AttackEntry("trojan_nn", TrojanNN(steps=3, target=2)),
     AttackEntry("covered", AdapBlend(rate=0.1, cover_rate=0.1)),
     AttackEntry("label_consistent", LabelConsistent(steps=2, rate=0.05, target=1)),
-    AttackEntry("adaptive", BadNets(target=1), dataclasses.replace(SMALL.victim, epochs=2, sam_radius=1.0)),
+    AttackEntry("adaptive", BadNets(target=1), dataclasses.replace(SMALL.victim, sam_radius=1.0)),
 )
-PURIFY = DefenseEntry("pad_ft", "pad_ft", PadFtConfig(per_class=9, bound_epochs=1, tune_epochs=1))
-LEARNING = dataclasses.replace(SMALL, attacks=LEARNT, defenses=(PURIFY,))
+LEARNING = dataclasses.replace(SMALL, attacks=LEARNT, defenses=DEFENSES[:1])
 
 
 @pytest.fixture(scope="module")
