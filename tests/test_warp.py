@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from backdoor_jax import Classifier, Dataset, LabelMap, Scene, UserError, WaNet
+from backdoor_jax import Classifier, Dataset, LabelMap, Scene, TrainConfig, UserError, WaNet
 from backdoor_jax.attacks.wanet import WarpLoss, WarpTrigger
 from backdoor_jax.data import bilinear_sample, pixel_grid, rotate
 from backdoor_jax.models import Variables
@@ -258,21 +259,35 @@ def test_its_own_augmentation_takes_the_published_shares(
 # Settings
 
 
-def test_shares_of_a_batch_that_exceed_it_are_refused(key: jax.Array, tiny_data: Dataset) -> None:
+def test_shares_of_a_batch_that_exceed_it_are_refused() -> None:
     assert WaNet(rate=0.5, cross_ratio=1.0).rate == 0.5
     with pytest.raises(UserError, match=r"WaNet\.rate is 0\.5, expected at most 1 / \(1 \+ cross_ratio\)"):
         WaNet(rate=0.5, cross_ratio=2.0)
 
 
-def test_what_a_defender_finds_has_the_victims_warp(tiny_classifier: Classifier, tiny_data: Dataset) -> None:
+def test_a_victim_learns_the_warp_that_its_training_set_shows(
+    monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier, tiny_data: Dataset
+) -> None:
     """An experiment makes trigger and poisoned set anew from the key, so both ways must come to the same."""
-    from backdoor_jax import TrainConfig
+    asked: list[Any] = []
 
-    attack = WaNet(rate=0.25, target=1)
-    scene = Scene(tiny_classifier, tiny_data, TrainConfig(epochs=1, batch_size=12))
+    def train(key: jax.Array, classifier: Classifier, data: Dataset, config: TrainConfig, **options: Any) -> Any:
+        asked.extend([data, options])
+        return {"params": {}}, {}
+
+    monkeypatch.setattr("backdoor_jax.attacks.wanet.train", train)
+    attack = WaNet(rate=0.25, target=1, cross_ratio=0.5, rotation=90, crop=2)
+    scene = Scene(tiny_classifier, tiny_data, flip=True)
     planted = attack.plant(jax.random.key(5), jax.random.key(6), scene)
     poisoned, trigger, _ = attack.poison(jax.random.key(5), scene)
     assert isinstance(trigger, WarpTrigger)
-    np.testing.assert_array_equal(planted.trigger(tiny_data.images), trigger(tiny_data.images))
-    np.testing.assert_array_equal(planted.poisoned.data.images, poisoned.data.images)
-    np.testing.assert_array_equal(planted.poisoned.indices, poisoned.indices)
+    chex.assert_trees_all_equal(planted.trigger(tiny_data.images), trigger(tiny_data.images))
+    chex.assert_trees_all_equal(planted.poisoned.data, poisoned.data)
+    assert planted.poisoned.indices.tolist() == poisoned.indices.tolist()
+
+    data, options = asked
+    assert data is tiny_data
+    assert options["loss"] == WarpLoss(tiny_classifier, LabelMap("all_to_one", 3, 1), 2, True)
+    chex.assert_trees_all_equal(options["constants"]["warp"], trigger.places)
+    numbers = {name: float(options["constants"][name]) for name in ("rate", "cross", "rotation")}
+    assert numbers == pytest.approx({"rate": 0.25, "cross": 0.125, "rotation": np.pi / 2})
