@@ -21,6 +21,9 @@ def main() -> None:
     parser.add_argument("--data", default="data/cifar10.npz", help="plain .npz, see prepare_data.py")
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"), help="folder for results")
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="which backend (default: JAX's choice)")
+    parser.add_argument(
+        "--attacks", nargs="+", default=["badnets", "blended", "wanet"], help="names that `backdoor-jax list` shows"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new step after so many minutes")
     parser.add_argument("--tiny", action="store_true", help="prove the script on a CPU in about two minutes")
@@ -28,10 +31,17 @@ def main() -> None:
     if arguments.platform:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
 
+    from backdoor_jax.attacks import ATTACKS
     from backdoor_jax.errors import UserError
     from backdoor_jax.experiment import Experiment, run_experiment
 
-    experiment = tiny(arguments.out) if arguments.tiny else published(arguments.data, tuple(arguments.seeds))
+    unknown = [name for name in arguments.attacks if name not in ATTACKS]
+    if unknown:
+        parser.error(f"unknown attack {unknown[0]!r}; known are {', '.join(ATTACKS)}")
+    if arguments.tiny:
+        experiment = tiny(arguments.out, arguments.attacks)
+    else:
+        experiment = published(arguments.data, arguments.attacks, tuple(arguments.seeds))
     assert isinstance(experiment, Experiment)
     end = time.monotonic() + 60 * arguments.minutes
 
@@ -50,9 +60,9 @@ def main() -> None:
     print(f"{len(rows)} of {wanted} rows are in {arguments.out / 'run' / 'results.jsonl'}")
 
 
-def published(data: str, seeds: tuple[int, ...]) -> "Experiment":  # type: ignore[name-defined]  # noqa: F821
+def published(data: str, attacks: list[str], seeds: tuple[int, ...]) -> "Experiment":  # type: ignore[name-defined]  # noqa: F821
     """The benchmark's CIFAR-10 protocol: PreAct-ResNet18 at width 64, 100 epochs, 10 % poison, 5 % clean data."""
-    from backdoor_jax.attacks import BadNets, Blended
+    from backdoor_jax.attacks import ATTACKS
     from backdoor_jax.defenses import (
         D3Config,
         FineTuneConfig,
@@ -65,7 +75,7 @@ def published(data: str, seeds: tuple[int, ...]) -> "Experiment":  # type: ignor
 
     return Experiment(
         "cifar10_published",
-        (AttackEntry("badnets", BadNets()), AttackEntry("blended", Blended())),
+        tuple(AttackEntry(name, ATTACKS[name]()) for name in attacks),
         (
             DefenseEntry("finetune", "finetune", FineTuneConfig(flip=True)),
             DefenseEntry("d3", "d3", D3Config(flip=True)),
@@ -83,7 +93,7 @@ def published(data: str, seeds: tuple[int, ...]) -> "Experiment":  # type: ignor
     )
 
 
-def tiny(out: Path) -> "Experiment":  # type: ignore[name-defined]  # noqa: F821
+def tiny(out: Path, attacks: list[str]) -> "Experiment":  # type: ignore[name-defined]  # noqa: F821
     """The same entries on 512 random images, with a narrow network and few steps."""
     import dataclasses
 
@@ -101,7 +111,7 @@ def tiny(out: Path) -> "Experiment":  # type: ignore[name-defined]  # noqa: F821
         data, train_images=images[:512], train_labels=labels[:512], test_images=images[512:], test_labels=labels[512:]
     )
 
-    whole = published(str(data.resolve()), (0,))
+    whole = published(str(data.resolve()), attacks, (0,))
     short = {"steps": 4, "bound_epochs": 2, "tune_epochs": 2}
     defenses = tuple(
         dataclasses.replace(

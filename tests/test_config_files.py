@@ -138,7 +138,7 @@ def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path)
         ("{epochs: 1}", "3", ["victim", "expected keys and values", "3"]),
         ("{name: badnets}", "{name: badnets, rate: 2}", ["attacks[0]", "BadNets.rate is 2", "(0, 1]"]),
         ("{name: badnets}", "{name: badnets, corner: middle}", ["attacks[0].corner", "'top_left'", "'middle'"]),
-        ("{name: badnets}", "{name: wanet}", ["attacks[0]", "'wanet'", "known are badnets, blended"]),
+        ("{name: badnets}", "{name: nowhere}", ["attacks[0]", "'nowhere'", "known are badnets, blended"]),
         ("{name: badnets}", "badnets", ["attacks[0]", "expected a name"]),
         ("{name: badnets}", "{rate: 0.1}", ["attacks[0]", "expected a name"]),
         ("\n  - {name: badnets}", " badnets", ["attacks", "expected a list"]),
