@@ -44,7 +44,9 @@ def torch_preact_resnet18(torch: Any, classes: int, width: int, channels: int = 
     return Network()
 
 
-def torch_resnet(torch: Any, classes: int, width: int, blocks: tuple[int, ...], bottleneck: bool, small: bool) -> Any:
+def torch_resnet(
+    torch: Any, classes: int, width: int, blocks: tuple[int, ...], bottleneck: bool, small: bool, channels: int = 3
+) -> Any:
     """The paper's network with torchvision's names, written from its description."""
 
     class Block(torch.nn.Module):
@@ -74,7 +76,7 @@ def torch_resnet(torch: Any, classes: int, width: int, blocks: tuple[int, ...], 
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv1 = torch.nn.Conv2d(3, width, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
+            self.conv1 = torch.nn.Conv2d(channels, width, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
             self.bn1 = torch.nn.BatchNorm2d(width)
             fan_in = width
             for stage, count in enumerate(blocks):
@@ -85,13 +87,16 @@ def torch_resnet(torch: Any, classes: int, width: int, blocks: tuple[int, ...], 
                 self.add_module(f"layer{stage + 1}", layer)
             self.fc = torch.nn.Linear(fan_in, classes)
 
-        def forward(self, x: Any) -> Any:
+        def latent(self, x: Any) -> Any:
             x = torch.relu(self.bn1(self.conv1(x)))
             if not small:
                 x = torch.nn.functional.max_pool2d(x, 3, 2, 1)
             for stage in range(len(blocks)):
                 x = getattr(self, f"layer{stage + 1}")(x)
-            return self.fc(x.mean((2, 3)))
+            return x.mean((2, 3))
+
+        def forward(self, x: Any) -> Any:
+            return self.fc(self.latent(x))
 
     return Network()
 

@@ -48,7 +48,7 @@ from backdoor_jax.models import (
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
 """Our name of the first convolution of each network that has a PyTorch counterpart."""
 
-RENAMED = {PreActResNet18: {"stem": "conv1", "shortcut": "shortcut.0"}}
+RENAMED: dict[type[nn.Module], dict[str, str]] = {PreActResNet18: {"stem": "conv1", "shortcut": "shortcut.0"}}
 """Layers called otherwise there than an underscore for each dot would say."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -117,10 +117,12 @@ def load_torch(
             )
         _put(variables, path, array.transpose(_to_ours(array.ndim)))
     classifier = _normalized(classifier, normalization, mean, std)
+    rectifiers = _rectifiers(classifier, shapes) if bounds else {}
     for place, upper in bounds.items():
-        _put(
-            variables, (BOUNDS, *_path_of_place(classifier, shapes, place, where), "upper"), _array(upper, place, where)
-        )
+        if place not in rectifiers:
+            there = _few(list(rectifiers))
+            raise UserError(f"{where}: a bound is for {place}, where no rectifier is; there are {there}")
+        _put(variables, (BOUNDS, *rectifiers[place]), _array(upper, place, where))
     return classifier, variables
 
 
@@ -190,7 +192,7 @@ def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.nd
         )
     state = {}
     for name, path, _ in _tensors(classifier.network, variables):
-        leaf = functools.reduce(lambda tree, key: tree[key], path, variables)
+        leaf: Any = functools.reduce(lambda tree, key: tree[key], path, variables)
         array = np.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
         state[name] = np.ascontiguousarray(array.transpose(_to_torch(array.ndim)))
         if path[-1] == "var":
@@ -252,16 +254,11 @@ def _bounds_by_place(classifier: Classifier, variables: Variables) -> dict[str, 
     return found
 
 
-def _path_of_place(classifier: Classifier, shapes: Variables, place: str, where: str) -> tuple[str, ...]:
-    """Our path of the rectifier that a bound stored for a PyTorch module belongs to."""
+def _rectifiers(classifier: Classifier, shapes: Variables) -> dict[str, tuple[str, ...]]:
+    """Our path of every bound, by the PyTorch module it clips."""
     images = jax.ShapeDtypeStruct((1, 32, 32, len(classifier.mean)), jnp.uint8)
-    places = {
-        _place(classifier.network, path[:-1]): path[:-1]
-        for path, _ in _paths(jax.eval_shape(classifier.activations, shapes, images))
-    }
-    if place not in places:
-        raise UserError(f"{where}: there is a bound for {place}, where no rectifier is; known are {', '.join(places)}")
-    return places[place]
+    bounds = jax.eval_shape(classifier.activations, shapes, images)
+    return {_place(classifier.network, path[:-1]): path for path, _ in _paths(bounds)}
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], array: np.ndarray) -> None:
@@ -306,8 +303,8 @@ def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Cl
     network = MODELS[model].build(2, 1)
     first, head = (f"{_dotted(network, path)}.weight" for path in ((FIRST[type(network)],), MODELS[model].head_path))
     ends = {name: _array(state[name], name, where).shape for name in (first, head)}
-    stem = STEMS.get(ends[first][-1])
-    if len(ends[first]) != 4 or len(ends[head]) != 2 or ends[first][1] not in (1, 3) or stem is None:
+    stem = STEMS.get(ends[first][-1]) if len(ends[first]) == 4 else None
+    if stem is None or len(ends[head]) != 2 or ends[first][1] not in (1, 3):
         raise UserError(
             f"{where}: {first} has shape {ends[first]} and {head} {ends[head]}, expected (width, 1 or 3, size, size) "
             "with size 3 or 7, and (classes, latent); give a model of images"
