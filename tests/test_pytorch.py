@@ -159,6 +159,15 @@ def test_half_precision_becomes_float32_and_counters_may_be_absent(torch: Any) -
     chex.assert_trees_all_equal(ours, theirs)
 
 
+def test_what_was_read_does_not_change_with_its_source(torch: Any) -> None:
+    network = of_torch(torch, "preact_resnet18")
+    _, variables = load_torch(network.state_dict(), "preact_resnet18")
+    before = jax.tree.map(np.array, variables)
+    for tensor in network.state_dict().values():
+        tensor.zero_()
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, variables), before)
+
+
 def test_width_classes_channels_and_normalisation() -> None:
     state = state_of("preact_resnet18", width=3, classes=7)
     classifier, _ = load_torch(state, "preact_resnet18", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -260,6 +269,7 @@ def test_a_truncated_file_is_refused(torch: Any, suffix: str, share: float, tmp_
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_something_else_in_a_file_is_refused(torch: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     for content, message in (
@@ -423,6 +433,7 @@ def test_a_bound_where_no_rectifier_is_is_refused() -> None:
         load_torch({"model": state_of("preact_resnet18"), "bounds": {"conv1": np.ones(2)}}, "preact_resnet18")
 
 
+@pytest.mark.slow
 def test_pad_ft_has_the_same_asr_in_both_frameworks(torch: Any, tmp_path: Path) -> None:
     """A BadNets victim on the digits, repaired with clipped activations, then judged here and in PyTorch."""
     task = bj.digits()

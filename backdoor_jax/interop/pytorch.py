@@ -193,7 +193,7 @@ def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.nd
     state = {}
     for name, path, _ in _tensors(classifier.network, variables):
         leaf: Any = functools.reduce(lambda tree, key: tree[key], path, variables)
-        array = np.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+        array = np.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
         state[name] = np.ascontiguousarray(array.transpose(_to_torch(array.ndim)))
         if path[-1] == "var":
             state[f"{name.rpartition('.')[0]}.{COUNTER}"] = np.array(0)
@@ -264,7 +264,7 @@ def _rectifiers(classifier: Classifier, shapes: Variables) -> dict[str, tuple[st
 def _put(tree: dict[str, Any], path: tuple[str, ...], array: np.ndarray) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
-    tree[path[-1]] = jnp.asarray(array)
+    tree[path[-1]] = jnp.array(array)  # A copy: what is read may go on changing in PyTorch.
 
 
 # What a state dict is of
