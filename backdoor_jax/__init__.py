@@ -47,6 +47,7 @@ from backdoor_jax.defenses import (
     tac,
 )
 from backdoor_jax.errors import NonFiniteError, UserError
+from backdoor_jax.interop import load_torch, save_torch
 from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate, predict
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
@@ -96,11 +97,13 @@ __all__ = [
     "evaluate",
     "finetune",
     "load_task",
+    "load_torch",
     "make_dataset",
     "pad",
     "pad_ft",
     "poison",
     "predict",
+    "save_torch",
     "scan",
     "super_finetune",
     "tac",

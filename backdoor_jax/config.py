@@ -35,7 +35,7 @@ class Config:
 
 
 def numbers(config: Config) -> dict[str, Any]:
-    """The float fields of a configuration as traced float32 scalars.
+    """The float fields of a configuration as traced scalars, weakly typed: they take the precision of what they meet.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,10 @@ def numbers(config: Config) -> dict[str, Any]:
         ...     rate: float = 0.5
         ...     steps: int = 10
         >>> numbers(Example())
-        {'rate': Array(0.5, dtype=float32)}
+        {'rate': Array(0.5, dtype=float32, weak_type=True)}
     """
     return {
-        field.name: jnp.asarray(getattr(config, field.name), jnp.float32)
+        field.name: jnp.asarray(float(getattr(config, field.name)))
         for field in dataclasses.fields(config)
         if field.type is float
     }

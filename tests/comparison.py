@@ -38,19 +38,14 @@ def random_variables(classifier: Classifier, images: jax.Array) -> Variables:
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def torch_state(torch: Any, variables: Variables, dot: str = ".") -> dict[str, Any]:
-    """Our variables under PyTorch's names and in its layouts.
-
-    Args:
-        torch: the module.
-        variables: ours.
-        dot: what stands for a dot within our names of layers.
-    """
+def torch_state(torch: Any, variables: Variables) -> dict[str, Any]:
+    """Our variables under PyTorch's names, an underscore for each dot but for two of PreAct-ResNet18, and layouts."""
+    renamed = {"stem": "conv1", "shortcut": "shortcut.0"}
     names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         *layers, name = (entry.key for entry in path[1:])
         order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[leaf.ndim]
-        layer = ".".join(layers).replace(dot, ".")
+        layer = ".".join(renamed.get(layer, layer.replace("_", ".")) for layer in layers)
         state[f"{layer}.{names[name]}"] = torch.tensor(np.asarray(leaf).transpose(order))
     return state

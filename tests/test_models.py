@@ -14,6 +14,7 @@ from comparison import assert_near, draw, random_variables, torch_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from torch_networks import torch_preact_resnet18
 
 from backdoor_jax import Classifier, UserError, build_classifier
 from backdoor_jax.data import Dataset
@@ -206,44 +207,6 @@ def variables(resnet: Classifier, images: jax.Array) -> Variables:
 @pytest.fixture(scope="module")
 def logits(resnet: Classifier) -> Callable[[Variables, jax.Array], jax.Array]:
     return jax.jit(lambda variables, images: resnet.logits(variables, images)[0])
-
-
-def torch_preact_resnet18(torch: Any, classes: int, width: int) -> Any:
-    """The benchmark's network, written from its description; layers are called as in ours."""
-
-    class Block(torch.nn.Module):
-        def __init__(self, fan_in: int, features: int, stride: int) -> None:
-            super().__init__()
-            self.bn1 = torch.nn.BatchNorm2d(fan_in)
-            self.conv1 = torch.nn.Conv2d(fan_in, features, 3, stride, 1, bias=False)
-            self.bn2 = torch.nn.BatchNorm2d(features)
-            self.conv2 = torch.nn.Conv2d(features, features, 3, 1, 1, bias=False)
-            if stride > 1 or fan_in != features:
-                self.shortcut = torch.nn.Conv2d(fan_in, features, 1, stride, bias=False)
-
-        def forward(self, x: Any) -> Any:
-            inner = torch.relu(self.bn1(x))
-            side = self.shortcut(inner) if hasattr(self, "shortcut") else x
-            return self.conv2(torch.relu(self.bn2(self.conv1(inner)))) + side
-
-    class Network(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = torch.nn.Conv2d(3, width, 3, 1, 1, bias=False)
-            fan_in = width
-            for stage, stride in enumerate((1, 2, 2, 2)):
-                for block in range(2):
-                    features = width * 2**stage
-                    self.add_module(f"layer{stage + 1}_{block}", Block(fan_in, features, stride if block == 0 else 1))
-                    fan_in = features
-            self.linear = torch.nn.Linear(fan_in, classes)
-
-        def forward(self, x: Any) -> Any:
-            for name, layer in self.named_children():
-                x = layer(x.mean((2, 3))) if name == "linear" else layer(x)
-            return x
-
-    return Network()
 
 
 def test_logits_and_statistics_are_those_of_an_independent_pytorch_network(

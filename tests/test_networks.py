@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from comparison import assert_near, draw, random_variables, torch_state
 from scipy.special import erf
+from torch_networks import torch_resnet, torch_vgg19
 
 from backdoor_jax import Classifier, UserError, build_classifier
 from backdoor_jax.models import ResNet, Variables, VisionTransformer
@@ -101,85 +102,6 @@ def test_shapes_and_the_place_of_the_head(name: str, options: dict[str, Any], la
 # Independent networks
 
 
-def torch_resnet(torch: Any, classes: int, width: int, blocks: tuple[int, ...], bottleneck: bool, small: bool) -> Any:
-    """The paper's network with torchvision's names, written from its description."""
-
-    class Block(torch.nn.Module):
-        def __init__(self, fan_in: int, features: int, stride: int) -> None:
-            super().__init__()
-            out = 4 * features if bottleneck else features
-            plan = [(fan_in, features, 3, stride), (features, features, 3, 1)]
-            if bottleneck:
-                plan = [(fan_in, features, 1, 1), (features, features, 3, stride), (features, out, 1, 1)]
-            self.count = len(plan)
-            for at, (before, after, size, step) in enumerate(plan, 1):
-                self.add_module(f"conv{at}", torch.nn.Conv2d(before, after, size, step, size // 2, bias=False))
-                self.add_module(f"bn{at}", torch.nn.BatchNorm2d(after))
-            self.downsample = None
-            if stride != 1 or fan_in != out:
-                self.downsample = torch.nn.Sequential(
-                    torch.nn.Conv2d(fan_in, out, 1, stride, bias=False), torch.nn.BatchNorm2d(out)
-                )
-
-        def forward(self, x: Any) -> Any:
-            inner = x
-            for at in range(1, self.count + 1):
-                inner = getattr(self, f"bn{at}")(getattr(self, f"conv{at}")(inner))
-                inner = torch.relu(inner) if at < self.count else inner
-            return torch.relu(inner + (x if self.downsample is None else self.downsample(x)))
-
-    class Network(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1 = torch.nn.Conv2d(3, width, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
-            self.bn1 = torch.nn.BatchNorm2d(width)
-            fan_in = width
-            for stage, count in enumerate(blocks):
-                layer = torch.nn.Sequential()
-                for block in range(count):
-                    layer.append(Block(fan_in, width * 2**stage, 2 if stage > 0 and block == 0 else 1))
-                    fan_in = width * 2**stage * (4 if bottleneck else 1)
-                self.add_module(f"layer{stage + 1}", layer)
-            self.fc = torch.nn.Linear(fan_in, classes)
-
-        def forward(self, x: Any) -> Any:
-            x = torch.relu(self.bn1(self.conv1(x)))
-            if not small:
-                x = torch.nn.functional.max_pool2d(x, 3, 2, 1)
-            for stage in range(len(blocks)):
-                x = getattr(self, f"layer{stage + 1}")(x)
-            return self.fc(x.mean((2, 3)))
-
-    return Network()
-
-
-def torch_vgg19(torch: Any, classes: int, width: int) -> Any:
-    """The paper's configuration E with normalisation and torchvision's names, without its dropout."""
-    layers: list[Any] = []
-    fan_in = 3
-    for channels in [1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0]:
-        if channels == 0:
-            layers.append(torch.nn.MaxPool2d(2, 2))
-            continue
-        out = channels * width
-        layers += [torch.nn.Conv2d(fan_in, out, 3, padding=1), torch.nn.BatchNorm2d(out), torch.nn.ReLU()]
-        fan_in = out
-    hidden = 64 * width
-    network = torch.nn.Sequential()
-    network.add_module("features", torch.nn.Sequential(*layers))
-    network.add_module("avgpool", torch.nn.AdaptiveAvgPool2d((7, 7)))
-    network.add_module("flatten", torch.nn.Flatten())
-    network.add_module(
-        "classifier",
-        torch.nn.Sequential(
-            torch.nn.Linear(fan_in * 49, hidden), torch.nn.ReLU(), torch.nn.Dropout(0),
-            torch.nn.Linear(hidden, hidden), torch.nn.ReLU(), torch.nn.Dropout(0),
-            torch.nn.Linear(hidden, classes),
-        ),
-    )  # fmt: skip
-    return network
-
-
 @pytest.mark.parametrize("name", ["resnet18", "bottlenecks", "vgg19_bn"])
 def test_logits_statistics_and_gradients_are_those_of_an_independent_pytorch_network(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -190,7 +112,7 @@ def test_logits_statistics_and_gradients_are_those_of_an_independent_pytorch_net
     }[name]()
     classifier = NETWORKS[name][0]
     variables, images = example(name)
-    absent = reference.load_state_dict(torch_state(torch, variables, dot="_"), strict=False)
+    absent = reference.load_state_dict(torch_state(torch, variables), strict=False)
     assert not absent.unexpected_keys and all("num_batches_tracked" in key for key in absent.missing_keys)
     x = torch.tensor(np.asarray(images) / 255, dtype=torch.float32).permute(0, 3, 1, 2)
 
@@ -201,11 +123,11 @@ def test_logits_statistics_and_gradients_are_those_of_an_independent_pytorch_net
     got, new, gradient = trained(classifier, variables, images)
     assert_near(got, want.detach(), 1e-3)
     after = reference.state_dict()
-    for key, value in torch_state(torch, {"batch_stats": new["batch_stats"]}, dot="_").items():
+    for key, value in torch_state(torch, {"batch_stats": new["batch_stats"]}).items():
         assert_near(value, after[key], 1e-3)
     gradients = {key: value.grad for key, value in reference.named_parameters()}
     largest = max(float(value.abs().max()) for value in gradients.values())
-    for key, value in torch_state(torch, {"params": gradient}, dot="_").items():
+    for key, value in torch_state(torch, {"params": gradient}).items():
         np.testing.assert_allclose(value, gradients[key], rtol=0.01, atol=1e-3 * largest)
 
 

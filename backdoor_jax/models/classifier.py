@@ -59,11 +59,15 @@ class Classifier:
                 f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair a channel"
             )
 
-    def normalize(self, images: jax.Array) -> jax.Array:
-        """uint8 images to the network's input: ``(images / 255 - mean) / std`` in float32."""
-        scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
-        shift = jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
-        return images.astype(jnp.float32) * scale - shift
+    def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """uint8 images to the network's input: ``(images / 255 - mean) / std``."""
+        scale = 1 / (255 * jnp.asarray(self.std, dtype))
+        shift = jnp.asarray(self.mean, dtype) / jnp.asarray(self.std, dtype)
+        return images.astype(dtype) * scale - shift
+
+    def _input(self, variables: Variables, images: jax.Array) -> jax.Array:
+        """Normalised images in the precision of the weights, at least float32."""
+        return self.normalize(images, jnp.result_type(jnp.float32, *jax.tree.leaves(variables.get("params"))))
 
     def _apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
         return self.network.apply(variables, *args, **kwargs)
@@ -78,15 +82,16 @@ class Classifier:
 
         In evaluation mode the variables come back as they went in.
         """
-        x = self.normalize(images)
+        x = self._input(variables, images)
         if not train:
             return self._apply(variables, x, train=False, method="features"), variables
         latent, new = self._apply(variables, x, train=True, method="features", mutable=["batch_stats"])
         return latent, {**variables, **new}
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
-        """Logits ``(B, C)`` in float32 of latents ``(B, D)``."""
-        return self._apply(variables, latent, method="head").astype(jnp.float32)
+        """Logits ``(B, C)`` of latents ``(B, D)``, in float32 or the weights' own precision if that is higher."""
+        logits = self._apply(variables, latent, method="head")
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
     def logits(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
         """Logits ``(B, C)`` of images, and the variables as `features` returns them."""
@@ -99,7 +104,7 @@ class Classifier:
         Empty where the network has no `ReLU` or `GELU` of ours.
         """
         _, sown = self._apply(
-            variables, self.normalize(images), train=False, method="features", mutable=["activations"]
+            variables, self._input(variables, images), train=False, method="features", mutable=["activations"]
         )
         return sown.get("activations", {})
 

@@ -67,10 +67,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalised ``x``, with the batch's statistics when training."""
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         if train:
             axes = tuple(range(x.ndim - 1))
             batch_mean, batch_var = jnp.mean(x, axes), jnp.var(x, axes)
@@ -146,9 +146,9 @@ def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
         [[0.5, 1.5], [0.5, 1.5]]
     """
 
-    def means(n: int) -> np.ndarray:
+    def means(n: int) -> jax.Array:
         at, out = np.arange(n), np.arange(size)[:, None]
         inside = (at >= out * n // size) & (at < -(-(out + 1) * n // size))
-        return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+        return jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.promote_types(x.dtype, jnp.float32))
 
     return jnp.einsum("bhwc,ih,jw->bijc", x, means(x.shape[1]), means(x.shape[2]))

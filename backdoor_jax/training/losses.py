@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy per sample in float32.
+    """Cross-entropy per sample, in float32 or the logits' own precision if that is higher.
 
     Args:
         logits: ``(..., C)``.

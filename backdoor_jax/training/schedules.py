@@ -59,7 +59,7 @@ def triangular_two_phase(
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
         phase = count % (up + down)
-        height = jnp.where(phase < up, phase / up, (up + down - phase) / down)
+        height = jnp.where(phase < up, phase / float(up), (up + down - phase) / float(down))
         peak = jnp.where(count < first_phase * steps, peak1, peak2)
         return base + (peak - base) * height
 

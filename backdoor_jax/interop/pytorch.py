@@ -1,0 +1,457 @@
+"""PyTorch state dicts to our variables and back.
+
+PreAct-ResNet18 has the published benchmark's names (``conv1``, ``layer1.0.bn1``, ``layer2.0.shortcut.0``, ``linear``),
+ResNet and VGG19-BN have torchvision's. The map is read off our own trees: a level is a dot, and so is an underscore in
+a layer's name.
+
+=====================  ============================  ==========================================
+ours                   PyTorch's                     layout
+=====================  ============================  ==========================================
+``kernel``             ``weight``                    ``(h, w, I, O)`` to ``(O, I, h, w)``, ``(I, O)`` to ``(O, I)``
+``scale``, ``bias``    ``weight``, ``bias``          as it is
+``mean``, ``var``      ``running_mean``, ``_var``    as it is; both frameworks keep the unbiased variance
+``bounds``             none                          beside the weights, by the module they clip
+=====================  ============================  ==========================================
+
+``num_batches_tracked`` counts steps and matters only where a BatchNorm has no momentum, which ours never lack: it is
+skipped on reading and written as 0. Half precision becomes float32.
+
+A file is data here and never code. ``.safetensors`` holds nothing else. A ``.pt`` file is read by PyTorch's
+weights-only unpickler, which runs nothing; the few NumPy names that the benchmark's ``attack_result.pt`` needs beside
+the weights are let through to a stand-in that takes anything and does nothing.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.models import (
+    MODELS,
+    NORMALIZATIONS,
+    VGG19,
+    Classifier,
+    PreActResNet18,
+    ResNet,
+    Stem,
+    Variables,
+    build_classifier,
+)
+
+FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
+"""Our name of the first convolution of each network that has a PyTorch counterpart."""
+
+RENAMED: dict[type[nn.Module], dict[str, str]] = {PreActResNet18: {"stem": "conv1", "shortcut": "shortcut.0"}}
+"""Layers called otherwise there than an underscore for each dot would say."""
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+COUNTER = "num_batches_tracked"
+PREFIXES = ("module.", "_orig_mod.")
+"""What data-parallel training and compilation put before every name."""
+HOLDERS = ("model", "state_dict")
+"""Where checkpoints that hold more keep the weights."""
+BOUNDS = "bounds"
+STEMS: dict[int, Stem] = {3: "small", 7: "imagenet"}
+
+
+def load_torch(
+    source: Path | str | Mapping[str, Any],
+    model: str,
+    *,
+    normalization: str = "none",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> tuple[Classifier, Variables]:
+    """Reads a PyTorch model.
+
+    Width, class count, image channels and a ResNet's stem are read off the shapes. Where the first convolution of a
+    ResNet is 3x3, no pooling is taken to follow it.
+
+    Args:
+        source: a ``.safetensors`` file, or one that ``torch.save`` wrote; or a mapping of names to arrays or tensors.
+            It is a state dict, or holds one under ``model`` or ``state_dict``.
+        model: the network's name in `backdoor_jax.models.MODELS`.
+        normalization: what the model's input was normalised with, by name; see `NORMALIZATIONS`.
+        mean: instead of a name, per channel of pixels scaled to [0, 1].
+        std: likewise.
+
+    Returns:
+        The classifier, and its variables: ``params``, ``batch_stats``, and ``bounds`` where `save_torch` stored some.
+
+    Raises:
+        UserError: for a file that is missing, damaged or holds code, another architecture's tensors, or a network
+            without a PyTorch counterpart.
+
+    Example:
+        >>> made = build_classifier("preact_resnet18", 10, width=2)
+        >>> state = torch_state(made, zeros(made))
+        >>> state["layer2.0.shortcut.0.weight"].shape
+        (4, 2, 1, 1)
+        >>> classifier, variables = load_torch(state, "preact_resnet18")
+        >>> classifier == made, variables["params"]["layer2_0"]["shortcut"]["kernel"].shape
+        (True, (1, 1, 2, 4))
+    """
+    if model not in _supported():
+        raise UserError(f"model {model!r} has no PyTorch counterpart here; those that do are {', '.join(_supported())}")
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    state, bounds = _unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
+
+    classifier, shapes = _classifier_of(state, model, where)
+    expected = {name: (path, shape) for name, path, shape in _tensors(classifier.network, shapes)}
+    _require_same_names(set(expected), set(state), model, where)
+    variables: Variables = {}
+    for name, (path, shape) in expected.items():
+        array = _array(state[name], name, where)
+        got, wanted = array.shape, tuple(shape[axis] for axis in _to_torch(len(shape)))
+        if got != wanted:
+            raise UserError(
+                f"{where}: {name} has shape {got}, expected {wanted} in a {model} of {classifier.num_classes} classes "
+                "whose first convolution is this wide; give a network of the published proportions"
+            )
+        _put(variables, path, array.transpose(_to_ours(array.ndim)))
+    classifier = _normalized(classifier, normalization, mean, std)
+    rectifiers = _rectifiers(classifier, shapes) if bounds else {}
+    for place, upper in bounds.items():
+        if place not in rectifiers:
+            there = _few(list(rectifiers))
+            raise UserError(f"{where}: a bound is for {place}, where no rectifier is; there are {there}")
+        _put(variables, (BOUNDS, *rectifiers[place]), _array(upper, place, where))
+    return classifier, variables
+
+
+def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -> None:
+    """Writes a model for PyTorch, by suffix ``.pt``, ``.pth`` or ``.safetensors``.
+
+    A ``.pt`` file is a plain state dict, for ``load_state_dict``. Activation bounds cannot live in one: a bounded
+    model's file holds ``model``, the state dict, and ``bounds``, the upper bounds ``(C,)`` by the name of the module
+    whose output they clip; safetensors, which are flat, hold those under ``bounds.`` and the name. `apply_bounds` puts
+    them into a PyTorch network, and `load_torch` reads both back.
+
+    Args:
+        path: where to; folders are made, and an older file goes once the new one is whole.
+        classifier: of one of our networks with a PyTorch counterpart.
+        variables: its variables.
+
+    Raises:
+        UserError: for another network, another suffix, or ``.pt`` without PyTorch.
+
+    Example:
+        >>> import tempfile
+        >>> made = build_classifier("resnet18", 10, width=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "model.safetensors"
+        ...     save_torch(file, made, zeros(made))
+        ...     load_torch(file, "resnet18")[0] == made
+        True
+    """
+    path = Path(path)
+    state, bounds = torch_state(classifier, variables), _bounds_by_place(classifier, variables)
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .pt, .pth or .safetensors")
+    torch = None if path.suffix == ".safetensors" else _torch(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    if torch is None:
+        from safetensors.numpy import save_file
+
+        flat = {**state, **{f"{BOUNDS}.{place}": upper for place, upper in bounds.items()}}
+        save_file(flat, partial, {"format": "pt"})
+    else:
+        weights, uppers = ({name: torch.tensor(array) for name, array in tree.items()} for tree in (state, bounds))
+        torch.save({"model": weights, BOUNDS: uppers} if uppers else weights, partial)
+    partial.replace(path)
+
+
+def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
+    """The variables under PyTorch's names and in its layouts, bounds left out.
+
+    Args:
+        classifier: of one of our networks with a PyTorch counterpart.
+        variables: its variables.
+
+    Raises:
+        UserError: for another network.
+
+    Example:
+        >>> made = build_classifier("vgg19_bn", 10, width=1)
+        >>> state = torch_state(made, zeros(made))
+        >>> state["classifier.6.weight"].shape, int(state["features.1.num_batches_tracked"])
+        ((10, 64), 0)
+    """
+    if type(classifier.network) not in FIRST:
+        raise UserError(
+            f"a {type(classifier.network).__name__} has no PyTorch counterpart here; save it with Orbax "
+            "(backdoor_jax.interop.checkpoints)"
+        )
+    state = {}
+    for name, path, _ in _tensors(classifier.network, variables):
+        leaf: Any = functools.reduce(lambda tree, key: tree[key], path, variables)
+        array = np.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+        state[name] = np.ascontiguousarray(array.transpose(_to_torch(array.ndim)))
+        if path[-1] == "var":
+            state[f"{name.rpartition('.')[0]}.{COUNTER}"] = np.array(0)
+    return state
+
+
+# Names and layouts
+
+
+def _to_torch(rank: int) -> tuple[int, ...]:
+    return {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[rank]
+
+
+def _to_ours(rank: int) -> tuple[int, ...]:
+    return {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[rank]
+
+
+def _dotted(network: nn.Module, layers: tuple[str, ...]) -> str:
+    renamed = RENAMED.get(type(network), {})
+    return ".".join(renamed.get(layer, layer.replace("_", ".")) for layer in layers)
+
+
+def _paths(tree: Any) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield tuple(str(entry.key) for entry in path), leaf.shape
+
+
+def _tensors(network: nn.Module, variables: Variables) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """PyTorch's name, our path and our shape of every tensor of a state dict."""
+    for path, shape in _paths({kind: variables[kind] for kind in ("params", "batch_stats")}):
+        yield f"{_dotted(network, path[1:-1])}.{LEAVES[path[-1]]}", path, shape
+
+
+def _place(network: nn.Module, rectifier: tuple[str, ...]) -> str:
+    """The PyTorch module whose output a bound on one of our rectifiers clips.
+
+    A rectifier that is a module of its own is that (VGG19); one that ends a residual block is the block; any other
+    comes right after a normalisation, and ``relu(min(x, z)) = min(relu(x), z)`` for every bound z of 0 or more.
+    """
+    *block, name = rectifier
+    if isinstance(network, VGG19):
+        return _dotted(network, rectifier)
+    if isinstance(network, ResNet) and name == ("relu3" if network.bottleneck else "relu2"):
+        return _dotted(network, tuple(block))
+    return _dotted(network, (*block, "bn1" if name == "relu" else name.replace("relu", "bn")))
+
+
+def _bounds_by_place(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
+    found = {}
+    for path, _ in _paths(variables.get(BOUNDS, {})):
+        leaf = functools.reduce(lambda tree, key: tree[key], path, variables[BOUNDS])
+        upper = np.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+        if not (upper >= 0).all():
+            raise UserError(
+                f"bounds of {'/'.join(path[:-1])} are not all 0 or more, and a rectifier's values are; mend them first"
+            )
+        found[_place(classifier.network, path[:-1])] = upper
+    return found
+
+
+def _rectifiers(classifier: Classifier, shapes: Variables) -> dict[str, tuple[str, ...]]:
+    """Our path of every bound, by the PyTorch module it clips."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, len(classifier.mean)), jnp.uint8)
+    bounds = jax.eval_shape(classifier.activations, shapes, images)
+    return {_place(classifier.network, path[:-1]): path for path, _ in _paths(bounds)}
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], array: np.ndarray) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = jnp.array(array)  # A copy: what is read may go on changing in PyTorch.
+
+
+# What a state dict is of
+
+
+@functools.cache
+def _supported() -> tuple[str, ...]:
+    return tuple(name for name, known in MODELS.items() if type(known.build(2, 1)) in FIRST)
+
+
+def zeros(classifier: Classifier) -> Variables:
+    """Variables of a network, all zero: a tree to fill.
+
+    Example:
+        >>> zeros(build_classifier("preact_resnet18", 10, width=2))["params"]["linear"]["kernel"].shape
+        (16, 10)
+    """
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(classifier))
+
+
+def _shapes(classifier: Classifier) -> Variables:
+    images = jax.ShapeDtypeStruct((1, 32, 32, len(classifier.mean)), jnp.uint8)
+    return jax.eval_shape(classifier.init, jax.random.key(0), images)
+
+
+@functools.cache
+def _names(model: str) -> frozenset[str]:
+    """All tensors' names, which depend on neither width nor classes."""
+    classifier = build_classifier(model, 2, 1)
+    return frozenset(name for name, _, _ in _tensors(classifier.network, _shapes(classifier)))
+
+
+def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Classifier, Variables]:
+    """The network that the first convolution and the head say, and the shapes of its variables."""
+    _require_same_names(set(_names(model)), set(state), model, where)
+    network = MODELS[model].build(2, 1)
+    first, head = (f"{_dotted(network, path)}.weight" for path in ((FIRST[type(network)],), MODELS[model].head_path))
+    ends = {name: _array(state[name], name, where).shape for name in (first, head)}
+    stem = STEMS.get(ends[first][-1]) if len(ends[first]) == 4 else None
+    if stem is None or len(ends[head]) != 2 or ends[first][1] not in (1, 3):
+        raise UserError(
+            f"{where}: {first} has shape {ends[first]} and {head} {ends[head]}, expected (width, 1 or 3, size, size) "
+            "with size 3 or 7, and (classes, latent); give a model of images"
+        )
+    (width, channels), classes = ends[first][:2], ends[head][0]
+    classifier = build_classifier(model, classes, width, stem=stem if isinstance(network, ResNet) else None)
+    if channels == 1:
+        classifier = Classifier(classifier.network, classes, (0.0,), (1.0,), classifier.head_path)
+    return classifier, _shapes(classifier)
+
+
+def _normalized(
+    classifier: Classifier, name: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Classifier:
+    """The classifier with an input normalisation, which must have its number of channels."""
+    if (mean is None) != (std is None):
+        raise UserError("mean and std go together; give both, or neither and a normalization by name")
+    if mean is None or std is None:
+        if name == "none":
+            return classifier
+        if name not in NORMALIZATIONS:
+            raise UserError(f"unknown normalization {name!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
+        mean, std = NORMALIZATIONS[name]
+    if len(mean) != len(classifier.mean):
+        raise UserError(
+            f"the model is for images of {len(classifier.mean)} channels, the normalisation for {len(mean)}; give mean "
+            "and std with one value a channel"
+        )
+    return Classifier(classifier.network, classifier.num_classes, tuple(mean), tuple(std), classifier.head_path)
+
+
+def _require_same_names(expected: set[str], found: set[str], model: str, where: str) -> None:
+    missing = sorted(expected - found)
+    extra = sorted(name for name in found - expected if not name.endswith(COUNTER))
+    if not missing and not extra:
+        return
+    seen = frozenset(name for name in found if not name.endswith(COUNTER))
+    others = [other for other in _supported() if _names(other) == seen]
+    mend = f"they are those of {others[0]}, so give that as model" if others else "give the model it was saved from"
+    told = [f"{kind} {_few(names)}" for kind, names in (("missing", missing), ("unknown", extra)) if names]
+    raise UserError(f"{where}: the tensors are not those of {model}: {', '.join(told)}; {mend}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# Reading
+
+
+def _unwrap(tree: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict of what was read, without prefixes, and the bounds stored with it."""
+    bounds: dict[str, Any] = {}
+    for holder in HOLDERS:
+        if isinstance(tree, Mapping) and isinstance(tree.get(holder), Mapping):
+            bounds = dict(tree.get(BOUNDS) or {})
+            tree = tree[holder]
+            break
+    if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
+        raise UserError(
+            f"{where}: expected a state dict, or one under {' or '.join(HOLDERS)}, got {type(tree).__name__}; "
+            "save model.state_dict()"
+        )
+    state = dict(tree)
+    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    for name in [name for name in state if name.startswith(f"{BOUNDS}.")]:
+        bounds[name.removeprefix(f"{BOUNDS}.")] = state.pop(name)
+    return state, bounds
+
+
+def _array(value: Any, name: str, where: str) -> np.ndarray:
+    """A tensor or array as NumPy's, in float32 or float64."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
+    if not hasattr(value, "shape"):
+        raise UserError(f"{where}: {name} is a {type(value).__name__}, expected a tensor; save model.state_dict()")
+    array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{where}: {name} holds {array.dtype}, expected floating point; dequantise the model first")
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a state dict as .pt, .pth or .safetensors")
+    if path.suffix != ".safetensors":
+        return _read_pickle(path)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({first_line(error)}); save or copy it again") from error
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path}: this needs PyTorch, which is not installed; run pip install 'backdoor_jax[torch]', or use a "
+            ".safetensors file"
+        ) from error
+    return torch
+
+
+class Ignored:
+    """Stands in for NumPy's objects in a checkpoint: takes anything, holds nothing, does nothing."""
+
+    def __new__(cls, *args: Any) -> "Ignored":
+        """Makes one out of whatever the file gives."""
+        del args
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        del args
+
+    def __setstate__(self, state: Any) -> None:
+        del state
+
+
+NUMPY_NAMES = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+"""What pickled NumPy arrays and scalars are made of: the only names let through, and only to `Ignored`."""
+
+
+def _read_pickle(path: Path) -> Any:
+    torch = _torch(path)
+    try:
+        with torch.serialization.safe_globals([(Ignored, name) for name in NUMPY_NAMES]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch raises many kinds for a damaged file.
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path}: holds more than weights, {code.group(1)}, which was not run; where you trust it, load it and "
+                "save model.state_dict() alone, or safetensors"
+            ) from error
+        # PyTorch's own advice, to load it with weights_only=False, is not passed on.
+        reason = "no plain tensors" if "Weights only" in str(error) else first_line(error).partition(". ")[0]
+        raise UserError(
+            f"{path}: not a whole file of weights that torch.save wrote ({reason}); copy it, or save "
+            "model.state_dict(), again"
+        ) from error
