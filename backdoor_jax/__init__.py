@@ -47,6 +47,8 @@ from backdoor_jax.defenses import (
     tac,
 )
 from backdoor_jax.errors import NonFiniteError, UserError
+from backdoor_jax.interop.export import export_model
+from backdoor_jax.interop.native import load_model, save_model
 from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate, predict
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
@@ -94,13 +96,16 @@ __all__ = [
     "defense_effectiveness",
     "digits",
     "evaluate",
+    "export_model",
     "finetune",
+    "load_model",
     "load_task",
     "make_dataset",
     "pad",
     "pad_ft",
     "poison",
     "predict",
+    "save_model",
     "scan",
     "super_finetune",
     "tac",

@@ -1,8 +1,8 @@
 """A model as one program: `jax.export`, weights inside, that runs without this package.
 
-    import jax
-    program = jax.export.deserialize(open("model.jaxexport", "rb").read())
-    logits = program.call(images)          # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
+import jax
+program = jax.export.deserialize(open("model.jaxexport", "rb").read())
+logits = program.call(images)          # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
 """
 
 import os
@@ -52,9 +52,9 @@ def export_model(
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
     exported = jax.export.export(jax.jit(lambda images: classifier.logits(variables, images)[0]), platforms=PLATFORMS)
     try:
-        program = exported(images)
-    except UserError:
-        raise
+        program = exported(images).serialize()
+    except ImportError as error:
+        raise UserError(f"{path}: jax.export needs the package flatbuffers; pip install flatbuffers") from error
     except TypeError as error:
         shape = "x".join(map(str, image_shape))
         raise UserError(
@@ -63,7 +63,7 @@ def export_model(
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(program.serialize())
+        partial.write_bytes(program)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from error

@@ -1,7 +1,7 @@
 """Models as files of our own, which say what they hold: architecture, classes, normalisation and package version.
 
-A file ``.safetensors`` holds the variables under their paths (``params/conv/kernel``) and the description as JSON in its
-header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with every
+A file ``.safetensors`` holds the variables under their paths (``params/conv/kernel``), and the description as JSON in
+its header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with every
 array's shape. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
 
 A network that is not one of `backdoor_jax.models.MODELS` cannot be described: its file holds the variables, classes
@@ -79,7 +79,7 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
 
 
 def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
-    """Makes a folder that holds ``variables`` a model's, as `save_model` would have; written last, it makes it whole."""
+    """Writes the ``model.json`` of a folder that holds ``variables``, or their shapes; it makes the folder a model's."""
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
     partial = path / f"{DESCRIPTION}.partial"
     partial.write_text(json.dumps({**_described(classifier), "arrays": shapes}, indent=1), encoding="utf-8")
@@ -114,7 +114,8 @@ def load_model(
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such model; give a file .safetensors or .pt, or a folder with {DESCRIPTION}")
-    described, arrays = None, {}
+    described: dict[str, Any] | None = None
+    arrays: dict[str, np.ndarray] = {}
     if path.is_dir():
         described = _folder_description(path)
     elif path.suffix == ".safetensors":
@@ -171,7 +172,9 @@ def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its description is damaged or not ours; save the model again") from error
     if later:
-        raise UserError(f"{path}: written by backdoor_jax {described.get('version')}, later than {__version__}; update it")
+        raise UserError(
+            f"{path}: written by backdoor_jax {described.get('version')}, later than {__version__}; update it"
+        )
     if missing:
         raise UserError(f"{path}: its description lacks {', '.join(missing)}; save the model again")
     return described
@@ -216,13 +219,18 @@ def _classifier(described: dict[str, Any], given: Classifier | None, path: Path)
         mean, std = (tuple(float(value) for value in described[name]) for name in ("mean", "std"))
         return dataclasses.replace(made, mean=mean, std=std)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its description cannot be used ({first_line(error)}); save the model again") from error
+        raise UserError(
+            f"{path}: its description cannot be used ({first_line(error)}); save the model again"
+        ) from error
 
 
 def _require_fit(classifier: Classifier, variables: Variables, ours: bool, path: Path) -> None:
     """Refuses variables (or their shapes) that are not the classifier's."""
     if not ours:
-        classifier.head_weights(variables)
+        try:
+            classifier.head_weights(variables)
+        except UserError as error:
+            raise UserError(f"{path}: its variables are not those of the classifier given ({error})") from error
         return
     side, network = 32, classifier.network
     if isinstance(network, VisionTransformer):
