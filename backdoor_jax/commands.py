@@ -252,8 +252,8 @@ def require_better_than_chance(right: int, labels: np.ndarray, classifier: Class
     mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
     raise UserError(
         f"{where}: {right} of {count} images right ({100 * right / count:.1f} %) is near chance "
-        f"({100 * chance:.1f} %); most likely the images are normalised otherwise than in its training (here {mean}/{std}): see --normalize; "
-        "or the labels count classes in another order"
+        f"({100 * chance:.1f} %); most likely the images are normalised otherwise than in its training (here "
+        f"{mean}/{std}): see --normalize; or the labels count classes in another order"
     )
 
 

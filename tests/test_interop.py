@@ -20,7 +20,6 @@ from backdoor_jax import (
     Classifier,
     D3Config,
     Dataset,
-    FineTuneConfig,
     PadFtConfig,
     SuperFineTuneConfig,
     TacConfig,
@@ -28,7 +27,6 @@ from backdoor_jax import (
     build_classifier,
     d3,
     export_model,
-    finetune,
     load_model,
     pad_ft,
     save_model,
@@ -232,7 +230,7 @@ def test_nnx_parts_and_fresh_variables(tiny_data: Dataset) -> None:
     ("path", "classes", "told"),
     [
         (("dense",), 3, "no linear head at 'dense'; give head_path: linear layers lie at out"),
-        (("conv",), 3, "no linear head at 'conv'"),
+        (("conv",), 3, "expected \\(B, D\\); pool or flatten"),
         (("out",), 4, "gives 3 logits for 4 classes"),
     ],
 )
@@ -431,19 +429,6 @@ def test_a_killed_save_leaves_no_model(
     with pytest.raises(KeyboardInterrupt):
         save_model(tmp_path / "model", *made)
     assert DESCRIPTION in refusal(tmp_path / "model")
-
-
-def test_a_repaired_model_comes_back_to_the_same_logits(
-    made: tuple[Classifier, Variables], tiny_data: Dataset, tmp_path: Path
-) -> None:
-    classifier, variables = made
-    repair = finetune(jax.random.key(0), classifier, variables, tiny_data, FineTuneConfig(steps=1, crop=0))
-    assert "bounds" in repair.variables
-    save_model(tmp_path / "model.safetensors", classifier, repair.variables)
-    again, back = load_model(tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(
-        again.logits(back, tiny_data.images)[0], classifier.logits(repair.variables, tiny_data.images)[0]
-    )
 
 
 # Exported programs

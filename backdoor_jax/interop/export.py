@@ -1,7 +1,7 @@
 """A model as one program: `jax.export`, weights inside, that runs without this package.
 
 import jax
-program = jax.export.deserialize(open("model.jaxexport", "rb").read())
+program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read()))
 logits = program.call(images)          # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models import Classifier, Variables
 
 SUFFIX = ".jaxexport"
@@ -43,7 +43,7 @@ def export_model(
         >>> variables = classifier.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_model(Path(folder) / "model.jaxexport", classifier, variables, (16, 16, 3))
-        ...     program = jax.export.deserialize((Path(folder) / "model.jaxexport").read_bytes())
+        ...     program = jax.export.deserialize(bytearray((Path(folder) / "model.jaxexport").read_bytes()))
         >>> program.call(jnp.zeros((5, 16, 16, 3), jnp.uint8)).shape
         (5, 10)
     """
@@ -55,10 +55,12 @@ def export_model(
         program = exported(images).serialize()
     except ImportError as error:
         raise UserError(f"{path}: jax.export needs the package flatbuffers; pip install flatbuffers") from error
-    except TypeError as error:
+    except UserError:
+        raise
+    except Exception as error:  # Flax and JAX raise many kinds for images that do not fit.
         shape = "x".join(map(str, image_shape))
         raise UserError(
-            f"{path}: this model does not compile for any number of {shape} images; check their shape"
+            f"{path}: the model cannot be exported for images of {shape} ({first_line(error)}); check their shape"
         ) from error
     partial = path.with_name(path.name + ".partial")
     try:

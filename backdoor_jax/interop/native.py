@@ -1,8 +1,8 @@
 """Models as files of our own, which say what they hold: architecture, classes, normalisation and package version.
 
 A file ``.safetensors`` holds the variables under their paths (``params/conv/kernel``), and the description as JSON in
-its header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with every
-array's shape. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
+its header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with the
+shape of every array. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
 
 A network that is not one of `backdoor_jax.models.MODELS` cannot be described: its file holds the variables, classes
 and normalisation, and `load_model` must be given its `Classifier`.
@@ -79,7 +79,7 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
 
 
 def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
-    """Writes the ``model.json`` of a folder that holds ``variables``, or their shapes; it makes the folder a model's."""
+    """Makes a folder that holds ``variables`` a model's: writes its ``model.json``, for which shapes will do."""
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
     partial = path / f"{DESCRIPTION}.partial"
     partial.write_text(json.dumps({**_described(classifier), "arrays": shapes}, indent=1), encoding="utf-8")
