@@ -48,6 +48,8 @@ from backdoor_jax.defenses import (
 )
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop import load_torch, save_torch
+from backdoor_jax.interop.export import export_model
+from backdoor_jax.interop.native import load_model, save_model
 from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate, predict
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
@@ -95,7 +97,9 @@ __all__ = [
     "defense_effectiveness",
     "digits",
     "evaluate",
+    "export_model",
     "finetune",
+    "load_model",
     "load_task",
     "load_torch",
     "make_dataset",
@@ -103,6 +107,7 @@ __all__ = [
     "pad_ft",
     "poison",
     "predict",
+    "save_model",
     "save_torch",
     "scan",
     "super_finetune",

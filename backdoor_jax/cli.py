@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from backdoor_jax.errors import UserError
 
@@ -21,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (parsed.command is not _run or any(text.startswith("-") or "=" not in text for text in rest)):
-        parser.error(f"unknown arguments {' '.join(rest)}; settings of an experiment are given as key=value to run")
+    if rest and (
+        parsed.command not in (_run, _defend) or any(text.startswith("-") or "=" not in text for text in rest)
+    ):
+        parser.error(f"unknown arguments {' '.join(rest)}; settings are given as key=value to run and defend")
     parsed.overrides = tuple(rest)
     try:
         parsed.command(parsed)
@@ -52,9 +55,66 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="folder for results (default: runs/ and the file's name)")
     run.set_defaults(command=_run)
 
+    defend = commands.add_parser(
+        "defend",
+        help="repair a model of your own",
+        usage="backdoor-jax defend --checkpoint IN --data CLEAN --defense NAME --out OUT [options] [key=value ...]",
+        description="key=value changes a setting of the defence, such as steps=500",
+    )
+    _suspect(defend)
+    defend.add_argument("--defense", required=True, metavar="NAME", help="see list")
+    defend.add_argument("--preset", metavar="NAME", help="named settings of the defence")
+    defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defence that needs it")
+    defend.add_argument("--seed", type=int, default=0, help="of the defence (default: 0)")
+    defend.add_argument(
+        "--out", type=Path, required=True, help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax)"
+    )
+    defend.set_defaults(command=_defend)
+
+    scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
+    _suspect(scan)
+    scan.add_argument("--out", type=Path, default=Path("scan.png"), help="the figure (default: scan.png)")
+    scan.set_defaults(command=_scan)
+
     listing = commands.add_parser("list", help="the attacks, defences, models and data sets, with a line each")
     listing.set_defaults(command=_list)
     return parser
+
+
+def _suspect(command: argparse.ArgumentParser) -> None:
+    """What a command on a model of one's own takes."""
+    command.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder"
+    )
+    command.add_argument(
+        "--data", required=True, help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME"
+    )
+    command.add_argument("--model", metavar="NAME", help="network of a PyTorch file, see list")
+    command.add_argument(
+        "--normalize",
+        metavar="HOW",
+        help="for a PyTorch file: a data set's name, MEAN/STD as 0.49,0.48,0.45/0.25,0.24,0.26, or none for [0, 1], "
+        "the default",
+    )
+    command.add_argument("--classes", type=int, help="refuse a model with another number of classes")
+    command.add_argument("--force", action="store_true", help="replace what is at --out")
+
+
+def _given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
+    shared = ("checkpoint", "data", "model", "normalize", "classes", "out", "force")
+    return {name: getattr(parsed, name) for name in (*shared, *names)}
+
+
+def _defend(parsed: argparse.Namespace) -> None:
+    from backdoor_jax.commands import defend
+
+    defend(**_given(parsed, "defense", "preset", "training_set", "seed", "overrides"))
+
+
+def _scan(parsed: argparse.Namespace) -> None:
+    from backdoor_jax.commands import scan
+
+    scan(**_given(parsed))
 
 
 def _demo(parsed: argparse.Namespace) -> None:

@@ -48,14 +48,8 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected keys such as name, data, attacks and defenses")
     for override in overrides:
-        name, separator, value = override.partition("=")
-        if not separator or not name:
-            raise UserError(f"override {override!r} is not key=value, such as victim.epochs=2")
-        try:
-            plain = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not YAML ({' '.join(str(error).split())})") from error
-        _override(document, name.split("."), plain, override)
+        name, value = parse_override(override)
+        _override(document, name.split("."), value, override)
     return parse_experiment(document, str(path))
 
 
@@ -82,6 +76,50 @@ def parse_experiment(document: dict[str, Any], where: str = "experiment") -> Exp
             raise UserError(f"{where}: {part}: expected a list of entries, each with a name")
         fields[part] = tuple(parse(entry, f"{where}: {part}[{number}]") for number, entry in enumerate(entries))
     return check(Experiment, fields, where)
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """The name and the value, which is YAML, of a ``key=value``.
+
+    Raises:
+        UserError: where it is none.
+
+    Example:
+        >>> parse_override("victim.epochs=2")
+        ('victim.epochs', 2)
+    """
+    import yaml
+
+    name, separator, value = override.partition("=")
+    if not separator or not name:
+        raise UserError(f"override {override!r} is not key=value, such as victim.epochs=2")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML ({' '.join(str(error).split())})") from error
+
+
+def defense_config(name: str, preset: Any, settings: dict[str, Any], where: str) -> Any:
+    """A defence's configuration: a preset's, where one is named, with these settings.
+
+    Raises:
+        UserError: for a preset or a setting that the defence does not have.
+
+    Example:
+        >>> defense_config("d3", "paper", {"steps": 5}, "here").penalty
+        10.0
+    """
+    kind = DEFENSES[name].config
+    if preset is not None:
+        if not isinstance(preset, str):
+            raise UserError(f"{where}: preset {preset!r} must be a name")
+        if not hasattr(kind, "preset"):
+            raise UserError(f"{where}: {name} has no presets; leave the key out")
+        try:
+            settings = {**dataclasses.asdict(kind.preset(preset)), **settings}
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    return check(kind, settings, where)
 
 
 def check(kind: type[Any], values: Any, where: str) -> Any:
@@ -124,18 +162,8 @@ def _defense(entry: Any, where: str) -> DefenseEntry:
     known_target = settings.pop("known_target", False)
     if known_target not in (True, False) or (known_target and not hasattr(kind(), "target")):
         raise UserError(f"{where}: known_target must be true or false, and only a method with a target takes it")
-    preset = settings.pop("preset", None)
-    if preset is not None:
-        if not isinstance(preset, str):
-            raise UserError(f"{where}: preset {preset!r} must be a name")
-        if not hasattr(kind, "preset"):
-            raise UserError(f"{where}: {name} has no presets; leave the key out")
-        try:
-            chosen = dataclasses.asdict(kind.preset(preset))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        settings = {**chosen, **settings}
-    return DefenseEntry(label, name, check(kind, settings, where), bool(known_target))
+    config = defense_config(name, settings.pop("preset", None), settings, where)
+    return DefenseEntry(label, name, config, bool(known_target))
 
 
 def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_
 from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import UserError
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
+from backdoor_jax.interop.native import DESCRIPTION, describe_folder, save_model
 from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate
 from backdoor_jax.models import Classifier, Stem, Variables, build_classifier
 from backdoor_jax.training import Stopwatch, TrainConfig, train
@@ -227,6 +228,10 @@ def run_experiment(
     classifier = build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
     _check(experiment, task, classifier)
     _claim(experiment, out)
+    for record in out.glob("victims/*/timing.json"):
+        if not (record.parent / DESCRIPTION).is_file():  # Made by a version whose victims did not say what they were.
+            shapes = jax.eval_shape(classifier.init, jax.random.key(0), task.test.images[:1])
+            describe_folder(record.parent, classifier, shapes)
     rows = read_rows(out / "results.jsonl")
 
     def add(row: Row) -> None:
@@ -381,7 +386,7 @@ def _victim(
                     checkpoints=checkpoints,
                 )
             jax.block_until_ready(variables)
-        save_tree(folder / "variables", variables)
+        save_model(folder, classifier, variables)
         if entry and entry.attack.learns:
             save_tree(folder / "trigger", planted.trigger)
             _save_poisoned(folder / "poisoned.npz", planted.poisoned, task.train)

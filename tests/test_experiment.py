@@ -30,6 +30,7 @@ from backdoor_jax import (
     TrainConfig,
     TrojanNN,
     UserError,
+    load_model,
 )
 from backdoor_jax import (
     experiment as runner,
@@ -293,6 +294,21 @@ def test_a_run_killed_between_a_victims_weights_and_its_time_goes_on(small: Path
     (out / "results.jsonl").unlink()
     (out / "victims" / "none-0" / "timing.json").unlink()
     assert lasting(run(SMALL, out)) == lasting(read_rows(small / "results.jsonl"))
+
+
+def test_victims_say_what_they_are_and_those_of_older_versions_learn_it(
+    small: Path, no_training: None, tmp_path: Path
+) -> None:
+    out = copied(small, tmp_path)
+    description = out / "victims" / "badnets-0" / "model.json"
+    described = json.loads(description.read_text())
+    assert (described["classes"], described["format"]) == (10, 1)
+    description.unlink()
+    run(SMALL, out)
+    assert json.loads(description.read_text()) == described
+    tiny = MODELS["tiny"].build(10, 16)
+    _, variables = load_model(description.parent, classifier=Classifier(tiny, 10))
+    assert variables["params"]["linear"]["kernel"].shape == (16, 10)
 
 
 def test_a_broken_line_of_results_is_named(small: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from backdoor_jax.data.augment import Augment, random_crop
 from backdoor_jax.data.dataset import Dataset, Task, clean_indices, make_dataset
+from backdoor_jax.data.labelled import Labelled, load_labelled
 from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, poison, poison_count
 from backdoor_jax.data.sources import SOURCES, digits, load_task, npz_task
 from backdoor_jax.data.tfds_sets import TFDS_SETS, tfds_task
@@ -13,12 +14,14 @@ __all__ = [
     "Augment",
     "Dataset",
     "LabelMap",
+    "Labelled",
     "Poisoned",
     "Task",
     "Trigger",
     "bilinear_sample",
     "clean_indices",
     "digits",
+    "load_labelled",
     "load_task",
     "make_dataset",
     "npz_task",

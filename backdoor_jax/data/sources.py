@@ -88,13 +88,7 @@ def npz_task(path: Path) -> Task:
 
     Optional entries: ``class_names`` (their number is C, else the largest label + 1) and ``normalization`` (a name).
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .npz with {', '.join(NPZ_KEYS)}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as a plain .npz ({error}); write it with numpy.savez") from error
+    arrays = read_npz(path, NPZ_KEYS)
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(NPZ_KEYS)}")
@@ -111,3 +105,18 @@ def npz_task(path: Path) -> Task:
         str(arrays.get("normalization", "none")),
         bool(arrays.get("flip", False)),
     )
+
+
+def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of a plain ``.npz``; `keys` are what errors say it should hold.
+
+    Raises:
+        UserError: where there is no such file, or it is no plain ``.npz``.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .npz with {', '.join(keys)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as a plain .npz ({error}); write it with numpy.savez") from error

@@ -282,12 +282,9 @@ def bound_activations(
     Raises:
         UserError: where the network has no rectifier that can be bounded, or a named place does not exist.
     """
+    _require_rectifiers(classifier, variables, data.images)
     start = _largest_activations(classifier, variables, data.images)
     places = ["/".join(path) for path in _paths(start)]
-    if not places:
-        raise UserError(
-            "pad_ft: this network has no rectifiers that can be bounded; build it with backdoor_jax.models.layers.ReLU"
-        )
     unknown = set(config.places or ()) - set(places)
     if unknown:
         raise UserError(f"pad_ft: no rectifier at {', '.join(sorted(unknown))}; there are {', '.join(places)}")
@@ -337,6 +334,14 @@ def bound_activations(
 @jax.jit
 def _largest_of_chunk(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
     return classifier.activations(variables, images)
+
+
+def _require_rectifiers(classifier: Classifier, variables: Variables, images: jax.Array) -> None:
+    if not jax.tree.leaves(jax.eval_shape(classifier.activations, variables, images[:1])):
+        raise UserError(
+            "pad_ft clips activations, and this network has no rectifiers that can be bounded; build it in Linen with "
+            "backdoor_jax.models.layers.ReLU or GELU, or choose a defence that needs none: d3, super_finetune, tac"
+        )
 
 
 def _largest_activations(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
@@ -449,6 +454,7 @@ def pad(
     Returns:
         The victim's variables with ``bounds``; ``info["purified_indices"]`` are those kept.
     """
+    _require_rectifiers(classifier, variables, data.images)
     purified = purify(classifier, variables, data, config)
     clean = data.take(purified.indices)
     repaired, info = bound_activations(key, classifier, variables, clean, config)

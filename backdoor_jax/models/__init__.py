@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
+from backdoor_jax.models.network import Network
 from backdoor_jax.models.preact_resnet import PreActResNet18
 from backdoor_jax.models.resnet import ResNet, Stem
 from backdoor_jax.models.vgg import VGG19
@@ -97,16 +99,39 @@ def build_classifier(
     return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path)
 
 
+def describe(classifier: Classifier) -> dict[str, Any] | None:
+    """What `build_classifier` makes a classifier's network of: ``model``, ``width`` and ``options``.
+
+    Returns:
+        Plain values; None for a network that it does not make.
+
+    Example:
+        >>> describe(build_classifier("vit_tiny", 10, width=8, patch=2))
+        {'model': 'vit_tiny', 'width': 8, 'options': {'patch': 2}}
+    """
+    network = classifier.network
+    for name, architecture in MODELS.items():
+        options = {option: getattr(network, option, None) for option in architecture.options}
+        width = getattr(network, "width", None)
+        if width is None or None in options.values() or classifier.head_path != architecture.head_path:
+            continue
+        if architecture.build(classifier.num_classes, width, **options) == network:
+            return {"model": name, "width": width, "options": options}
+    return None
+
+
 __all__ = [
     "MODELS",
     "NORMALIZATIONS",
     "VGG19",
     "Architecture",
     "Classifier",
+    "Network",
     "PreActResNet18",
     "ResNet",
     "Stem",
     "Variables",
     "VisionTransformer",
     "build_classifier",
+    "describe",
 ]

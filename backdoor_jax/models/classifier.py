@@ -1,16 +1,26 @@
 """`Classifier`: the one door through which attacks, defences and metrics see a network."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from backdoor_jax.errors import UserError
-
-Variables = dict[str, Any]
-"""A Flax variables tree: ``params``, ``batch_stats`` where the network normalises, ``bounds`` where it is clipped."""
+from backdoor_jax.models.network import (
+    FunctionNetwork,
+    LinenNetwork,
+    Network,
+    NNXNetwork,
+    Part,
+    Variables,
+    linear_head,
+    require_latents,
+    split_nnx,
+)
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -31,7 +41,8 @@ class Classifier:
     argument without compiling again for an equal one. Everybody else sees uint8 images ``(B, H, W, channels)``.
 
     Args:
-        network: a Linen module with methods ``features(x, train)`` and ``head(latent)``.
+        network: a Linen module with methods ``features(x, train)`` and ``head(latent)``, or any `Network`;
+            `from_linen`, `from_nnx` and `from_functions` make one of other modules and of functions.
         num_classes: the number of classes C.
         mean: per channel, of pixels scaled to [0, 1].
         std: likewise; positive.
@@ -47,7 +58,7 @@ class Classifier:
         ((2, 32), (2, 10))
     """
 
-    network: nn.Module
+    network: Any
     num_classes: int
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -69,28 +80,150 @@ class Classifier:
         """Normalised images in the precision of the weights, at least float32."""
         return self.normalize(images, jnp.result_type(jnp.float32, *jax.tree.leaves(variables.get("params"))))
 
-    def _apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        return self.network.apply(variables, *args, **kwargs)
+    @classmethod
+    def from_linen(
+        cls,
+        module: nn.Module,
+        num_classes: int,
+        head_path: tuple[str, ...],
+        features: Part = None,
+        head: Part = None,
+        *,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> "Classifier":
+        """Of any Linen module that ends in a linear layer.
+
+        A parameter ``train``, ``training``, ``is_training``, ``deterministic`` or ``use_running_average`` of the module
+        is set as the mode asks. Activation bounds need `backdoor_jax.models.layers.ReLU` or ``GELU`` in it.
+
+        Args:
+            module: the module, without variables.
+            num_classes: the number of classes C.
+            head_path: names down to its linear head in ``params``, such as ``("Dense_1",)``.
+            features: what makes latents ``(B, D)`` of normalised images: a method's name, or a function of the module
+                and the images (define it once: functions are equal only to themselves). By default what the head is
+                handed when the module is called.
+            head: what makes logits of latents, likewise; by default the layer at `head_path`.
+            mean: per channel, of pixels in [0, 1].
+            std: likewise.
+
+        Example:
+            >>> class Net(nn.Module):
+            ...     @nn.compact
+            ...     def __call__(self, x):
+            ...         x = nn.relu(nn.Dense(5)(x.mean((1, 2))))
+            ...         return nn.Dense(3, name="out")(x)
+            >>> classifier = Classifier.from_linen(Net(), 3, ("out",))
+            >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+            >>> latent, _ = classifier.features(classifier.init(jax.random.key(0), images), images)
+            >>> latent.shape
+            (2, 5)
+        """
+        return cls(LinenNetwork(module, head_path, features, head), num_classes, mean, std, head_path)
+
+    @classmethod
+    def from_nnx(
+        cls,
+        model: nnx.Module,
+        num_classes: int,
+        head_path: tuple[str, ...],
+        features: Part = None,
+        head: Part = None,
+        *,
+        make: Callable[[jax.Array], nnx.Module] | None = None,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> tuple["Classifier", Variables]:
+        """Of an NNX module that ends in a linear layer, with the variables it holds.
+
+        ``classifier.network.model(variables)`` is an NNX module again.
+
+        Args:
+            model: the module; left as it is.
+            num_classes: the number of classes C.
+            head_path: names down to its ``nnx.Linear``; an entry of a list by its number, such as ``("layers", "2")``.
+            features: see `from_linen`.
+            head: likewise.
+            make: a fresh module of a key, such as ``lambda key: Net(nnx.Rngs(key))``; only for training from scratch.
+            mean: per channel, of pixels in [0, 1].
+            std: likewise.
+
+        Example:
+            >>> class Net(nnx.Module):
+            ...     def __init__(self, rngs):
+            ...         self.out = nnx.Linear(3, 4, rngs=rngs)
+            ...     def __call__(self, x):
+            ...         return self.out(x.mean((1, 2)))
+            >>> classifier, variables = Classifier.from_nnx(Net(nnx.Rngs(0)), 4, ("out",))
+            >>> classifier.logits(variables, jnp.zeros((2, 8, 8, 3), jnp.uint8))[0].shape
+            (2, 4)
+        """
+        graph, layout, variables = split_nnx(model)
+        network = NNXNetwork(graph, layout, head_path, features, head, make)
+        return cls(network, num_classes, mean, std, head_path), variables
+
+    @classmethod
+    def from_functions(
+        cls,
+        init: Callable[[jax.Array, jax.Array], Variables] | None,
+        features: Callable[[Variables, jax.Array, bool], tuple[jax.Array, Variables]],
+        head: Callable[[Variables, jax.Array], jax.Array],
+        num_classes: int,
+        head_path: tuple[str, ...],
+        *,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> "Classifier":
+        """Of bare functions over a variables tree of dictionaries; define them once, since equality is identity.
+
+        Args:
+            init: ``(key, x) -> variables``, with ``params`` in it; or None where nothing is trained from scratch.
+            features: ``(variables, x, train) -> (latent (B, D), variables)``.
+            head: ``(variables, latent) -> logits (B, C)``; linear, for TAC.
+            num_classes: the number of classes C.
+            head_path: where ``params`` holds the head's ``kernel`` (D, C) and ``bias`` (C,).
+            mean: per channel, of pixels in [0, 1].
+            std: likewise.
+
+        Example:
+            >>> def features(variables, x, train):
+            ...     return x.mean((1, 2)), variables
+            >>> def head(variables, latent):
+            ...     return latent @ variables["params"]["out"]["kernel"]
+            >>> classifier = Classifier.from_functions(None, features, head, 4, ("out",))
+            >>> variables = {"params": {"out": {"kernel": jnp.ones((3, 4))}}}
+            >>> classifier.logits(variables, jnp.zeros((2, 8, 8, 3), jnp.uint8))[0].shape
+            (2, 4)
+        """
+        return cls(FunctionNetwork(init, features, head), num_classes, mean, std, head_path)
+
+    @property
+    def _network(self) -> Network:
+        if isinstance(self.network, nn.Module):
+            return LinenNetwork(self.network, self.head_path, "features", "head")
+        return self.network
 
     def init(self, key: jax.Array, images: jax.Array) -> Variables:
         """Fresh variables for images of this shape; only their shape matters."""
-        variables = self.network.init(key, self.normalize(images[:1]), train=False, mutable=("params", "batch_stats"))
-        return dict(variables)
+        return self._network.init(key, self.normalize(images[:1]))
 
     def features(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
         """Latents ``(B, D)`` of images ``(B, H, W, channels)``, and the variables with the statistics of the batch.
 
         In evaluation mode the variables come back as they went in.
         """
-        x = self._input(variables, images)
-        if not train:
-            return self._apply(variables, x, train=False, method="features"), variables
-        latent, new = self._apply(variables, x, train=True, method="features", mutable=["batch_stats"])
-        return latent, {**variables, **new}
+        latent, variables = self._network.features(variables, self._input(variables, images), train)
+        return require_latents(latent), variables
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
         """Logits ``(B, C)`` of latents ``(B, D)``, in float32 or the weights' own precision if that is higher."""
-        logits = self._apply(variables, latent, method="head")
+        logits = self._network.head(variables, latent)
+        if logits.shape[-1] != self.num_classes:
+            raise UserError(
+                f"the head at {'/'.join(self.head_path)!r} gives {logits.shape[-1]} logits for {self.num_classes} "
+                "classes; give the head's own path and number of classes"
+            )
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
     def logits(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
@@ -103,14 +236,13 @@ class Classifier:
 
         Empty where the network has no `ReLU` or `GELU` of ours.
         """
-        _, sown = self._apply(
-            variables, self._input(variables, images), train=False, method="features", mutable=["activations"]
-        )
-        return sown.get("activations", {})
+        return self._network.activations(variables, self._input(variables, images))
 
     def head_weights(self, variables: Variables) -> tuple[jax.Array, jax.Array]:
-        """The linear head's kernel ``(D, C)`` and bias ``(C,)``."""
-        layer = variables["params"]
-        for name in self.head_path:
-            layer = layer[name]
-        return layer["kernel"], layer.get("bias", jnp.zeros(self.num_classes))
+        """The linear head's kernel ``(D, C)`` and bias ``(C,)``.
+
+        Raises:
+            UserError: where there is no linear layer at ``head_path``.
+        """
+        kernel, bias = linear_head(variables, self.head_path)
+        return kernel, jnp.zeros(self.num_classes) if bias is None else bias

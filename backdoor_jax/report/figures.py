@@ -90,22 +90,28 @@ def perturbations(rows: list[Row]) -> list[tuple[str, Figure]]:
         if found is None or model in seen:
             continue
         seen.add(model)
-        figure = Figure(figsize=(7.5, 2.4))
-        grid = figure.subplots(1, 2)
-        for axis, name in zip(grid, ("worst_case", "per_sample"), strict=True):
-            values = [np.nan if value is None else value for value in found[name]]
-            test = found["tests"][name]
-            colors = ["#d55e00" if number == test["smallest"] else "#0072b2" for number in range(len(values))]
-            axis.bar(range(len(values)), values, color=colors)
-            p_value = "too few classes" if test["p_value"] is None else f"p = {test['p_value']:.2g}"
-            used = " (verdict)" if name == found["statistic"] else ""
-            axis.set_title(f"{name.replace('_', ' ')}{used}: {p_value}", fontsize=9)
-            axis.set_xlabel("class")
-            axis.set_ylabel("norm")
-        figure.suptitle(f"{model[0]}, seed {model[1]}: {found['verdict']}", fontsize=10)
-        figure.tight_layout()
+        figure = perturbation_figure(found, f"{model[0]}, seed {model[1]}")
         figures.append((f"{model[0]}-{model[1]}", figure))
     return figures
+
+
+def perturbation_figure(found: dict[str, Any], name: str) -> Figure:
+    """A scan's two statistics of every class; `found` is what `Scan.summary` gives."""
+    figure = Figure(figsize=(7.5, 2.4))
+    grid = figure.subplots(1, 2)
+    for axis, statistic in zip(grid, ("worst_case", "per_sample"), strict=True):
+        values = [np.nan if value is None else value for value in found[statistic]]
+        test = found["tests"][statistic]
+        colors = ["#d55e00" if number == test["smallest"] else "#0072b2" for number in range(len(values))]
+        axis.bar(range(len(values)), values, color=colors)
+        p_value = "too few classes" if test["p_value"] is None else f"p = {test['p_value']:.2g}"
+        used = " (verdict)" if statistic == found["statistic"] else ""
+        axis.set_title(f"{statistic.replace('_', ' ')}{used}: {p_value}", fontsize=9)
+        axis.set_xlabel("class")
+        axis.set_ylabel("norm")
+    figure.suptitle(f"{name}: {found['verdict']}", fontsize=10)
+    figure.tight_layout()
+    return figure
 
 
 def learning_rates(rows: list[Row]) -> Figure | None:

@@ -1,0 +1,71 @@
+"""A model as one program: `jax.export`, weights inside, that runs without this package.
+
+import jax
+program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read()))
+logits = program.call(images)          # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.models import Classifier, Variables
+
+SUFFIX = ".jaxexport"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_model(
+    path: Path | str, classifier: Classifier, variables: Variables, image_shape: tuple[int, int, int]
+) -> None:
+    """Writes a model as a serialised program of uint8 images to float32 logits.
+
+    Normalisation and activation bounds are part of it. The number of images is left open, their shape is not.
+    StableHLO programs run for at least six months with later versions of JAX, says `jax.export`; keep the model itself
+    too.
+
+    Args:
+        path: the file; written whole or not at all.
+        classifier: the network.
+        variables: its variables.
+        image_shape: height, width and channels of an image.
+
+    Raises:
+        UserError: where the model cannot take such images, or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from backdoor_jax.models import build_classifier
+        >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+        >>> variables = classifier.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_model(Path(folder) / "model.jaxexport", classifier, variables, (16, 16, 3))
+        ...     program = jax.export.deserialize(bytearray((Path(folder) / "model.jaxexport").read_bytes()))
+        >>> program.call(jnp.zeros((5, 16, 16, 3), jnp.uint8)).shape
+        (5, 10)
+    """
+    path = Path(path)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(lambda images: classifier.logits(variables, images)[0]), platforms=PLATFORMS)
+    try:
+        program = exported(images).serialize()
+    except ImportError as error:
+        raise UserError(f"{path}: jax.export needs the package flatbuffers; pip install flatbuffers") from error
+    except UserError:
+        raise
+    except Exception as error:  # Flax and JAX raise many kinds for images that do not fit.
+        shape = "x".join(map(str, image_shape))
+        raise UserError(
+            f"{path}: the model cannot be exported for images of {shape} ({first_line(error)}); check their shape"
+        ) from error
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(program)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from error

@@ -1,0 +1,299 @@
+"""Models as files of our own, which say what they hold: architecture, classes, normalisation and package version.
+
+A file ``.safetensors`` holds the variables under their paths (``params/conv/kernel``), and the description as JSON in
+its header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with the
+shape of every array. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
+
+A network that is not one of `backdoor_jax.models.MODELS` cannot be described: its file holds the variables, classes
+and normalisation, and `load_model` must be given its `Classifier`.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.interop.checkpoints import load_tree, save_tree
+from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
+from backdoor_jax.version import __version__
+
+TORCH_SUFFIXES = (".pt", ".pth")
+FORMAT = 1
+HEADER = "backdoor_jax"
+"""The entry of a safetensors header that holds the description."""
+DESCRIPTION = "model.json"
+
+
+def save_model(path: Path | str, classifier: Classifier, variables: Variables) -> None:
+    """Writes a model: all of it, or nothing; what was there before goes.
+
+    Args:
+        path: a file ``.safetensors``, ``.pt`` or ``.pth`` (PyTorch), or else a folder.
+        classifier: the network.
+        variables: its variables, bounds included; a tree of dictionaries.
+
+    Raises:
+        UserError: where it cannot be written there, or not in that format.
+
+    Example:
+        >>> import tempfile
+        >>> classifier = build_classifier("preact_resnet18", 10, width=2, normalization="cifar10")
+        >>> variables = classifier.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "model.safetensors"
+        ...     save_model(file, classifier, variables)
+        ...     load_model(file)[0] == classifier
+        True
+    """
+    path = Path(path)
+    if path.suffix in TORCH_SUFFIXES:
+        _pytorch(path).save_torch(path, classifier, variables)
+        return
+    described = _described(classifier)
+    arrays = {_text(names): np.asarray(array) for names, array in _leaves(variables)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import save_file
+
+            partial = path.with_name(path.name + ".partial")
+            save_file(arrays, partial, {HEADER: json.dumps(described)})
+            os.replace(partial, path)
+            return
+        path.mkdir(exist_ok=True)
+        (path / DESCRIPTION).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from error
+    save_tree(path / "variables", variables)
+    describe_folder(path, classifier, variables)
+
+
+def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
+    """Makes a folder that holds ``variables`` a model's: writes its ``model.json``, for which shapes will do."""
+    shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
+    partial = path / f"{DESCRIPTION}.partial"
+    partial.write_text(json.dumps({**_described(classifier), "arrays": shapes}, indent=1), encoding="utf-8")
+    os.replace(partial, path / DESCRIPTION)
+
+
+def load_model(
+    path: Path | str,
+    model: str | None = None,
+    *,
+    classifier: Classifier | None = None,
+    normalization: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> tuple[Classifier, Variables]:
+    """Reads a model that `save_model` wrote, or a PyTorch one.
+
+    Args:
+        path: a file or folder of `save_model`, or PyTorch's ``.pt``, ``.pth`` or ``.safetensors``.
+        model: a name in `MODELS`; needed for PyTorch's, while our own know theirs.
+        classifier: for a network that is not one of ours: the one it was saved with.
+        normalization: for PyTorch's: what pixels in [0, 1] were normalised with, by name; ``none`` by default.
+        mean: instead of a name, per channel.
+        std: likewise.
+
+    Returns:
+        The classifier, and its variables.
+
+    Raises:
+        UserError: where there is no such file, or it is damaged, holds another model or was written by something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such model; give a file .safetensors or .pt, or a folder with {DESCRIPTION}")
+    described: dict[str, Any] | None = None
+    arrays: dict[str, np.ndarray] = {}
+    if path.is_dir():
+        described = _folder_description(path)
+    elif path.suffix == ".safetensors":
+        described, arrays = _read_safetensors(path)
+    elif path.suffix not in TORCH_SUFFIXES:
+        raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .safetensors, .pt, .pth or a folder")
+
+    if described is None:
+        if model is None:
+            raise UserError(f"{path}: does not say which network it holds; give its name as model (--model), see list")
+        load_torch = _pytorch(path).load_torch
+        return load_torch(path, model, normalization=normalization or "none", mean=mean, std=std)
+    if (normalization, mean, std) != (None, None, None):
+        raise UserError(f"{path}: knows its own normalisation; leave yours (--normalize) out")
+    if model is not None and model != described["model"]:
+        raise UserError(f"{path}: holds {described['model'] or 'an own network'}, not {model}; leave the name out")
+
+    made = _classifier(described, classifier, path)
+    if path.is_dir():
+        like = _abstract(described["arrays"], path)
+        _require_fit(made, like, classifier is None, path)
+        try:
+            return made, load_tree(path / "variables", like)
+        except UserError as error:
+            cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else error
+            raise UserError(
+                f"{path}: its variables are damaged or another model's ({cause}); copy or save it again"
+            ) from error
+    variables = _nest({name: jnp.asarray(array) for name, array in arrays.items()})
+    _require_fit(made, variables, classifier is None, path)
+    return made, variables
+
+
+def _described(classifier: Classifier) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "classes": classifier.num_classes,
+        "mean": list(classifier.mean),
+        "std": list(classifier.std),
+        "head_path": list(classifier.head_path),
+        **(describe(classifier) or {"model": None}),
+    }
+
+
+def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
+    """A description, with everything in it that is needed."""
+    try:
+        described = json.loads(text)
+        later = described["format"] > FORMAT
+        missing = [name for name in ("version", "model", "classes", "mean", "std", *needed) if name not in described]
+        if described.get("model") is not None:
+            missing += [name for name in ("width", "options") if name not in described]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: its description is damaged or not ours; save the model again") from error
+    if later:
+        raise UserError(
+            f"{path}: written by backdoor_jax {described.get('version')}, later than {__version__}; update it"
+        )
+    if missing:
+        raise UserError(f"{path}: its description lacks {', '.join(missing)}; save the model again")
+    return described
+
+
+def _folder_description(path: Path) -> dict[str, Any]:
+    file = path / DESCRIPTION
+    try:
+        return _parse(file.read_text(encoding="utf-8"), file, "arrays")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: has no readable {DESCRIPTION}, so it is no model's folder, or an older version's; "
+            "save the model again with backdoor_jax.save_model, or let its experiment go on"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+    """The description, None where another program wrote the file, and the arrays."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if HEADER in header else {}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({first_line(error)}); copy or save it again") from error
+    return (_parse(header[HEADER], path), arrays) if HEADER in header else (None, {})
+
+
+def _classifier(described: dict[str, Any], given: Classifier | None, path: Path) -> Classifier:
+    """The classifier that a description tells of, or the one given for a network that it cannot tell."""
+    if described["model"] is None and given is None:
+        raise UserError(f"{path}: holds an own network, which no file describes; give load_model its classifier")
+    if given is not None:
+        if given.num_classes != described["classes"]:
+            raise UserError(f"{path}: has {described['classes']} classes, the classifier given {given.num_classes}")
+        return given
+    try:
+        made = build_classifier(
+            described["model"], int(described["classes"]), int(described["width"]), **described["options"]
+        )
+        mean, std = (tuple(float(value) for value in described[name]) for name in ("mean", "std"))
+        return dataclasses.replace(made, mean=mean, std=std)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its description cannot be used ({first_line(error)}); save the model again"
+        ) from error
+
+
+def _require_fit(classifier: Classifier, variables: Variables, ours: bool, path: Path) -> None:
+    """Refuses variables (or their shapes) that are not the classifier's."""
+    if not ours:
+        try:
+            classifier.head_weights(variables)
+        except UserError as error:
+            raise UserError(f"{path}: its variables are not those of the classifier given ({error})") from error
+        return
+    side, network = 32, classifier.network
+    if isinstance(network, VisionTransformer):
+        embedding = variables.get("params", {}).get("pos_embedding")
+        side = network.patch * math.isqrt(embedding.shape[1] - 1) if embedding is not None else side
+    image = jax.ShapeDtypeStruct((1, side, side, len(classifier.mean)), jnp.uint8)
+    wanted = jax.eval_shape(classifier.init, jax.random.key(0), image)
+    expected = {_text(names): leaf.shape for names, leaf in _leaves(wanted)}
+    found = {_text(names): leaf.shape for names, leaf in _leaves(variables)}
+    bounds = {name for name in found if name.startswith("bounds/")}
+    wrong = [name for name in expected if name not in found]
+    wrong += [name for name in found if name not in bounds and expected.get(name) != found[name]]
+    if not wrong and bounds:
+        known = {"bounds": jax.eval_shape(classifier.activations, wanted, image)}
+        places = {_text(names): leaf.shape for names, leaf in _leaves(known)}
+        wrong = [name for name in bounds if places.get(name) != found[name]]
+    if wrong:
+        told = f"{wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'something else')}"
+        raise UserError(f"{path}: its variables are not those of the network it names ({told}); save the model again")
+
+
+def _pytorch(path: Path) -> Any:
+    try:
+        return importlib.import_module("backdoor_jax.interop.pytorch")
+    except ImportError as error:
+        raise UserError(f"{path}: needs PyTorch ({first_line(error)}); pip install torch") from error
+
+
+def _leaves(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Paths and arrays of a tree of dictionaries."""
+    if not isinstance(tree, Mapping):
+        if not hasattr(tree, "shape") or not hasattr(tree, "dtype"):
+            raise UserError(f"{'/'.join(at)} is a {type(tree).__name__}; a model to be saved is dictionaries of arrays")
+        return [(at, tree)]
+    return [found for name, inner in tree.items() for found in _leaves(inner, (*at, str(name)))]
+
+
+def _text(names: tuple[str, ...]) -> str:
+    """A path as text, in which a name may hold anything.
+
+    Example:
+        >>> _text(("params", "net/~/linear"))
+        'params/net%2F~%2Flinear'
+    """
+    return "/".join(quote(name, safe="") for name in names)
+
+
+def _nest(arrays: dict[str, Any]) -> Variables:
+    """The tree of dictionaries with these arrays at these paths."""
+    tree: Variables = {}
+    for name, array in arrays.items():
+        *folders, last = map(unquote, name.split("/"))
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = array
+    return tree
+
+
+def _abstract(arrays: dict[str, Any], path: Path) -> Variables:
+    """The tree of shapes that a folder's description tells of."""
+    try:
+        shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (dtype, shape) in arrays.items()}
+        return _nest(shapes)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: the shapes in {DESCRIPTION} are damaged; save the model again") from error

@@ -1,0 +1,329 @@
+"""`Network`: what a `Classifier` asks of a network, and an adapter for each way of writing one.
+
+A network is two pure functions over a variables tree, images to latents and latents to logits, and a linear layer
+between them that defences can find. `LinenNetwork` and `NNXNetwork` get both from a module that has only a
+``__call__``: the latent is what the head at ``head_path`` is handed, and the head is that layer's product. What a
+module does after its head (a softmax, a temperature) is left out.
+
+Dropout is left out in training as well: a latent is a function of weights and images alone.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from backdoor_jax.errors import UserError
+
+Variables = dict[str, Any]
+"""A Flax variables tree: ``params``, ``batch_stats`` where the network normalises, ``bounds`` where it is clipped."""
+
+Path = tuple[str, ...]
+Part = str | Callable[..., Any] | None
+"""A part of a module: a method's name, a function that takes the module first, or None for what the head is handed."""
+
+
+class Network(Protocol):
+    """Pure functions over a variables tree; hashable, and equal to any network that would compile to the same."""
+
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """Fresh variables for normalised images ``(B, H, W, channels)``."""
+
+    def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
+        """Latents ``(B, D)`` of normalised images, and the variables, with the batch's statistics when training."""
+
+    def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
+        """Logits ``(B, C)`` of latents ``(B, D)``."""
+
+    def activations(self, variables: Variables, x: jax.Array) -> Variables:
+        """Each boundable activation's largest value per channel, in the tree of the ``bounds``; empty for none."""
+
+
+def linear_head(variables: Variables, path: Path) -> tuple[jax.Array, jax.Array | None]:
+    """Kernel ``(D, C)`` and bias ``(C,)``, or None, of the linear layer at a path in ``params``.
+
+    Raises:
+        UserError: where there is no such layer, naming those that there are.
+
+    Example:
+        >>> linear_head({"params": {"dense": {"kernel": jax.numpy.ones((2, 3))}}}, ("out",))
+        Traceback (most recent call last):
+        ...
+        backdoor_jax.errors.UserError: no linear head at 'out'; give head_path: linear layers lie at dense
+    """
+    layer = variables.get("params", {})
+    for name in path:
+        layer = layer.get(name) if isinstance(layer, Mapping) else None
+    kernel = layer.get("kernel") if isinstance(layer, Mapping) else None
+    if kernel is None or kernel.ndim != 2:
+        leaves = jax.tree_util.tree_leaves_with_path(variables.get("params", {}))
+        paths = [([str(getattr(entry, "key", entry)) for entry in path], leaf) for path, leaf in leaves]
+        known = ["/".join(path[:-1]) for path, leaf in paths if path and path[-1] == "kernel" and leaf.ndim == 2]
+        mend = f"linear layers lie at {', '.join(known)}" if known else "params must hold a kernel (D, C) there"
+        raise UserError(f"no linear head at {'/'.join(path)!r}; give head_path: {mend}")
+    return kernel, layer.get("bias")
+
+
+def _linear(variables: Variables, path: Path, latent: jax.Array) -> jax.Array:
+    kernel, bias = linear_head(variables, path)
+    logits = latent @ kernel
+    return logits if bias is None else logits + bias
+
+
+def _mode(function: Callable[..., Any], train: bool) -> dict[str, bool]:
+    """The switch between training and evaluation that a function has among its parameters, if any."""
+    switches = {"train": train, "training": train, "is_training": train}
+    switches |= {"deterministic": not train, "use_running_average": not train}
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in switches.items() if name in known}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenNetwork:
+    """A Linen module.
+
+    Attributes:
+        module: the module; equal by value, as Linen modules are.
+        head_path: where the linear head lies in ``params``.
+        latent: the part that makes latents; None takes what the head is handed.
+        logits: the part that makes logits of latents; None is the linear layer at `head_path`.
+    """
+
+    module: nn.Module
+    head_path: Path
+    latent: Part = None
+    logits: Part = None
+
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """See `Network`."""
+        switch: dict[str, Any] = _mode(type(self.module).__call__, False)
+        return dict(self.module.init(key, x, mutable=("params", "batch_stats"), **switch))
+
+    def _latent(self, variables: Variables, x: jax.Array, train: bool, mutable: str) -> tuple[jax.Array, Variables]:
+        method = self.latent or "__call__"
+        function = getattr(type(self.module), method) if isinstance(method, str) else method
+        module: Any = self.module
+        handed: list[jax.Array] = []
+
+        def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            if isinstance(context.module, nn.Dropout):
+                return args[0]
+            if context.module.path == self.head_path and context.method_name == "__call__":
+                handed.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(watch):
+            made, new = module.apply(variables, x, **_mode(function, train), method=method, mutable=[mutable])
+        if self.latent is not None:
+            return made, new
+        if not handed:
+            linear_head(variables, self.head_path)
+            raise UserError(f"{type(self.module).__name__} does not call its layer at {'/'.join(self.head_path)!r}")
+        return handed[-1], new
+
+    def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
+        """See `Network`."""
+        latent, new = self._latent(variables, x, train, "batch_stats" if train else "unchanged")
+        return latent, {**variables, **new} if train else variables
+
+    def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
+        """See `Network`."""
+        if self.logits is None:
+            return _linear(variables, self.head_path, latent)
+        module: Any = self.module
+        return module.apply(variables, latent, method=self.logits)
+
+    def activations(self, variables: Variables, x: jax.Array) -> Variables:
+        """See `Network`: of every `ReLU` and `GELU` of `backdoor_jax.models.layers`."""
+        return self._latent(variables, x, False, "activations")[1].get("activations", {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A value in an NNX module's state: its collection (None where it is no variable of ours), path, shape and type."""
+
+    collection: str | None
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def split_nnx(model: nnx.Module) -> tuple[nnx.GraphDef, tuple[Leaf, ...], Variables]:
+    """An NNX module as its static graph, the layout of its state, and its state as a tree of dictionaries.
+
+    ``nnx.Param`` goes into ``params``, ``nnx.BatchStat`` into ``batch_stats``, anything else but random streams, which
+    are left out, into ``others``. Names are text throughout: the third of a list is ``"2"``.
+    """
+    kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat, None: nnx.RngState, "others": ...}
+    graph, *states = nnx.split(model, *kinds.values())
+    layout: list[Leaf] = []
+    variables: Variables = {"params": {}}
+    for collection, state in zip(kinds, states, strict=True):
+        for path, value in _paths(nnx.to_pure_dict(state)):
+            layout.append(Leaf(collection, path, value.shape, value.dtype))
+            if collection is not None:
+                _put(variables, (collection, *map(str, path)), value)
+    return graph, tuple(layout), variables
+
+
+def _paths(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    if not isinstance(tree, Mapping):
+        return [(at, tree)]
+    return [found for name, inner in tree.items() for found in _paths(inner, (*at, name))]
+
+
+def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class NNXNetwork:
+    """An NNX module, split once into a static graph and a variables tree.
+
+    Attributes:
+        graph: the module without its state; hashable.
+        layout: what belongs where in its state.
+        head_path: where the linear head lies in ``params``.
+        latent: the part that makes latents; None takes what the head is handed.
+        logits: the part that makes logits of latents; None is the linear layer at `head_path`.
+        make: makes a fresh module of a key, for `init`.
+    """
+
+    graph: nnx.GraphDef
+    layout: tuple[Leaf, ...]
+    head_path: Path
+    latent: Part = None
+    logits: Part = None
+    make: Callable[[jax.Array], nnx.Module] | None = None
+
+    def model(self, variables: Variables) -> Any:
+        """The NNX module with these variables; its random streams start at zero.
+
+        Raises:
+            UserError: where a variable is missing.
+        """
+        state: dict[Any, Any] = {}
+        for leaf in self.layout:
+            value: Any = variables
+            for name in (leaf.collection, *map(str, leaf.path)):
+                value = value.get(name) if isinstance(value, Mapping) else None
+            if leaf.collection is None:
+                value = jax.lax.full(leaf.shape, 0, leaf.dtype)
+            if value is None:
+                where = "/".join(map(str, (leaf.collection, *leaf.path)))
+                raise UserError(f"the variables lack {where}; give those of Classifier.from_nnx, or of the same module")
+            _put(state, leaf.path, value)
+        return nnx.merge(self.graph, state)
+
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """See `Network`; shapes are the module's own."""
+        del x
+        if self.make is None:
+            raise UserError("an NNX module holds its variables; give from_nnx make=lambda key: ... for fresh ones")
+        return split_nnx(self.make(key))[2]
+
+    def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
+        """See `Network`."""
+        model = self.model(variables)
+        model.set_attributes(deterministic=True, use_running_average=not train, raise_if_not_found=False)
+        handed = [] if self.latent else _watch(model, self.head_path)
+        method = self.latent or "__call__"
+        function = getattr(type(model), method) if isinstance(method, str) else method
+        latent = function(model, x, **_mode(function, train))
+        if self.latent is None:
+            if not handed:
+                raise UserError(f"{type(model).__name__} does not call its layer at {'/'.join(self.head_path)!r}")
+            latent = handed[-1]
+        if not train:
+            return latent, variables
+        new: Variables = {}
+        for path, value in _paths(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))):
+            _put(new, ("batch_stats", *map(str, path)), value)
+        return latent, {**variables, **new}
+
+    def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
+        """See `Network`."""
+        if self.logits is None:
+            return _linear(variables, self.head_path, latent)
+        model = self.model(variables)
+        return getattr(model, self.logits)(latent) if isinstance(self.logits, str) else self.logits(model, latent)
+
+    def activations(self, variables: Variables, x: jax.Array) -> Variables:
+        """See `Network`; there are none."""
+        del variables, x
+        return {}
+
+
+def _watch(model: nnx.Module, path: Path) -> list[jax.Array]:
+    """A list that will hold what the layer at a path is handed."""
+    parent: Any = None
+    layer: Any = model
+    for name in path:
+        parent = layer
+        try:
+            layer = layer[int(name)] if name.isdigit() else getattr(layer, name, None) or layer[name]
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{type(model).__name__} has no layer at {'/'.join(path)!r}; give head_path") from error
+    handed: list[jax.Array] = []
+
+    def watched(x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        handed.append(x)
+        return layer(x, *args, **kwargs)
+
+    if path[-1].isdigit():
+        parent[int(path[-1])] = watched
+    else:
+        setattr(parent, path[-1], watched)
+    return handed
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionNetwork:
+    """Bare functions; equal to another only where the functions are the same objects.
+
+    Attributes:
+        make: ``(key, x) -> variables``, or None where nothing is trained from scratch.
+        latent: ``(variables, x, train) -> (latent, variables)``.
+        logits: ``(variables, latent) -> logits``.
+    """
+
+    make: Callable[[jax.Array, jax.Array], Variables] | None
+    latent: Callable[[Variables, jax.Array, bool], tuple[jax.Array, Variables]]
+    logits: Callable[[Variables, jax.Array], jax.Array]
+
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """See `Network`."""
+        if self.make is None:
+            raise UserError("this classifier was made without init; give from_functions one to train from scratch")
+        return self.make(key, x)
+
+    def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
+        """See `Network`."""
+        latent, new = self.latent(variables, x, train)
+        return latent, new if train else variables
+
+    def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
+        """See `Network`."""
+        return self.logits(variables, latent)
+
+    def activations(self, variables: Variables, x: jax.Array) -> Variables:
+        """See `Network`; there are none."""
+        del variables, x
+        return {}
+
+
+def require_latents(latent: jax.Array) -> jax.Array:
+    """The latents, which must be ``(B, D)`` for a linear head.
+
+    Raises:
+        UserError: where they are not.
+    """
+    if latent.ndim != 2:
+        raise UserError(f"latents have shape {latent.shape}, expected (B, D); pool or flatten them before the head")
+    return latent
