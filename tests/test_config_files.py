@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from backdoor_jax import (
+    BadNets,
     Blended,
     D3Config,
     FineTuneConfig,
@@ -48,7 +49,7 @@ def message(path: Path, *overrides: str) -> str:
 def test_shipped_configurations_are_read(path: Path) -> None:
     experiment = load_experiment(path)
     assert experiment.name
-    assert {entry.label for entry in experiment.attacks} >= {"badnets", "blended"}
+    assert {type(entry.attack) for entry in experiment.attacks} >= {BadNets, Blended}
 
 
 def test_there_are_shipped_configurations() -> None:
