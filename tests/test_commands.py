@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import io
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +296,18 @@ def test_what_can_be_mended_is_one_line(change: dict[str, str | None], told: str
     given = [part for name, value in options.items() for part in (name, value)]
     assert told in refusal("defend", *given, *bare)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_a_damaged_folder_is_one_line_of_the_whole_program(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    for path in (tmp_path / "model" / "variables").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:40])
+    given = ("--checkpoint", "model", "--data", place / "clean.npz")
+    command = [sys.executable, "-m", "backdoor_jax.cli", "scan", *map(str, given)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "damaged" in done.stderr
+    assert done.stderr.startswith("backdoor-jax: model: ") and done.stderr.count("\n") == 1
 
 
 def test_a_bare_pytorch_file_needs_its_networks_name(place: Path, tmp_path: Path) -> None:

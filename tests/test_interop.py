@@ -357,7 +357,7 @@ def test_a_damaged_folder_is_one_line(kept: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "damaged" in refusal(folder)
     shutil.rmtree(folder / "variables")
-    assert "no such checkpoint folder" in refusal(folder)
+    assert "lacks files" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def _largest_of_chunk(classifier: Classifier, variables: Variables, images: jax.
 
 
 def _require_rectifiers(classifier: Classifier, variables: Variables, images: jax.Array) -> None:
-    if not jax.tree.leaves(jax.eval_shape(classifier.activations, variables, images[:1])):
+    if not jax.tree.leaves(_largest_of_chunk.eval_shape(classifier, variables, images[:1])):
         raise UserError(
             "pad_ft clips activations, and this network has no rectifiers that can be bounded; build it in Linen with "
             "backdoor_jax.models.layers.ReLU or GELU, or choose a defence that needs none: d3, super_finetune, tac"

@@ -2,13 +2,14 @@
 
 A file ``.safetensors`` holds the variables under their paths (``params/conv/kernel``), and the description as JSON in
 its header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with the
-shape of every array. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
+shape of every array and the digest of every file. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
 
 A network that is not one of `backdoor_jax.models.MODELS` cannot be described: its file holds the variables, classes
 and normalisation, and `load_model` must be given its `Classifier`.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -79,10 +80,14 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
 
 
 def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
-    """Makes a folder that holds ``variables`` a model's: writes its ``model.json``, for which shapes will do."""
+    """Makes a folder that holds ``variables`` a model's: writes its ``model.json``, for which shapes will do.
+
+    Its digests are there because Orbax answers a damaged file with tracebacks of its threads.
+    """
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
     partial = path / f"{DESCRIPTION}.partial"
-    partial.write_text(json.dumps({**_described(classifier), "arrays": shapes}, indent=1), encoding="utf-8")
+    described = {**_described(classifier), "arrays": shapes, "files": _digests(path / "variables")}
+    partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
     os.replace(partial, path / DESCRIPTION)
 
 
@@ -137,6 +142,11 @@ def load_model(
     if path.is_dir():
         like = _abstract(described["arrays"], path)
         _require_fit(made, like, classifier is None, path)
+        found = _digests(path / "variables")
+        if found != described["files"]:
+            raise UserError(
+                f"{path}: variables lacks files, or some are damaged or another model's; copy or save it again"
+            )
         try:
             return made, load_tree(path / "variables", like)
         except UserError as error:
@@ -183,12 +193,21 @@ def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
 def _folder_description(path: Path) -> dict[str, Any]:
     file = path / DESCRIPTION
     try:
-        return _parse(file.read_text(encoding="utf-8"), file, "arrays")
+        return _parse(file.read_text(encoding="utf-8"), file, "arrays", "files")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: has no readable {DESCRIPTION}, so it is no model's folder, or an older version's; "
             "save the model again with backdoor_jax.save_model, or let its experiment go on"
         ) from error
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under a folder, by its path there."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
