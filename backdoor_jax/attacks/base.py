@@ -123,7 +123,10 @@ class Attack(Config):
         return poison(key, scene.data, trigger, label_map, self.rate, self.candidates(scene.data.labels))
 
     def poison(self, key: jax.Array, scene: Scene) -> tuple[Poisoned, Trigger, dict[str, Any]]:
-        """A poisoned copy of the training set, the trigger that poisoned it, and what is worth knowing about it."""
+        """A poisoned copy of the training set, the trigger that poisoned it, and what is worth knowing about it.
+
+        A network that is trained together with the victim (`InputAware`, `LIRA`) is untrained here; see `plant`.
+        """
         if self.needs_clean_model and scene.clean_model is None:
             raise UserError(f"{type(self).__name__} looks into a clean model; give Scene(..., clean_model=variables)")
         trigger_key, choice_key = jax.random.split(key)

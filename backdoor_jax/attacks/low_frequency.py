@@ -38,7 +38,7 @@ from backdoor_jax.attacks.triggers import AdditiveTrigger
 from backdoor_jax.data import Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import cross_entropy
+from backdoor_jax.training import cross_entropy, map_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +87,12 @@ class LowFrequency(Attack):
         return jax.random.normal(key, (cutoff, cutoff, shape[2])) / cutoff
 
     def learn(self, key: jax.Array, scene: Scene) -> tuple[AdditiveTrigger, dict[str, Any]]:
-        """Solves for the pattern where none is saved; info holds the loss towards the target at first and at last."""
+        """Solves for the pattern where none is saved; info holds the loss towards the target, before and after."""
         if self.pattern is not None:
             return self.trigger(key, scene.shape), {}
         assert scene.clean_model is not None
         start_key, solve_key = jax.random.split(key)
-        coefficients, losses = _solve(
+        coefficients, before, after = _solve(
             solve_key,
             scene.classifier,
             scene.clean_model,
@@ -105,7 +105,7 @@ class LowFrequency(Attack):
             min(self.batch_size, len(scene.data)),
         )
         trigger = AdditiveTrigger(smooth_pattern(coefficients, scene.shape, self.amplitude))
-        return trigger, {"loss_before": float(losses[0]), "loss_after": float(losses[-1])}
+        return trigger, {"loss_before": float(before), "loss_after": float(after)}
 
 
 def smooth_pattern(coefficients: jax.Array, shape: tuple[int, int, int], amplitude: jax.Array | float) -> jax.Array:
@@ -138,25 +138,28 @@ def _solve(
     target: int,
     steps: int,
     batch_size: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     height, width, channels = data.images.shape[1:]
     shape = (height, width, channels)
     tx = optax.adam(step_size)
 
-    def objective(coefficients: jax.Array, images: jax.Array) -> jax.Array:
+    def losses(coefficients: jax.Array, images: jax.Array) -> jax.Array:
         triggered = jnp.clip(images + smooth_pattern(coefficients, shape, amplitude), 0, 255)
         logits, _ = classifier.logits(variables, triggered)
-        return jnp.mean(cross_entropy(logits, jnp.full(len(images), target)))
+        return cross_entropy(logits, jnp.full(len(images), target))
 
-    def step(carry: tuple[jax.Array, Any], key: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+    def step(carry: tuple[jax.Array, Any], key: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
         coefficients, state = carry
-        drawn = jax.random.randint(key, (batch_size,), 0, len(data))
-        loss, gradient = jax.value_and_grad(objective)(coefficients, data.images[drawn].astype(jnp.float32))
+        images = data.images[jax.random.randint(key, (batch_size,), 0, len(data))]
+        gradient = jax.grad(lambda c: jnp.mean(losses(c, images)))(coefficients)
         updates, state = tx.update(gradient, state)
-        return (optax.apply_updates(coefficients, updates), state), loss
+        return (optax.apply_updates(coefficients, updates), state), None
 
-    (coefficients, _), losses = jax.lax.scan(step, (start, tx.init(start)), jax.random.split(key, steps))
-    return coefficients, losses
+    (solved, _), _ = jax.lax.scan(step, (start, tx.init(start)), jax.random.split(key, steps))
+    before, after = (
+        jnp.mean(map_chunks(partial(losses, coefficients), data.images)) for coefficients in (start, solved)
+    )
+    return solved, before, after
 
 
 def _load(path: Path, shape: tuple[int, int, int]) -> jax.Array:

@@ -11,6 +11,9 @@ import numpy as np
 from backdoor_jax.data.dataset import Dataset
 from backdoor_jax.errors import UserError
 
+CHUNK = 500
+"""Images that a trigger is handed at once."""
+
 Trigger = Callable[[jax.Array], jax.Array]
 """uint8 images ``(B, H, W, channels)`` to triggered uint8 images of the same shape, on the device; a pytree."""
 
@@ -121,5 +124,7 @@ def poison(
     if not count:
         return Poisoned(data, indices)
     chosen = data.take(indices)
-    images = data.images.at[indices].set(trigger(chosen.images))
+    # A trigger may be a network: in parts, its memory does not grow with the set.
+    parts = [trigger(chosen.images[start : start + CHUNK]) for start in range(0, count, CHUNK)]
+    images = data.images.at[indices].set(jnp.concatenate(parts))
     return Poisoned(Dataset(images, data.labels.at[indices].set(labels(chosen.labels))), indices)
