@@ -10,7 +10,6 @@ and normalisation, and `load_model` must be given its `Classifier`.
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import numpy as np
 
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
+from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
 from backdoor_jax.version import __version__
 
@@ -58,7 +58,7 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
     """
     path = Path(path)
     if path.suffix in TORCH_SUFFIXES:
-        _pytorch(path).save_torch(path, classifier, variables)
+        save_torch(path, classifier, variables)
         return
     described = _described(classifier)
     arrays = {_text(names): np.asarray(array) for names, array in _leaves(variables)}
@@ -131,7 +131,6 @@ def load_model(
     if described is None:
         if model is None:
             raise UserError(f"{path}: does not say which network it holds; give its name as model (--model), see list")
-        load_torch = _pytorch(path).load_torch
         return load_torch(path, model, normalization=normalization or "none", mean=mean, std=std)
     if (normalization, mean, std) != (None, None, None):
         raise UserError(f"{path}: knows its own normalisation; leave yours (--normalize) out")
@@ -269,13 +268,6 @@ def _require_fit(classifier: Classifier, variables: Variables, ours: bool, path:
     if wrong:
         told = f"{wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'something else')}"
         raise UserError(f"{path}: its variables are not those of the network it names ({told}); save the model again")
-
-
-def _pytorch(path: Path) -> Any:
-    try:
-        return importlib.import_module("backdoor_jax.interop.pytorch")
-    except ImportError as error:
-        raise UserError(f"{path}: needs PyTorch ({first_line(error)}); pip install torch") from error
 
 
 def _leaves(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
