@@ -5,7 +5,7 @@ import os
 # Eight devices for the sharding tests, and less work for LLVM, which would take most of the suite's time.
 # A later flag wins, so what is set outside stays.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["MPLBACKEND"] = os.environ.get("MPLBACKEND", "Agg")
 
