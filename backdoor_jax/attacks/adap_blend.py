@@ -12,14 +12,13 @@ is mixed in, a little stronger.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.attacks.base import Attack, Scene
-from backdoor_jax.attacks.triggers import BlendTrigger, random_pattern, read_picture, to_uint8
+from backdoor_jax.attacks.triggers import BlendTrigger, picture, to_uint8
 from backdoor_jax.data import Dataset, Poisoned, Trigger, poison_count
 
 
@@ -58,12 +57,7 @@ class AdapBlend(Attack):
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> BlendTrigger:
         """The whole picture, as it is mixed in at test time."""
-        picture = (
-            random_pattern(key, shape)
-            if self.image is None
-            else read_picture(Path(self.image), shape, "AdapBlend.image")
-        )
-        return BlendTrigger(picture, jnp.float32(self.alpha))
+        return BlendTrigger(picture(key, shape, self.image, "AdapBlend.image"), jnp.float32(self.alpha))
 
     def candidates(self, labels: jax.Array | np.ndarray) -> np.ndarray:
         """All images; a cover rate that covers none is refused like a poisoning rate that poisons none."""

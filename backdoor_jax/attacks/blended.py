@@ -9,13 +9,12 @@ r"""Blended (Chen et al., 2017, arXiv 1712.05526): a picture mixed into the whol
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from backdoor_jax.attacks.base import Attack
-from backdoor_jax.attacks.triggers import BlendTrigger, random_pattern, read_picture
+from backdoor_jax.attacks.triggers import BlendTrigger, picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,4 @@ class Blended(Attack):
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> BlendTrigger:
         """The picture for images of this shape."""
-        pattern = (
-            random_pattern(key, shape) if self.image is None else read_picture(Path(self.image), shape, "Blended.image")
-        )
-        return BlendTrigger(pattern, jnp.float32(self.alpha))
+        return BlendTrigger(picture(key, shape, self.image, "Blended.image"), jnp.float32(self.alpha))

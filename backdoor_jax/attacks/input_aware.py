@@ -23,10 +23,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from backdoor_jax.attacks.base import Attack, Planted, Scene
-from backdoor_jax.attacks.networks import Adam, EncoderDecoder, init, join, part, run
+from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together, init, join, part, run
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Augment, Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
@@ -146,7 +145,9 @@ class InputAware(Attack):
         augment = Augment(crop=scene.training.crop, flip=scene.flip)
         size = scene.training.batch_size
 
-        alone = GradientStep(MaskLoss(masker), Adam(b1=0.5, b2=0.9))
+        adam = Adam(b1=0.5, b2=0.9)
+
+        alone = GradientStep(MaskLoss(masker), adam)
         state, history = fit(
             mask_key,
             alone,
@@ -170,7 +171,8 @@ class InputAware(Attack):
             -int(-self.rate * images // 1),
             round(self.cross_ratio * images * self.rate),
         )
-        joint = scene.training.step(loss, Together(steps * scene.training.epochs, scene.training.epochs))
+        epochs = scene.training.epochs
+        joint = scene.training.step(loss, Together(CosineSGD(steps * epochs, epochs), adam))
         victim = scene.classifier.init(init_key, scene.data.images[:1])
         constants["masker"] = trigger.masker
         state, _ = fit(
@@ -193,22 +195,6 @@ class InputAware(Attack):
             self.stamp(choice_key, scene, trigger),
             {"mask_density": density},
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Together:
-    """The victim's optimiser and the generator's, each on its own parameters."""
-
-    steps: int
-    stages: int
-
-    def __call__(self, constants: Constants) -> optax.GradientTransformation:
-        """The transformation for these constants."""
-        parts = {
-            "classifier": CosineSGD(self.steps, self.stages)(constants),
-            "generator": Adam(b1=0.5, b2=0.9)(constants),
-        }
-        return optax.partition(parts, {name: name for name in parts})
 
 
 def diversity(images: jax.Array, others: jax.Array, made: jax.Array, made_of_others: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from backdoor_jax.attacks.base import Attack, Scene
 from backdoor_jax.attacks.triggers import AdditiveTrigger
-from backdoor_jax.data import Dataset, Poisoned, Trigger
+from backdoor_jax.data import Dataset, Poisoned, Trigger, draw_poisoned
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy, map_chunks
@@ -74,9 +74,9 @@ class LabelConsistent(Attack):
 
     def stamp(self, key: jax.Array, scene: Scene, trigger: Trigger) -> Poisoned:
         """The poisoned training set: drawn images of the target class perturbed, then triggered."""
-        if scene.clean_model is None:
-            raise UserError("LabelConsistent looks into a clean model; give Scene(..., clean_model=variables)")
-        chosen = super().stamp(key, scene, trigger).indices
+        assert scene.clean_model is not None
+        labels = scene.data.labels
+        chosen = draw_poisoned(key, self.rate, len(labels), self.candidates(labels))
         originals = scene.data.take(chosen)
         hard = perturb(
             scene.classifier,
@@ -86,7 +86,7 @@ class LabelConsistent(Attack):
             jnp.float32(self.step_size),
             self.steps,
         )
-        return Poisoned(Dataset(scene.data.images.at[chosen].set(trigger(hard)), scene.data.labels), chosen)
+        return Poisoned(Dataset(scene.data.images.at[chosen].set(trigger(hard)), labels), chosen)
 
 
 @partial(jax.jit, static_argnames="steps")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from backdoor_jax.attacks.base import Attack, Planted, Scene
-from backdoor_jax.attacks.networks import Adam, EncoderDecoder, init, join, part, run
+from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together, init, join, part, run
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Augment, Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
@@ -123,7 +123,9 @@ class LIRA(Attack):
         steps, _ = batch_shape(len(scene.data), size)
         network, label_map = trigger.network(scene.shape[2]), self.label_map(scene.num_classes)
 
-        joint = scene.training.step(NoiseLoss(scene.classifier, network, label_map, learns=True), Together())
+        joint = scene.training.step(
+            NoiseLoss(scene.classifier, network, label_map, learns=True), Together(ConstantSGD(), Adam())
+        )
         victim = scene.classifier.init(init_key, scene.data.images[:1])
         state, _ = fit(
             joint_key,
@@ -159,17 +161,13 @@ class LIRA(Attack):
 
 
 @dataclasses.dataclass(frozen=True)
-class Together:
-    """The victim's optimiser at a constant rate, and Adam for the noise network."""
+class ConstantSGD:
+    """The victim's optimiser at a constant rate."""
 
     def __call__(self, constants: Constants) -> optax.GradientTransformation:
         """The transformation for these constants."""
         rate = optax.constant_schedule(constants["learning_rate"])
-        parts = {
-            "classifier": torch_sgd(rate, constants["momentum"], constants["weight_decay"]),
-            "generator": Adam()(constants),
-        }
-        return optax.partition(parts, {name: name for name in parts})
+        return torch_sgd(rate, constants["momentum"], constants["weight_decay"])
 
 
 @dataclasses.dataclass(frozen=True)

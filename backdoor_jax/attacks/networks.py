@@ -1,6 +1,7 @@
 """The image-to-image network of the attacks that generate their triggers."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -103,3 +104,16 @@ class Adam:
     def __call__(self, constants: Constants) -> optax.GradientTransformation:
         """The transformation for these constants."""
         return optax.adam(constants["generator_rate"], b1=self.b1, b2=self.b2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """The victim's optimiser and the generator's, each on its own parameters of `join`'s tree."""
+
+    classifier: Callable[[Constants], optax.GradientTransformation]
+    generator: Callable[[Constants], optax.GradientTransformation]
+
+    def __call__(self, constants: Constants) -> optax.GradientTransformation:
+        """The transformation for these constants."""
+        parts = {"classifier": self.classifier(constants), "generator": self.generator(constants)}
+        return optax.partition(parts, {name: name for name in parts})

@@ -85,7 +85,12 @@ def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return 255 * (smooth - low) / (high - low)
 
 
-def read_picture(path: Path, shape: tuple[int, int, int], field: str) -> jax.Array:
+def picture(key: jax.Array, shape: tuple[int, int, int], path: str | None, field: str) -> jax.Array:
+    """The picture at a path, or a random pattern where there is none; the field is named in errors."""
+    return random_pattern(key, shape) if path is None else _read_picture(Path(path), shape, field)
+
+
+def _read_picture(path: Path, shape: tuple[int, int, int], field: str) -> jax.Array:
     """A picture as float32 ``(H, W, channels)``, resized (bilinear) to the data's size.
 
     Raises:

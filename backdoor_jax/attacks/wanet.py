@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.attacks.base import Attack, Planted, Scene
-from backdoor_jax.data import Dataset, LabelMap, bilinear_sample, pixel_grid, random_crop, rotate
+from backdoor_jax.data import Dataset, LabelMap, bilinear_sample, pixel_grid, random_crop, random_flip, rotate
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Constants, Info, SupervisedLoss, train
 
@@ -146,8 +146,7 @@ class WarpLoss:
         angles = constants["rotation"] * jax.random.uniform(turn_key, (count,), minval=-1, maxval=1)
         images = rotate(images, jnp.where(turned, angles, 0.0))
         if self.flip:
-            mirrored = jax.random.bernoulli(flip_key, 0.5, (count,))
-            images = jnp.where(_each(mirrored), images[:, :, ::-1], images)
+            images = random_flip(flip_key, images)
         return SupervisedLoss(self.classifier)(variables, Dataset(images, labels), key, constants)
 
 

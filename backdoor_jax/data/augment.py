@@ -34,8 +34,7 @@ class Augment:
         if self.crop:
             images = random_crop(crop_key, images, self.crop)
         if self.flip:
-            mirrored = jax.random.bernoulli(flip_key, 0.5, images.shape[:1])
-            images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+            images = random_flip(flip_key, images)
         if self.brightness:
             images = _blend(images, 0.0, _factors(brightness_key, images, self.brightness))
         if self.contrast:
@@ -43,6 +42,17 @@ class Augment:
             grey = jnp.mean(images.astype(jnp.float32) @ weights, axis=(1, 2))
             images = _blend(images, grey[:, None, None, None], _factors(contrast_key, images, self.contrast))
         return images
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors half of the images left to right, drawn for each.
+
+    Example:
+        >>> random_flip(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8)).shape
+        (3, 8, 8, 1)
+    """
+    mirrored = jax.random.bernoulli(key, 0.5, images.shape[:1])
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def random_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:

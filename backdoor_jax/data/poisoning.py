@@ -86,6 +86,18 @@ def poison_count(rate: float, images: int) -> int:
     return count
 
 
+def draw_poisoned(key: jax.Array, rate: float, images: int, candidates: np.ndarray | None = None) -> np.ndarray:
+    """Which images a rate poisons: round(rate * images) of the candidates, uniformly without replacement, sorted.
+
+    Example:
+        >>> draw_poisoned(jax.random.key(0), 0.5, 4, np.array([1, 2])).tolist()
+        [1, 2]
+    """
+    candidates = np.arange(images) if candidates is None else candidates
+    order = np.asarray(jax.random.permutation(key, len(candidates)))
+    return np.sort(candidates[order[: poison_count(rate, images)]])
+
+
 def poison(
     key: jax.Array,
     data: Dataset,
@@ -117,10 +129,8 @@ def poison(
         >>> len(poisoned.indices)
         140
     """
-    count = poison_count(rate, len(data))
-    if candidates is None:
-        candidates = np.arange(len(data))
-    indices = np.sort(candidates[np.asarray(jax.random.permutation(key, len(candidates))[:count])])
+    indices = draw_poisoned(key, rate, len(data), candidates)
+    count = len(indices)
     if not count:
         return Poisoned(data, indices)
     chosen = data.take(indices)
