@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from backdoor_jax.config import Config
-from backdoor_jax.data import Dataset, LabelMap, Poisoned, Trigger, poison, poison_count
+from backdoor_jax.data import Augment, Dataset, LabelMap, Poisoned, Trigger, poison, poison_count
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import TrainConfig, train
+from backdoor_jax.training import Constants, Step, TrainConfig, fit, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,31 @@ class Scene:
         """Height, width and channels of an image."""
         height, width, channels = self.data.images.shape[1:]
         return height, width, channels
+
+    def fit(
+        self,
+        key: jax.Array,
+        step: Step,
+        state: Any,
+        constants: Constants,
+        *,
+        epochs: int,
+        name: str,
+        checkpoints: Path | None,
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        """`backdoor_jax.training.fit` on the clean images, batched and augmented as victims are trained."""
+        return fit(
+            key,
+            step,
+            state,
+            self.data,
+            constants,
+            epochs=epochs,
+            batch_size=self.training.batch_size,
+            augment=Augment(crop=self.training.crop, flip=self.flip),
+            name=name,
+            checkpoints=checkpoints,
+        )
 
 
 class Planted(NamedTuple):

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from backdoor_jax.attacks.base import Attack, Planted, Scene
 from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together, init, join, part, run
 from backdoor_jax.config import numbers
-from backdoor_jax.data import Augment, Dataset, LabelMap
+from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy, fit
+from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -142,27 +142,22 @@ class InputAware(Attack):
         trigger = self.trigger(trigger_key, scene.shape)
         generator, masker = trigger.networks(scene.shape[2])
         constants = {**numbers(self), **numbers(scene.training)}
-        augment = Augment(crop=scene.training.crop, flip=scene.flip)
-        size = scene.training.batch_size
 
         adam = Adam(b1=0.5, b2=0.9)
 
         alone = GradientStep(MaskLoss(masker), adam)
-        state, history = fit(
+        state, history = scene.fit(
             mask_key,
             alone,
             alone.init(trigger.masker, constants),
-            scene.data,
             constants,
             epochs=self.mask_epochs,
-            batch_size=size,
-            augment=augment,
             name=f"{name}: mask",
             checkpoints=checkpoints and checkpoints / "mask",
         )
         trigger = dataclasses.replace(trigger, masker=state.variables)
 
-        steps, images = batch_shape(len(scene.data), size)
+        steps, images = batch_shape(len(scene.data), scene.training.batch_size)
         loss = JointLoss(
             scene.classifier,
             generator,
@@ -175,15 +170,12 @@ class InputAware(Attack):
         joint = scene.training.step(loss, Together(CosineSGD(steps * epochs, epochs), adam))
         victim = scene.classifier.init(init_key, scene.data.images[:1])
         constants["masker"] = trigger.masker
-        state, _ = fit(
+        state, _ = scene.fit(
             fit_key,
             joint,
             joint.init(join(classifier=victim, generator=trigger.generator), constants),
-            scene.data,
             constants,
             epochs=scene.training.epochs,
-            batch_size=size,
-            augment=augment,
             name=name,
             checkpoints=checkpoints and checkpoints / "joint",
         )

@@ -23,9 +23,9 @@ import optax
 from backdoor_jax.attacks.base import Attack, Planted, Scene
 from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together, init, join, part, run
 from backdoor_jax.config import numbers
-from backdoor_jax.data import Augment, Dataset, LabelMap
+from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, CosineSGD, Info, batch_shape, cross_entropy, fit, torch_sgd
+from backdoor_jax.training import Constants, CosineSGD, Info, batch_shape, cross_entropy, torch_sgd
 
 
 @jax.tree_util.register_dataclass
@@ -118,24 +118,19 @@ class LIRA(Attack):
         init_key, joint_key, tune_key = jax.random.split(train_key, 3)
         trigger = self.trigger(trigger_key, scene.shape)
         constants = {**numbers(self), **numbers(scene.training)}
-        augment = Augment(crop=scene.training.crop, flip=scene.flip)
-        size = scene.training.batch_size
-        steps, _ = batch_shape(len(scene.data), size)
+        steps, _ = batch_shape(len(scene.data), scene.training.batch_size)
         network, label_map = trigger.network(scene.shape[2]), self.label_map(scene.num_classes)
 
         joint = scene.training.step(
             NoiseLoss(scene.classifier, network, label_map, learns=True), Together(ConstantSGD(), Adam())
         )
         victim = scene.classifier.init(init_key, scene.data.images[:1])
-        state, _ = fit(
+        state, _ = scene.fit(
             joint_key,
             joint,
             joint.init(join(classifier=victim, generator=trigger.generator), constants),
-            scene.data,
             constants,
             epochs=self.joint_epochs,
-            batch_size=size,
-            augment=augment,
             name=f"{name}: noise",
             checkpoints=checkpoints and checkpoints / "joint",
         )
@@ -144,15 +139,12 @@ class LIRA(Attack):
             CosineSGD(steps * scene.training.epochs, scene.training.epochs),
             trainable=(("classifier",),),
         )
-        state, _ = fit(
+        state, _ = scene.fit(
             tune_key,
             tune,
             tune.init(state.variables, constants),
-            scene.data,
             constants,
             epochs=scene.training.epochs,
-            batch_size=size,
-            augment=augment,
             name=name,
             checkpoints=checkpoints and checkpoints / "tune",
         )
