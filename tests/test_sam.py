@@ -152,7 +152,7 @@ def test_attacks_that_train_a_network_beside_the_victim_use_it_too(
         assert constants["sam_radius"] == radius
         return state, {"density": np.zeros(1)}
 
-    monkeypatch.setattr(sys.modules[kind.__module__], "fit", fit)
+    monkeypatch.setattr(sys.modules[Scene.__module__], "fit", fit)
     scene = Scene(tiny_classifier, tiny_data, TrainConfig(epochs=1, batch_size=12, sam_radius=radius))
     kind(channels=2, depth=1, rate=0.25).plant(jax.random.key(0), jax.random.key(1), scene)
     victims = steps[-2:] if kind is LIRA else steps[-1:]
