@@ -18,7 +18,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_bias(fan_in: int) -> Callable[..., jax.Array]:
     """PyTorch's default for a bias: uniform on +-1/sqrt(fan-in of the layer)."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -1, 1) / jnp.sqrt(fan_in)
 
     return init
