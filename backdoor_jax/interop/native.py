@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
@@ -291,14 +292,7 @@ def _text(names: tuple[str, ...]) -> str:
 
 def _nest(arrays: dict[str, Any]) -> Variables:
     """The tree of dictionaries with these arrays at these paths."""
-    tree: Variables = {}
-    for name, array in arrays.items():
-        *folders, last = map(unquote, name.split("/"))
-        inner = tree
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = array
-    return tree
+    return unflatten_dict({tuple(map(unquote, name.split("/"))): array for name, array in arrays.items()})
 
 
 def _abstract(arrays: dict[str, Any], path: Path) -> Variables:

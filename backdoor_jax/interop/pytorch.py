@@ -31,6 +31,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models import (
@@ -104,9 +105,9 @@ def load_torch(
     state, bounds = _unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
 
     classifier, shapes = _classifier_of(state, model, where)
-    expected = {name: (path, shape) for name, path, shape in _tensors(classifier.network, shapes)}
+    expected = {name: (path, leaf.shape) for name, path, leaf in _tensors(classifier.network, shapes)}
     _require_same_names(set(expected), set(state), model, where)
-    variables: Variables = {}
+    leaves = {}
     for name, (path, shape) in expected.items():
         array = _array(state[name], name, where)
         got, wanted = array.shape, tuple(shape[axis] for axis in _to_torch(len(shape)))
@@ -115,15 +116,16 @@ def load_torch(
                 f"{where}: {name} has shape {got}, expected {wanted} in a {model} of {classifier.num_classes} classes "
                 "whose first convolution is this wide; give a network of the published proportions"
             )
-        _put(variables, path, array.transpose(_to_ours(array.ndim)))
+        leaves[path] = array.transpose(_to_ours(array.ndim))
     classifier = _normalized(classifier, normalization, mean, std)
     rectifiers = _rectifiers(classifier, shapes) if bounds else {}
     for place, upper in bounds.items():
         if place not in rectifiers:
             there = _few(list(rectifiers))
             raise UserError(f"{where}: a bound is for {place}, where no rectifier is; there are {there}")
-        _put(variables, (BOUNDS, *rectifiers[place]), _array(upper, place, where))
-    return classifier, variables
+        leaves[BOUNDS, *rectifiers[place]] = _array(upper, place, where)
+    # Copies: what was read may go on changing in PyTorch.
+    return classifier, jax.tree.map(jnp.array, unflatten_dict(leaves))
 
 
 def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -> None:
@@ -191,8 +193,7 @@ def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.nd
             "(backdoor_jax.interop.checkpoints)"
         )
     state = {}
-    for name, path, _ in _tensors(classifier.network, variables):
-        leaf: Any = functools.reduce(lambda tree, key: tree[key], path, variables)
+    for name, path, leaf in _tensors(classifier.network, variables):
         array = np.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
         state[name] = np.ascontiguousarray(array.transpose(_to_torch(array.ndim)))
         if path[-1] == "var":
@@ -216,15 +217,10 @@ def _dotted(network: nn.Module, layers: tuple[str, ...]) -> str:
     return ".".join(renamed.get(layer, layer.replace("_", ".")) for layer in layers)
 
 
-def _paths(tree: Any) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield tuple(str(entry.key) for entry in path), leaf.shape
-
-
-def _tensors(network: nn.Module, variables: Variables) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """PyTorch's name, our path and our shape of every tensor of a state dict."""
-    for path, shape in _paths({kind: variables[kind] for kind in ("params", "batch_stats")}):
-        yield f"{_dotted(network, path[1:-1])}.{LEAVES[path[-1]]}", path, shape
+def _tensors(network: nn.Module, variables: Variables) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """PyTorch's name, our path and our array of every tensor of a state dict."""
+    for path, leaf in flatten_dict({kind: variables[kind] for kind in ("params", "batch_stats")}).items():
+        yield f"{_dotted(network, path[1:-1])}.{LEAVES[path[-1]]}", path, leaf
 
 
 def _place(network: nn.Module, rectifier: tuple[str, ...]) -> str:
@@ -243,8 +239,7 @@ def _place(network: nn.Module, rectifier: tuple[str, ...]) -> str:
 
 def _bounds_by_place(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
     found = {}
-    for path, _ in _paths(variables.get(BOUNDS, {})):
-        leaf = functools.reduce(lambda tree, key: tree[key], path, variables[BOUNDS])
+    for path, leaf in flatten_dict(variables.get(BOUNDS, {})).items():
         upper = np.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
         if not (upper >= 0).all():
             raise UserError(
@@ -258,13 +253,7 @@ def _rectifiers(classifier: Classifier, shapes: Variables) -> dict[str, tuple[st
     """Our path of every bound, by the PyTorch module it clips."""
     images = jax.ShapeDtypeStruct((1, 32, 32, len(classifier.mean)), jnp.uint8)
     bounds = jax.eval_shape(classifier.activations, shapes, images)
-    return {_place(classifier.network, path[:-1]): path for path, _ in _paths(bounds)}
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], array: np.ndarray) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = jnp.array(array)  # A copy: what is read may go on changing in PyTorch.
+    return {_place(classifier.network, path[:-1]): path for path in flatten_dict(bounds)}
 
 
 # What a state dict is of

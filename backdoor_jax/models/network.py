@@ -10,12 +10,13 @@ Dropout is left out in training as well: a latent is a function of weights and i
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.errors import UserError
 
@@ -55,17 +56,13 @@ def linear_head(variables: Variables, path: Path) -> tuple[jax.Array, jax.Array 
         ...
         backdoor_jax.errors.UserError: no linear head at 'out'; give head_path: linear layers lie at dense
     """
-    layer = variables.get("params", {})
-    for name in path:
-        layer = layer.get(name) if isinstance(layer, Mapping) else None
-    kernel = layer.get("kernel") if isinstance(layer, Mapping) else None
+    params = flatten_dict(variables.get("params", {}))
+    kernel = params.get((*path, "kernel"))
     if kernel is None or kernel.ndim != 2:
-        leaves = jax.tree_util.tree_leaves_with_path(variables.get("params", {}))
-        paths = [([str(getattr(entry, "key", entry)) for entry in path], leaf) for path, leaf in leaves]
-        known = ["/".join(path[:-1]) for path, leaf in paths if path and path[-1] == "kernel" and leaf.ndim == 2]
+        known = ["/".join(found[:-1]) for found, leaf in params.items() if found[-1] == "kernel" and leaf.ndim == 2]
         mend = f"linear layers lie at {', '.join(known)}" if known else "params must hold a kernel (D, C) there"
         raise UserError(f"no linear head at {'/'.join(path)!r}; give head_path: {mend}")
-    return kernel, layer.get("bias")
+    return kernel, params.get((*path, "bias"))
 
 
 def _linear(variables: Variables, path: Path, latent: jax.Array) -> jax.Array:
@@ -161,25 +158,13 @@ def split_nnx(model: nnx.Module) -> tuple[nnx.GraphDef, tuple[Leaf, ...], Variab
     kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat, None: nnx.RngState, "others": ...}
     graph, *states = nnx.split(model, *kinds.values())
     layout: list[Leaf] = []
-    variables: Variables = {"params": {}}
+    variables = {}
     for collection, state in zip(kinds, states, strict=True):
-        for path, value in _paths(nnx.to_pure_dict(state)):
+        for path, value in flatten_dict(nnx.to_pure_dict(state)).items():
             layout.append(Leaf(collection, path, value.shape, value.dtype))
             if collection is not None:
-                _put(variables, (collection, *map(str, path)), value)
-    return graph, tuple(layout), variables
-
-
-def _paths(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
-    if not isinstance(tree, Mapping):
-        return [(at, tree)]
-    return [found for name, inner in tree.items() for found in _paths(inner, (*at, name))]
-
-
-def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+                variables[collection, *map(str, path)] = value
+    return graph, tuple(layout), {"params": {}, **unflatten_dict(variables)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,18 +193,17 @@ class NNXNetwork:
         Raises:
             UserError: where a variable is missing.
         """
-        state: dict[Any, Any] = {}
+        values, state = flatten_dict(variables), {}
         for leaf in self.layout:
-            value: Any = variables
-            for name in (leaf.collection, *map(str, leaf.path)):
-                value = value.get(name) if isinstance(value, Mapping) else None
+            place = (leaf.collection, *map(str, leaf.path))
             if leaf.collection is None:
-                value = jax.lax.full(leaf.shape, 0, leaf.dtype)
-            if value is None:
-                where = "/".join(map(str, (leaf.collection, *leaf.path)))
+                state[leaf.path] = jax.lax.full(leaf.shape, 0, leaf.dtype)
+            elif place in values:
+                state[leaf.path] = values[place]
+            else:
+                where = "/".join(map(str, place))
                 raise UserError(f"the variables lack {where}; give those of Classifier.from_nnx, or of the same module")
-            _put(state, leaf.path, value)
-        return nnx.merge(self.graph, state)
+        return nnx.merge(self.graph, unflatten_dict(state))
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
         """See `Network`; shapes are the module's own."""
@@ -242,10 +226,11 @@ class NNXNetwork:
             latent = handed[-1]
         if not train:
             return latent, variables
-        new: Variables = {}
-        for path, value in _paths(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))):
-            _put(new, ("batch_stats", *map(str, path)), value)
-        return latent, {**variables, **new}
+        statistics = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+        if not statistics:
+            return latent, variables
+        named = {tuple(map(str, path)): value for path, value in statistics.items()}
+        return latent, {**variables, "batch_stats": unflatten_dict(named)}
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
         """See `Network`."""
