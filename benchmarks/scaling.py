@@ -1,0 +1,154 @@
+"""What more work costs: more images, more classes, more victims at once, more devices.
+
+    python benchmarks/scaling.py --platform cpu
+    python benchmarks/scaling.py --quick
+
+- `images`: PAD-FT's scoring, whose memory must not grow with the number of images but by the images themselves;
+- `classes`: TAC's programs, all classes;
+- `victims`: an epoch of several networks of one shape: one after another, in `lax.map`, under `vmap`, and a network a
+  device;
+- `devices`: data-parallel epochs of one network; virtual devices share the processor's cores, so on a CPU this shows
+  what dividing costs, not what it gains.
+
+Each point runs in a process of its own.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import measuring
+from speed import Size, network, programs, random_data, scoring
+
+WIDTH = 16
+
+
+def images(point: int, how: str, width: int) -> Callable[[], Any]:
+    """Scoring of so many images."""
+    return scoring(Size(width, 0, point)).run
+
+
+def classes(point: int, how: str, width: int) -> Callable[[], Any]:
+    """TAC's programs for so many classes, latents of 512."""
+    return programs(point, 512).run
+
+
+def victims(point: int, how: str, width: int) -> Callable[[], Any]:
+    """Four steps of so many networks, each on images of its own."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    step, state, data, key, constants = epoch_of(width, 256)
+    one = one_epoch(step, 64)
+    if how == "sequential":
+        compiled = jax.jit(one)
+        return lambda: [compiled(state, data, key, constants) for _ in range(point)]
+    stack = lambda tree: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (point, *leaf.shape)), tree)  # noqa: E731
+    many = (stack(state), stack(data), jax.random.split(key, point))
+    if how == "sharded":
+        mesh = Mesh(np.array(jax.devices()[:point]), ("victims",))
+        many = jax.device_put(many, NamedSharding(mesh, PartitionSpec("victims")))
+        spread = jax.shard_map(
+            lambda *own: jax.lax.map(lambda each: one(*each, constants), own),
+            mesh=mesh,
+            in_specs=PartitionSpec("victims"),
+            out_specs=PartitionSpec("victims"),
+        )
+        compiled = jax.jit(spread)
+    elif how == "vmap":
+        compiled = jax.jit(jax.vmap(lambda *each: one(*each, constants)))
+    else:
+        compiled = jax.jit(lambda *all_of: jax.lax.map(lambda each: one(*each, constants), all_of))
+    return lambda: compiled(*many)
+
+
+def devices(point: int, how: str, width: int) -> Callable[[], Any]:
+    """Four steps of one network whose batches are divided over so many devices."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from backdoor_jax.training import fit
+
+    step, state, data, key, constants = epoch_of(width, 256)
+    mesh = Mesh(np.array(jax.devices()[:point]), ("batch",))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    return lambda: fit(key, step, state, data, constants, epochs=1, batch_size=64, sharding=sharding)[0]
+
+
+def epoch_of(width: int, count: int) -> tuple[Any, Any, Any, Any, Any]:
+    """A supervised step, its first state, random data, a key and constants."""
+    import jax
+
+    import backdoor_jax as bj
+    from backdoor_jax.config import numbers
+    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss
+
+    classifier, variables = network(Size(width, 0, 0))
+    step = GradientStep(SupervisedLoss(classifier), CosineSGD(100))
+    constants = numbers(bj.TrainConfig())
+    return step, step.init(variables, constants), random_data(count), jax.random.key(1), constants
+
+
+def one_epoch(step: Any, batch: int) -> Callable[..., Any]:
+    """The engine's epoch with its static arguments filled in."""
+    from backdoor_jax.training import epoch
+
+    return lambda state, data, key, constants: epoch(state, data, key, constants, step=step, batch_size=batch)[0]
+
+
+SCALES: dict[str, tuple[Callable[[int, str, int], Callable[[], Any]], tuple[str, ...], tuple[int, ...]]] = {
+    "images": (images, ("",), (2_000, 8_000, 32_000)),
+    "classes": (classes, ("",), (10, 50, 100, 200)),
+    "victims": (victims, ("sequential", "map", "vmap", "sharded"), (1, 2, 4, 8)),
+    "devices": (devices, ("",), (1, 2, 4, 8)),
+}
+
+
+def main() -> None:
+    parser = measuring.parser(__doc__ or "")
+    parser.add_argument("--one", nargs=3, metavar=("SCALE", "HOW", "POINT"), help="measure this alone, print JSON")
+    arguments = parser.parse_args()
+    if arguments.only and set(arguments.only) - set(SCALES):
+        parser.error(f"--only takes {', '.join(SCALES)}")
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    measuring.choose_platform(arguments.platform)
+    if arguments.one:
+        import jax
+
+        scale, how, point = arguments.one
+        if (how == "sharded" or scale == "devices") and int(point) > jax.device_count():
+            print(json.dumps({"left_out": f"there are {jax.device_count()} devices"}))
+            return
+        width = 4 if arguments.quick else WIDTH
+        times = measuring.timed(SCALES[scale][0](int(point), how, width), 2 if arguments.quick else arguments.repeats)
+        print(json.dumps({**times, "peak_bytes": measuring.peak_memory(), "about": measuring.about()}))
+        return
+
+    results, rows = [], []
+    for scale, (_, hows, points) in SCALES.items():
+        if arguments.only and scale not in arguments.only:
+            continue
+        for how in hows[1:3] if arguments.quick and len(hows) > 1 else hows:
+            for point in (points[0], points[1]) if arguments.quick else points:
+                print(f"{scale} {how} {point} ...", file=sys.stderr, flush=True)
+                found = measuring.in_a_process(__file__, *sys.argv[1:], "--one", scale, how, str(point))
+                if "left_out" in found:
+                    print(f"{scale} {how} {point}: left out, {found['left_out']}", file=sys.stderr)
+                    continue
+                about = found.pop("about")
+                results.append({"scale": scale, "how": how, "point": point, **found})
+                seconds = f"{found['seconds']:.3g} ({found['least']:.3g} to {found['most']:.3g})"
+                rows.append([scale, how, str(point), seconds, f"{found['peak_bytes'] / 2**20:,.0f}"])
+    content = {"about": about, "quick": arguments.quick, "results": results}
+    print(measuring.write(arguments.out, "scaling-quick" if arguments.quick else "scaling", content))
+    columns = ["scale", "how", "point", "seconds", "peak MiB"]
+    measuring.show(f"{about['device']}, {about['processor']}", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
