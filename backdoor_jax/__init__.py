@@ -31,6 +31,7 @@ from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset, LabelMap, Task, clean_indices, digits, load_task, make_dataset, poison
 from backdoor_jax.defenses import (
     DEFENSES,
+    ClpConfig,
     D3Config,
     FineTuneConfig,
     PadConfig,
@@ -38,6 +39,7 @@ from backdoor_jax.defenses import (
     Repair,
     SuperFineTuneConfig,
     TacConfig,
+    clp,
     d3,
     finetune,
     pad,
@@ -68,6 +70,7 @@ __all__ = [
     "BadNets",
     "Blended",
     "Classifier",
+    "ClpConfig",
     "Config",
     "D3Config",
     "Dataset",
@@ -93,6 +96,7 @@ __all__ = [
     "__version__",
     "build_classifier",
     "clean_indices",
+    "clp",
     "d3",
     "defense_effectiveness",
     "digits",

@@ -1,11 +1,13 @@
 """Defences: each takes a victim and what data it needs, and gives back a `Repair`."""
 
+from backdoor_jax.defenses import clp as _clp
 from backdoor_jax.defenses import d3 as _d3
 from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import super_finetune as _super_finetune
 from backdoor_jax.defenses import tac as _tac
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig
+from backdoor_jax.defenses.clp import ClpConfig, clp
 from backdoor_jax.defenses.d3 import D3Config, d3
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
@@ -19,11 +21,13 @@ DEFENSES: dict[str, Defense] = {
     "pad": _pad_ft.PAD,
     "pad_ft": _pad_ft.PAD_FT,
     "tac": _tac.DEFENSE,
+    "clp": _clp.DEFENSE,
 }
 """The defences by the names that configurations use."""
 
 __all__ = [
     "DEFENSES",
+    "ClpConfig",
     "D3Config",
     "Defense",
     "FineTuneConfig",
@@ -36,6 +40,7 @@ __all__ = [
     "TacConfig",
     "TuneConfig",
     "bound_activations",
+    "clp",
     "d3",
     "finetune",
     "pad",
