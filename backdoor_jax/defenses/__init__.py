@@ -2,6 +2,7 @@
 
 from backdoor_jax.defenses import clp as _clp
 from backdoor_jax.defenses import d3 as _d3
+from backdoor_jax.defenses import fine_pruning as _fine_pruning
 from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import super_finetune as _super_finetune
@@ -9,6 +10,7 @@ from backdoor_jax.defenses import tac as _tac
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig
 from backdoor_jax.defenses.clp import ClpConfig, clp
 from backdoor_jax.defenses.d3 import D3Config, d3
+from backdoor_jax.defenses.fine_pruning import FinePruningConfig, fine_pruning, prune_dormant
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
 from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, super_finetune
@@ -22,6 +24,7 @@ DEFENSES: dict[str, Defense] = {
     "pad_ft": _pad_ft.PAD_FT,
     "tac": _tac.DEFENSE,
     "clp": _clp.DEFENSE,
+    "fine_pruning": _fine_pruning.DEFENSE,
 }
 """The defences by the names that configurations use."""
 
@@ -30,6 +33,7 @@ __all__ = [
     "ClpConfig",
     "D3Config",
     "Defense",
+    "FinePruningConfig",
     "FineTuneConfig",
     "Outlier",
     "PadConfig",
@@ -42,9 +46,11 @@ __all__ = [
     "bound_activations",
     "clp",
     "d3",
+    "fine_pruning",
     "finetune",
     "pad",
     "pad_ft",
+    "prune_dormant",
     "purify",
     "scan",
     "smallest_outlier",
