@@ -31,6 +31,7 @@ from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset, LabelMap, Task, clean_indices, digits, load_task, make_dataset, poison
 from backdoor_jax.defenses import (
     DEFENSES,
+    AnpConfig,
     ClpConfig,
     D3Config,
     FinePruningConfig,
@@ -40,6 +41,7 @@ from backdoor_jax.defenses import (
     Repair,
     SuperFineTuneConfig,
     TacConfig,
+    anp,
     clp,
     d3,
     fine_pruning,
@@ -67,6 +69,7 @@ __all__ = [
     "SIG",
     "SSBA",
     "AdapBlend",
+    "AnpConfig",
     "Attack",
     "Augment",
     "BadNets",
@@ -97,6 +100,7 @@ __all__ = [
     "UserError",
     "WaNet",
     "__version__",
+    "anp",
     "build_classifier",
     "clean_indices",
     "clp",

@@ -1,5 +1,6 @@
 """Defences: each takes a victim and what data it needs, and gives back a `Repair`."""
 
+from backdoor_jax.defenses import anp as _anp
 from backdoor_jax.defenses import clp as _clp
 from backdoor_jax.defenses import d3 as _d3
 from backdoor_jax.defenses import fine_pruning as _fine_pruning
@@ -7,6 +8,7 @@ from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import super_finetune as _super_finetune
 from backdoor_jax.defenses import tac as _tac
+from backdoor_jax.defenses.anp import AnpConfig, anp, learn_masks, prune_by_mask
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig
 from backdoor_jax.defenses.clp import ClpConfig, clp
 from backdoor_jax.defenses.d3 import D3Config, d3
@@ -25,11 +27,13 @@ DEFENSES: dict[str, Defense] = {
     "tac": _tac.DEFENSE,
     "clp": _clp.DEFENSE,
     "fine_pruning": _fine_pruning.DEFENSE,
+    "anp": _anp.DEFENSE,
 }
 """The defences by the names that configurations use."""
 
 __all__ = [
     "DEFENSES",
+    "AnpConfig",
     "ClpConfig",
     "D3Config",
     "Defense",
@@ -43,13 +47,16 @@ __all__ = [
     "SuperFineTuneConfig",
     "TacConfig",
     "TuneConfig",
+    "anp",
     "bound_activations",
     "clp",
     "d3",
     "fine_pruning",
     "finetune",
+    "learn_masks",
     "pad",
     "pad_ft",
+    "prune_by_mask",
     "prune_dormant",
     "purify",
     "scan",
