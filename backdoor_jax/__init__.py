@@ -36,6 +36,7 @@ from backdoor_jax.defenses import (
     D3Config,
     FinePruningConfig,
     FineTuneConfig,
+    MmBmConfig,
     PadConfig,
     PadFtConfig,
     Repair,
@@ -46,6 +47,7 @@ from backdoor_jax.defenses import (
     d3,
     fine_pruning,
     finetune,
+    mm_bm,
     pad,
     pad_ft,
     scan,
@@ -56,7 +58,15 @@ from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop import load_torch, save_torch
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import load_model, save_model
-from backdoor_jax.metrics import Scores, defense_effectiveness, evaluate, predict
+from backdoor_jax.metrics import (
+    MarginConfig,
+    Scores,
+    defense_effectiveness,
+    evaluate,
+    maximum_margins,
+    mm_bd,
+    predict,
+)
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
 from backdoor_jax.version import __version__
@@ -85,6 +95,8 @@ __all__ = [
     "LabelConsistent",
     "LabelMap",
     "LowFrequency",
+    "MarginConfig",
+    "MmBmConfig",
     "NonFiniteError",
     "PadConfig",
     "PadFtConfig",
@@ -115,6 +127,9 @@ __all__ = [
     "load_task",
     "load_torch",
     "make_dataset",
+    "maximum_margins",
+    "mm_bd",
+    "mm_bm",
     "pad",
     "pad_ft",
     "poison",
