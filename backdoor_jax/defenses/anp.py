@@ -41,7 +41,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.config import numbers
@@ -49,7 +48,7 @@ from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, replaced, tune
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, GradientStep, Info, cross_entropy, map_chunks, torch_sgd
+from backdoor_jax.training import Constants, GradientStep, Info, constant_sgd, cross_entropy, map_chunks
 
 Path = tuple[str, ...]
 THRESHOLDS = tuple(step / 20 for step in range(19))
@@ -154,12 +153,6 @@ class MaskLoss:
         clean, worst = loss(masks, still), loss(masks, noise)
         alpha = constants["alpha"]
         return alpha * clean + (1 - alpha) * worst, (variables, {"clean": clean, "worst": worst})
-
-
-def constant_sgd(constants: Constants) -> optax.GradientTransformation:
-    """PyTorch's SGD at a constant rate."""
-    rate = constants["learning_rate"]
-    return torch_sgd(lambda count: rate, constants["momentum"], constants["weight_decay"])
 
 
 def clip_masks(masks: Any, constants: Constants) -> Any:
