@@ -86,6 +86,19 @@ def test_what_reads_something_else_is_no_pair() -> None:
     assert pairs_of(Classifier.from_linen(Between(), 3, ("out",)), 8) == {"BatchNorm_0": "Conv_0"}
 
 
+class Unscaled(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train, use_scale=False)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(3, name="out")(x.mean((1, 2)))
+
+
+def test_a_normalisation_without_scale_cannot_be_pruned() -> None:
+    classifier = Classifier.from_linen(Unscaled(), 3, ("out",))
+    with pytest.raises(UserError, match="clp prunes channels by the convolution"):
+        clp(KEY, classifier, classifier.init(KEY, jnp.zeros((1, 8, 8, 3), jnp.uint8)), NOTHING)
+
+
 # Bounds
 
 

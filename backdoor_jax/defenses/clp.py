@@ -39,6 +39,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from backdoor_jax.config import Config
 from backdoor_jax.data import Dataset
@@ -101,23 +102,24 @@ def clp(
         looked at.
 
     Raises:
-        UserError: where no normalisation reads a convolution.
+        UserError: where no normalisation with scale and bias reads a convolution.
         NonFiniteError: where a bound is not finite.
     """
     del key
-    pairs = classifier.normalized(variables, data.images)
+    params, statistics = (flatten_dict(variables.get(part, {})) for part in ("params", "batch_stats"))
+    found = classifier.normalized(variables, data.images)
+    pairs = [(norm, source) for norm, source in found.items() if {(*norm, "scale"), (*norm, "bias")} <= params.keys()]
     if not pairs:
         raise UserError(
             "clp prunes channels by the convolution that a batch normalisation reads, and this network shows none; "
             "give a Linen network that has such layers, or choose another defence"
         )
-    params, statistics = variables["params"], variables["batch_stats"]
     pruned: dict[str, list[int]] = {}
     changes: dict[tuple[str, ...], jax.Array] = {}
     channels = 0
-    for norm, convolution in pairs.items():
-        scale, bias = _at(params, norm)["scale"], _at(params, norm)["bias"]
-        bounds = channel_bounds(_at(params, convolution)["kernel"], scale, _at(statistics, norm)["var"])
+    for norm, convolution in pairs:
+        scale, bias = params[*norm, "scale"], params[*norm, "bias"]
+        bounds = channel_bounds(params[*convolution, "kernel"], scale, statistics[*norm, "var"])
         if not bool(jnp.all(jnp.isfinite(bounds))):
             raise NonFiniteError(f"clp: bounds at {'/'.join(norm)} are not finite; the victim's weights are damaged")
         channels += len(bounds)
@@ -127,12 +129,6 @@ def clp(
     changed = any(pruned.values())
     info = {"changed": changed, "steps": 0, "channels": channels, "pruned": pruned}
     return Repair(replaced(variables, changes), info if changed else {**info, "why": "no channel stands out"})
-
-
-def _at(tree: Variables, path: tuple[str, ...]) -> Variables:
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 DEFENSE = Defense("prune the channels with outlying Lipschitz bounds", "nothing", ClpConfig, clp)

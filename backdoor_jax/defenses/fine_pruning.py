@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
@@ -133,10 +134,7 @@ class HoldAtZero:
 
 
 def _pruned(variables: Variables, path: Path, kept: jax.Array) -> Variables:
-    kernel = variables["params"]
-    for name in path:
-        kernel = kernel[name]
-    return replaced(variables, {path: kernel * kept[:, None]})
+    return replaced(variables, {path: flatten_dict(variables["params"])[path] * kept[:, None]})
 
 
 def fine_pruning(

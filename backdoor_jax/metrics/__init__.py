@@ -2,6 +2,7 @@
 
 from backdoor_jax.metrics.accuracy import Scores, defense_effectiveness, evaluate, predict, success_rates
 from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd
+from backdoor_jax.metrics.latent import Agreement, Change, agreement, triggered_change
 from backdoor_jax.metrics.sequela import (
     Membership,
     ReinjectConfig,
@@ -14,11 +15,14 @@ from backdoor_jax.metrics.sequela import (
 )
 
 __all__ = [
+    "Agreement",
+    "Change",
     "Detection",
     "MarginConfig",
     "Membership",
     "ReinjectConfig",
     "Scores",
+    "agreement",
     "confidence_signal",
     "defense_effectiveness",
     "evaluate",
@@ -32,4 +36,5 @@ __all__ = [
     "shadow_model",
     "shadow_signal",
     "success_rates",
+    "triggered_change",
 ]
