@@ -65,7 +65,7 @@ def defend(
 
     Args:
         checkpoint: the model; see `backdoor_jax.interop.native.load_model`.
-        data: clean labelled images; see `backdoor_jax.data.load_labelled`.
+        data: clean labelled images, which also judge the model; see `backdoor_jax.data.load_labelled`.
         defense: a name in `DEFENSES`.
         out: ``.safetensors``, ``.pt`` or ``.pth``, ``.jaxexport``, or else an Orbax folder.
         model: the network's name, for a PyTorch file.
@@ -95,6 +95,8 @@ def defend(
         images = load_labelled(training_set, classifier.num_classes).data
         if images.images.shape[1:] != suspect.data.images.shape[1:]:
             raise UserError(f"{training_set}: its images have another shape than those of {data}; give the same shape")
+    elif method.needs == "nothing":
+        images = images.take(slice(0))
 
     repair = method.run(jax.random.key(seed), classifier, suspect.variables, images, config)
     acc = evaluate(classifier, repair.variables, suspect.test, name=f"{defense} on {checkpoint}").acc

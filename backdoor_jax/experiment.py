@@ -461,6 +461,8 @@ def _defend(
             keys["clean"], task.train.labels, experiment.clean_ratio, task.num_classes, experiment.stratified
         )
         data = task.train.take(chosen)
+    elif method.needs == "nothing":
+        data = task.train.take(slice(0))
     config: Any = defense.config
     if defense.known_target and entry:
         config = dataclasses.replace(config, target=entry.attack.target)

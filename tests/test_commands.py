@@ -143,6 +143,22 @@ def test_every_form_is_written_and_never_over_another_unless_told(
         assert load_model(out)[0] == load_model(place / "model")[0]
 
 
+def test_a_defence_that_needs_nothing_sees_no_image(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(key: Any, classifier: Any, variables: Variables, data: Any, config: Any) -> Repair:
+        seen.append(data.images.shape)
+        return Repair(variables, {"changed": False})
+
+    monkeypatch.setitem(DEFENSES, "clp", dataclasses.replace(DEFENSES["clp"], run=run))
+    code, told, _ = call(*defend(place, tmp_path / "out.safetensors", "--defense", "clp"))
+    assert code == 0 and "clp: 100.0 % right, 100.0 % before" in told
+    ((count, *_),) = seen
+    assert count == 0
+
+
 @pytest.mark.parametrize("form", ["model", "model.safetensors"])
 def test_a_scan_prints_norms_test_and_verdict_and_writes_a_figure(
     form: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +288,7 @@ def test_what_is_near_chance(right: int, labels: np.ndarray, fine: bool) -> None
         ({"--defense": "magic"}, "unknown defence 'magic'; known are finetune"),
         ({"--defense": "pad_ft"}, "pad_ft needs training set; give it with --training-set"),
         ({"--training-set": "clean.npz"}, "leave --training-set out"),
+        ({"--defense": "clp", "--training-set": "clean.npz"}, "clp needs nothing; leave --training-set out"),
         ({"--preset": "paper"}, "finetune has no presets"),
         ({"--model": "resnet18"}, "holds preact_resnet18, not resnet18"),
         ({"--normalize": "cifar10"}, "knows its own normalisation"),

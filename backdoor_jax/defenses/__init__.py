@@ -1,14 +1,23 @@
 """Defences: each takes a victim and what data it needs, and gives back a `Repair`."""
 
+from backdoor_jax.defenses import anp as _anp
+from backdoor_jax.defenses import clp as _clp
 from backdoor_jax.defenses import d3 as _d3
+from backdoor_jax.defenses import fine_pruning as _fine_pruning
 from backdoor_jax.defenses import finetune as _finetune
+from backdoor_jax.defenses import mm_bm as _mm_bm
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import super_finetune as _super_finetune
 from backdoor_jax.defenses import tac as _tac
+from backdoor_jax.defenses.anp import AnpConfig, anp, learn_masks, prune_by_mask
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig
+from backdoor_jax.defenses.bounds import BoundConfig, bound_activations
+from backdoor_jax.defenses.clp import ClpConfig, clp
 from backdoor_jax.defenses.d3 import D3Config, d3
+from backdoor_jax.defenses.fine_pruning import FinePruningConfig, fine_pruning, prune_dormant
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
-from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
+from backdoor_jax.defenses.mm_bm import MmBmConfig, mm_bm
+from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, pad, pad_ft, purify, tune_classifier
 from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, super_finetune
 from backdoor_jax.defenses.tac import Outlier, Scan, TacConfig, scan, smallest_outlier, tac
 
@@ -19,14 +28,23 @@ DEFENSES: dict[str, Defense] = {
     "pad": _pad_ft.PAD,
     "pad_ft": _pad_ft.PAD_FT,
     "tac": _tac.DEFENSE,
+    "clp": _clp.DEFENSE,
+    "fine_pruning": _fine_pruning.DEFENSE,
+    "anp": _anp.DEFENSE,
+    "mm_bm": _mm_bm.DEFENSE,
 }
 """The defences by the names that configurations use."""
 
 __all__ = [
     "DEFENSES",
+    "AnpConfig",
+    "BoundConfig",
+    "ClpConfig",
     "D3Config",
     "Defense",
+    "FinePruningConfig",
     "FineTuneConfig",
+    "MmBmConfig",
     "Outlier",
     "PadConfig",
     "PadFtConfig",
@@ -35,11 +53,18 @@ __all__ = [
     "SuperFineTuneConfig",
     "TacConfig",
     "TuneConfig",
+    "anp",
     "bound_activations",
+    "clp",
     "d3",
+    "fine_pruning",
     "finetune",
+    "learn_masks",
+    "mm_bm",
     "pad",
     "pad_ft",
+    "prune_by_mask",
+    "prune_dormant",
     "purify",
     "scan",
     "smallest_outlier",

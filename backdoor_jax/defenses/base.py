@@ -6,13 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Constants, GradientStep, State, batch_shape, fit
 
-Needs = Literal["clean", "training_set"]
+Needs = Literal["clean", "training_set", "nothing"]
 
 
 class Repair(NamedTuple):
@@ -33,7 +34,8 @@ class Defense:
 
     Attributes:
         summary: one line.
-        needs: ``clean`` images, or the poisoned ``training_set``.
+        needs: ``clean`` images, the poisoned ``training_set``, or ``nothing``: it is then handed an empty set, which
+            tells the shape of an image.
         config: its configuration class.
         run: ``(key, classifier, variables, data, config) -> Repair``.
         choose: where the configuration leaves a choice to the data, makes it: ``(classifier, variables, data,
@@ -76,6 +78,16 @@ class TuneConfig(Config):
         self.require(self.batch_size > 0, "batch_size", "at least 1")
         self.require(self.learning_rate > 0, "learning_rate", "a positive number")
         self.require(self.crop >= 0, "crop", "0 or more pixels")
+
+
+def replaced(variables: Variables, changes: dict[tuple[str, ...], jax.Array]) -> Variables:
+    """The variables with other parameters at these paths in ``params``; the old ones are left as they are.
+
+    Example:
+        >>> replaced({"params": {"bn": {"scale": 1, "bias": 2}}}, {("bn", "scale"): 0})
+        {'params': {'bn': {'scale': 0, 'bias': 2}}}
+    """
+    return {**variables, "params": unflatten_dict({**flatten_dict(variables["params"]), **changes})}
 
 
 def tune(

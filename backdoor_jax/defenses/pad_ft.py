@@ -4,12 +4,8 @@ The defender has the victim and its poisoned training set, and no clean data. Th
 
 1. `purify`: score every training image with the symmetric cross-entropy under the victim (eq. 1) and keep, of each
    labelled class, the k smallest: the images the model finds easiest are taken to be clean.
-2. `bound_activations` (eq. 2; Wang et al., MM-BD, S&P 2024): one upper bound per channel after every rectifier, as
-   low as the purified images allow,
-
-   .. math:: \min_z\ \frac{1}{nC}\sum_i \|\bar f(x_i; z) - f(x_i)\|^2 + \lambda \sum_l \|z_l\|_2 ,
-
-   with lambda raised by a factor while the clipped model keeps 95 % accuracy on them, and lowered otherwise.
+2. `bound_activations` (eq. 2; the file `bounds`): one upper bound per channel after every rectifier, as low as the
+   purified images allow.
 3. `tune_classifier` (eqs. 3, 4): only the head is tuned, on augmented views of the purified images under the clipped
    network, with symmetric cross-entropy and consistency between an image and its views,
 
@@ -21,11 +17,8 @@ The defender has the victim and its poisoned training set, and no clean data. Th
 
 Sources. The paper's text gives the stages, the augmentations (flip, brightness, contrast), "the default settings of the
 benchmark" and, in its table III, sizes of the purified set (2,000 to 3,000 of 50,000 images were best). Its equations
-are lost to us: alpha, log 0, gamma, strengths of augmentation and number of views are ours. The bounds' optimiser
-(Adam 0.1, 50 epochs, batches of 200), factor 1.2, target 95 % and rhythm (epochs 20, 30, 40) are
-MM-BD's released code; PAD-FT says only "as in" MM-BD. MM-BD's code starts every bound at 8; PAD-FT at "very large
-values". Here each starts at its channel's maximum over the purified set, from where on a larger one changes nothing
-but the norm.
+are lost to us: alpha, log 0, gamma, strengths of augmentation and number of views are ours. Of the bounds PAD-FT says
+only "as in" MM-BD, and that they start at "very large values"; `bounds` says what was made of that.
 
 A limit that follows from the maths: for one-hot labels SCE falls strictly with p_y, so it ranks as p_y does whatever
 alpha and log 0 are, and a poisoned image has p_target close to 1. In the target class the easiest images can be the
@@ -47,11 +40,11 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from backdoor_jax.config import Config, numbers
+from backdoor_jax.config import numbers
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.defenses.base import Defense, Repair
+from backdoor_jax.defenses.bounds import MMBM_PLACES, BoundConfig, bound_activations, require_rectifiers
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
@@ -59,7 +52,6 @@ from backdoor_jax.training import (
     CosineSGD,
     GradientStep,
     Info,
-    State,
     batch_shape,
     fit,
     latents,
@@ -67,52 +59,27 @@ from backdoor_jax.training import (
     symmetric_cross_entropy,
 )
 
-MMBM_PLACES = ("layer1_0/relu1", "layer2_0/relu1", "layer3_0/relu1")
-"""MM-BM's three places in PreAct-ResNet18: its code clips after the stem's rectifier and after the first two stages,
-which in a pre-activation network are the rectifiers that read those outputs."""
-
 
 @dataclasses.dataclass(frozen=True)
-class PadConfig(Config):
-    """Settings of the first two stages.
+class PadConfig(BoundConfig):
+    """Settings of the first two stages; the second's are `BoundConfig`'s.
 
     Attributes:
         per_class: k, images kept of each labelled class; by default 6 % of the training set over all classes, table
             III's 3,000 of 50,000.
         alpha: weight of the reverse cross-entropy; 1, ours. It cannot change which images are kept.
         log_zero: A, what log 0 is set to; -4, ours. Nor can it.
-        places: which rectifiers are clipped, by path; None for all, as the paper; `MMBM_PLACES` for MM-BM's three.
-        bound_epochs: passes over the purified set; 50, MM-BD's code.
-        bound_batch_size: 200, MM-BD's code.
-        bound_learning_rate: of Adam; 0.1, MM-BD's code.
-        bound_weight: lambda's start; 0.05, ours, chosen on development victims. MM-BD's code has 0.5 for its three
-            places, which over all sixteen rectifiers pulled so hard that accuracy fell from .92 to .22.
-        bound_factor: lambda is multiplied or divided by it; 1.2, MM-BD's code.
-        bound_accuracy: the clipped model's accuracy that decides which; 0.95, MM-BD's code.
     """
 
     per_class: int | None = None
     alpha: float = 1.0
     log_zero: float = -4.0
-    places: tuple[str, ...] | None = None
-    bound_epochs: int = 50
-    bound_batch_size: int = 200
-    bound_learning_rate: float = 0.1
-    bound_weight: float = 0.05
-    bound_factor: float = 1.2
-    bound_accuracy: float = 0.95
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.per_class is None or self.per_class > 0, "per_class", "at least 1 image, or null")
         self.require(self.alpha >= 0, "alpha", "0 or more")
         self.require(self.log_zero < 0, "log_zero", "a negative number")
-        self.require(self.places is None or len(self.places) > 0, "places", "at least one path, or null for all")
-        self.require(self.bound_epochs > 0, "bound_epochs", "at least 1")
-        self.require(self.bound_batch_size > 0, "bound_batch_size", "at least 1")
-        self.require(self.bound_learning_rate > 0, "bound_learning_rate", "a positive number")
-        self.require(self.bound_weight >= 0, "bound_weight", "0 or more")
-        self.require(self.bound_factor >= 1, "bound_factor", "1 or more")
-        self.require(0 <= self.bound_accuracy <= 1, "bound_accuracy", "a share in [0, 1]")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -226,153 +193,6 @@ def purify(classifier: Classifier, variables: Variables, data: Dataset, config: 
     return Purified(np.sort(np.concatenate(kept)), scores, tuple(np.flatnonzero(counts < k).tolist()))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WithLogits(Dataset):
-    """Images and labels with the victim's own logits ``(N, C)``, computed once."""
-
-    logits: jax.Array
-
-    def take(self, indices: jax.Array | np.ndarray | slice) -> "WithLogits":
-        """The rows at ``indices``, in that order."""
-        return WithLogits(self.images[indices], self.labels[indices], self.logits[indices])
-
-
-@dataclasses.dataclass(frozen=True)
-class BoundStep:
-    """One step of Adam on the activation bounds; the network is frozen and in evaluation mode."""
-
-    classifier: Classifier
-
-    def __call__(self, state: State, batch: Dataset, key: jax.Array, constants: Constants) -> tuple[State, Info]:
-        """See `backdoor_jax.training.Step`; the state's variables are the bounds alone."""
-        del key
-        assert isinstance(batch, WithLogits)
-        victim = constants["victim"]
-
-        def objective(bounds: Any) -> tuple[jax.Array, jax.Array]:
-            clipped, _ = self.classifier.logits({**victim, "bounds": bounds}, batch.images)
-            size = sum(optax.safe_norm(bound, 0.0) for bound in jax.tree.leaves(bounds))
-            error = jnp.mean((clipped - batch.logits) ** 2)
-            return error + constants["weight"] * size, jnp.mean(jnp.argmax(clipped, -1) == batch.labels)
-
-        (loss, accuracy), gradient = jax.value_and_grad(objective, has_aux=True)(state.variables)
-        updates, optimizer = optax.adam(constants["rate"]).update(gradient, state.optimizer)
-        moved = optax.apply_updates(state.variables, updates)
-        # Above a channel's maximum only the norm changes, and where they are equal `minimum` has half a gradient.
-        bounds = jax.tree.map(lambda bound, largest: jnp.clip(bound, 0, largest), moved, constants["largest"])
-        return State(state.step + 1, bounds, optimizer), {"loss": loss, "accuracy": accuracy}
-
-
-def bound_activations(
-    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: PadConfig = PadConfig()
-) -> tuple[Variables, dict[str, Any]]:
-    """Stage 2: the victim with an upper bound per channel after its rectifiers.
-
-    Args:
-        key: a `jax.random` key.
-        classifier: the network.
-        variables: the victim's; left as they are.
-        data: images taken to be clean, with labels.
-        config: settings.
-
-    Returns:
-        The victim's variables with a collection ``bounds``, and what happened.
-
-    Raises:
-        UserError: where the network has no rectifier that can be bounded, or a named place does not exist.
-    """
-    _require_rectifiers(classifier, variables, data.images)
-    start = _largest_activations(classifier, variables, data.images)
-    places = ["/".join(path) for path in _paths(start)]
-    unknown = set(config.places or ()) - set(places)
-    if unknown:
-        raise UserError(f"pad_ft: no rectifier at {', '.join(sorted(unknown))}; there are {', '.join(places)}")
-    bounds = _keep(start, config.places)
-
-    latent = latents(classifier, variables, data.images)
-    known = WithLogits(data.images, data.labels, classifier.head(variables, latent))
-    weight, weights = config.bound_weight, [config.bound_weight]
-    rate = jnp.float32(config.bound_learning_rate)
-    state = State(jnp.zeros((), jnp.int32), bounds, optax.adam(rate).init(bounds))
-    info: dict[str, np.ndarray] = {}
-    # The weight may change after every tenth epoch from the twentieth on, so that is how far each run goes.
-    for until in sorted({*range(20, config.bound_epochs, 10), config.bound_epochs}):
-        state, info = fit(
-            key,
-            BoundStep(classifier),
-            state,
-            known,
-            {
-                "victim": variables,
-                "weight": jnp.float32(weight),
-                "rate": rate,
-                "largest": bounds,
-            },
-            epochs=until,
-            batch_size=config.bound_batch_size,
-            name="pad_ft bounds",
-        )
-        accurate = float(np.mean(info["accuracy"][-batch_shape(len(data), config.bound_batch_size)[0] :]))
-        if until < config.bound_epochs:
-            weight *= config.bound_factor if accurate >= config.bound_accuracy else 1 / config.bound_factor
-            weights.append(weight)
-    ratio = [
-        float(jnp.sum(b) / jnp.maximum(jnp.sum(a), 1e-9))
-        for a, b in zip(*map(jax.tree.leaves, (bounds, state.variables)), strict=True)
-    ]
-    done = {
-        "bound_weights": [round(w, 4) for w in weights],
-        "bound_accuracy": accurate,
-        "bound_loss": float(info["loss"][-1]),
-        "bound_to_maximum": float(np.mean(ratio)),
-        "bounded_rectifiers": len(ratio),
-    }
-    return {**variables, "bounds": _overlay(variables.get("bounds", {}), state.variables)}, done
-
-
-@jax.jit
-def _largest_of_chunk(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
-    return classifier.activations(variables, images)
-
-
-def _require_rectifiers(classifier: Classifier, variables: Variables, images: jax.Array) -> None:
-    if not jax.tree.leaves(_largest_of_chunk.eval_shape(classifier, variables, images[:1])):
-        raise UserError(
-            "pad_ft clips activations, and this network has no rectifiers that can be bounded; build it in Linen with "
-            "backdoor_jax.models.layers.ReLU or GELU, or choose a defence that needs none: d3, super_finetune, tac"
-        )
-
-
-def _largest_activations(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
-    size = min(500, images.shape[0])
-    starts = [min(at, images.shape[0] - size) for at in range(0, images.shape[0], size)]
-    parts = [_largest_of_chunk(classifier, variables, images[at : at + size]) for at in starts]
-    return jax.tree.map(lambda *values: jnp.max(jnp.stack(values), 0), *parts)
-
-
-def _paths(tree: Any) -> list[tuple[str, ...]]:
-    """Paths of the rectifiers in a tree of bounds."""
-    return [tuple(str(entry.key) for entry in path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _keep(bounds: Any, places: tuple[str, ...] | None, at: tuple[str, ...] = ()) -> Any:
-    """The tree without the rectifiers that are not wanted."""
-    if places is None:
-        return bounds
-    if "upper" in bounds:
-        return bounds if "/".join(at) in places else None
-    kept = {name: _keep(inner, places, (*at, name)) for name, inner in bounds.items()}
-    return {name: inner for name, inner in kept.items() if inner} or None
-
-
-def _overlay(old: Any, new: Any) -> Any:
-    """The old tree of bounds with the new ones put in."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return new
-    return {**old, **{name: _overlay(old.get(name), inner) for name, inner in new.items()}}
-
-
 @dataclasses.dataclass(frozen=True)
 class ClassifierLoss:
     """SCE on every view plus consistency of the views with their image; batches hold latents ``(B, 1 + views, D)``."""
@@ -454,7 +274,7 @@ def pad(
     Returns:
         The victim's variables with ``bounds``; ``info["purified_indices"]`` are those kept.
     """
-    _require_rectifiers(classifier, variables, data.images)
+    require_rectifiers(classifier, variables, data.images)
     purified = purify(classifier, variables, data, config)
     clean = data.take(purified.indices)
     repaired, info = bound_activations(key, classifier, variables, clean, config)

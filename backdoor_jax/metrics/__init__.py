@@ -1,5 +1,40 @@
 """The numbers that judge a model and a repair."""
 
 from backdoor_jax.metrics.accuracy import Scores, defense_effectiveness, evaluate, predict, success_rates
+from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd
+from backdoor_jax.metrics.latent import Agreement, Change, agreement, triggered_change
+from backdoor_jax.metrics.sequela import (
+    Membership,
+    ReinjectConfig,
+    confidence_signal,
+    loss_signal,
+    membership,
+    reinject,
+    shadow_model,
+    shadow_signal,
+)
 
-__all__ = ["Scores", "defense_effectiveness", "evaluate", "predict", "success_rates"]
+__all__ = [
+    "Agreement",
+    "Change",
+    "Detection",
+    "MarginConfig",
+    "Membership",
+    "ReinjectConfig",
+    "Scores",
+    "agreement",
+    "confidence_signal",
+    "defense_effectiveness",
+    "evaluate",
+    "largest_margin",
+    "loss_signal",
+    "maximum_margins",
+    "membership",
+    "mm_bd",
+    "predict",
+    "reinject",
+    "shadow_model",
+    "shadow_signal",
+    "success_rates",
+    "triggered_change",
+]

@@ -238,6 +238,20 @@ class Classifier:
         """
         return self._network.activations(variables, self._input(variables, images))
 
+    def normalized(self, variables: Variables, images: jax.Array) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """The convolution whose output each batch normalisation reads directly, by their paths in ``params``.
+
+        Of the images only the shape is looked at, and nothing is computed. Empty where the network is not a Linen
+        module or has no such pair.
+        """
+        found: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+        def trace(variables: Variables, image: jax.Array) -> None:
+            found.update(self._network.normalized(variables, self._input(variables, image)))
+
+        jax.eval_shape(trace, variables, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
+        return found
+
     def head_weights(self, variables: Variables) -> tuple[jax.Array, jax.Array]:
         """The linear head's kernel ``(D, C)`` and bias ``(C,)``.
 

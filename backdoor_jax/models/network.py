@@ -43,6 +43,9 @@ class Network(Protocol):
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
         """Each boundable activation's largest value per channel, in the tree of the ``bounds``; empty for none."""
 
+    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """The convolution whose output each batch normalisation reads, by their paths in ``params``; empty for none."""
+
 
 def linear_head(variables: Variables, path: Path) -> tuple[jax.Array, jax.Array | None]:
     """Kernel ``(D, C)`` and bias ``(C,)``, or None, of the linear layer at a path in ``params``.
@@ -137,6 +140,25 @@ class LinenNetwork:
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
         """See `Network`: of every `ReLU` and `GELU` of `backdoor_jax.models.layers`."""
         return self._latent(variables, x, False, "activations")[1].get("activations", {})
+
+    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """See `Network`: pairs between which nothing happens, found by what the normalisation is handed."""
+        params, statistics = (flatten_dict(variables.get(part, {})) for part in ("params", "batch_stats"))
+        outputs: list[tuple[Any, Path]] = []
+        found: dict[Path, Path] = {}
+
+        def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            made, path = call(*args, **kwargs), context.module.path
+            kernel = params.get((*path, "kernel"))
+            if context.method_name == "__call__" and kernel is not None and kernel.ndim == 4:
+                outputs.append((made, path))
+            if context.method_name == "__call__" and args and (*path, "mean") in statistics:
+                found.update((path, source) for output, source in outputs if output is args[0])
+            return made
+
+        with nn.intercept_methods(watch):
+            self._latent(variables, x, False, "unchanged")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +266,11 @@ class NNXNetwork:
         del variables, x
         return {}
 
+    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """See `Network`; what reads what is not looked into."""
+        del variables, x
+        return {}
+
 
 def _watch(model: nnx.Module, path: Path) -> list[jax.Array]:
     """A list that will hold what the layer at a path is handed."""
@@ -299,6 +326,11 @@ class FunctionNetwork:
 
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
         """See `Network`; there are none."""
+        del variables, x
+        return {}
+
+    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """See `Network`; what reads what is not looked into."""
         del variables, x
         return {}
 

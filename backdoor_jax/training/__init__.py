@@ -19,7 +19,7 @@ from backdoor_jax.training.losses import cross_entropy, symmetric_cross_entropy
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
-from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, train
+from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, constant_sgd, train
 
 __all__ = [
     "Constants",
@@ -34,6 +34,7 @@ __all__ = [
     "SupervisedLoss",
     "TrainConfig",
     "batch_shape",
+    "constant_sgd",
     "cosine_in_stages",
     "cross_entropy",
     "epoch",

@@ -82,6 +82,12 @@ class CosineSGD:
         return torch_sgd(schedule, constants["momentum"], constants["weight_decay"])
 
 
+def constant_sgd(constants: Constants) -> optax.GradientTransformation:
+    """PyTorch's SGD at a constant rate; rate, momentum and weight decay come from the constants."""
+    rate = constants["learning_rate"]
+    return torch_sgd(lambda count: rate, constants["momentum"], constants["weight_decay"])
+
+
 def train(
     key: jax.Array,
     classifier: Classifier,

@@ -1,0 +1,344 @@
+r"""Backdoor sequela: what a repair does to a model's vulnerability to *other* attacks (Sha, He, Berrang, Humbert,
+Zhang, "Fine-Tuning Is All You Need to Mitigate Backdoor Attacks", arXiv 2212.09067).
+
+The paper compares models before and after a repair by two attacks, membership inference and a backdoor injected anew.
+Its text gives no protocol for either, so the protocols here are ours, from the usual ones in the literature.
+
+**Membership inference.** Was an image in the training set? The attacker has a signal that tends to be larger for those:
+
+- `loss_signal`: minus the cross-entropy under the true label (Yeom et al., 2018);
+- `confidence_signal`: the largest class probability, without a label (Salem et al., 2019), as minus the cross-entropy
+  under the predicted label, which orders alike and keeps its digits where float32 probabilities are all 1;
+- `shadow_signal`: a logistic regression fitted on a model of the attacker's own (`shadow_model`), whose members the
+  attacker knows (Shokri et al., 2017), from the true class's log odds and the three largest log probabilities.
+
+With signals :math:`m_i` of members and :math:`o_j` of others, `membership` judges it by
+
+.. math:: \mathrm{AUC} = \frac{1}{nk} \sum_{i,j} [m_i > o_j] + \tfrac12 [m_i = o_j] ,
+
+the best balanced accuracy over all thresholds (an upper bound: the threshold is chosen on the same images), and the
+true positive rate at 1 % and 0.1 % false positives (Carlini et al., 2022), each with a bootstrap interval over images.
+
+**Re-injection.** `reinject` goes on training from given variables (a repaired model, an unpoisoned twin, fresh ones) on
+data of which a share is poisoned, at a constant rate, and judges accuracy and attack success along the way. All starts
+see the same poisoned images in the same order.
+
+    >>> import jax
+    >>> members, others = jax.numpy.array([2.0, 3.0, 4.0]), jax.numpy.array([1.0, 2.0, 0.0])
+    >>> round(float(auc(members, others)), 4), round(float(balanced_accuracy(members, others)), 4)
+    (0.9444, 0.8333)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.config import Config, numbers
+from backdoor_jax.data import Augment, Dataset, LabelMap, Trigger, poison
+from backdoor_jax.errors import UserError
+from backdoor_jax.metrics.accuracy import Scores, evaluate
+from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.training import (
+    GradientStep,
+    SupervisedLoss,
+    TrainConfig,
+    batch_shape,
+    constant_sgd,
+    cross_entropy,
+    fit,
+    map_chunks,
+    train,
+)
+
+
+class Interval(NamedTuple):
+    """A value and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Membership(NamedTuple):
+    """How well members can be told.
+
+    Attributes:
+        auc: the area under the ROC curve; 0.5 is guessing.
+        balanced_accuracy: at the best threshold; 0.5 is guessing.
+        tpr_at_1: true positive rate at 1 % false positives.
+        tpr_at_01: at 0.1 %.
+    """
+
+    auc: Interval
+    balanced_accuracy: Interval
+    tpr_at_1: Interval
+    tpr_at_01: Interval
+
+
+def auc(members: jax.Array, others: jax.Array) -> jax.Array:
+    """The chance that a member's signal is larger than another's, ties counted half."""
+    others = jnp.sort(others)
+    below, upto = (jnp.searchsorted(others, members, side=side) for side in ("left", "right"))
+    return jnp.mean((below + upto) / (2 * len(others)))
+
+
+def balanced_accuracy(members: jax.Array, others: jax.Array) -> jax.Array:
+    """The mean of true positive and true negative rate where a signal from the best threshold on means a member."""
+    thresholds = jnp.concatenate([members, others])
+    missed, told = (
+        jnp.searchsorted(jnp.sort(signal), thresholds, side="left") / len(signal) for signal in (members, others)
+    )
+    return jnp.maximum(0.5, jnp.max(1 - missed + told) / 2)
+
+
+def true_positive_rate(members: jax.Array, others: jax.Array, false_positive_rate: float) -> jax.Array:
+    """The share of members above the smallest threshold that at most this share of the others exceeds.
+
+    With few others the rate reached may be far smaller: of 100 none may exceed it at 0.1 %.
+
+    Example:
+        >>> members, others = jnp.array([1.0, 2.5, 9.0, 9.0]), jnp.array([0.0, 1.0, 2.0, 3.0])
+        >>> [float(true_positive_rate(members, others, rate)) for rate in (0.0, 0.25, 0.5)]
+        [0.5, 0.75, 0.75]
+    """
+    allowed = int(np.floor(false_positive_rate * len(others) + 1e-9))
+    if allowed >= len(others):
+        return jnp.float32(1)
+    return jnp.mean(members > jnp.sort(others)[len(others) - 1 - allowed])
+
+
+def _all(members: jax.Array, others: jax.Array) -> jax.Array:
+    rates = [true_positive_rate(members, others, rate) for rate in (0.01, 0.001)]
+    return jnp.stack([auc(members, others), balanced_accuracy(members, others), *rates])
+
+
+@partial(jax.jit, static_argnames="resamples")
+def _resampled(key: jax.Array, members: jax.Array, others: jax.Array, resamples: int) -> tuple[jax.Array, jax.Array]:
+    def one(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key)
+        return _all(
+            *(jax.random.choice(k, signal, signal.shape) for k, signal in zip(keys, (members, others), strict=True))
+        )
+
+    return _all(members, others), jax.lax.map(one, jax.random.split(key, resamples), batch_size=50)
+
+
+def membership(
+    key: jax.Array, members: jax.Array, others: jax.Array, *, resamples: int = 1000, level: float = 0.95
+) -> Membership:
+    """Judges a signal.
+
+    Args:
+        key: of the bootstrap.
+        members: the signal for images of the training set, ``(n,)``.
+        others: for images that were not in it, ``(k,)``.
+        resamples: of the bootstrap, members and others drawn apart.
+        level: of the percentile intervals.
+
+    Raises:
+        UserError: where there are none of either, or a signal is not finite.
+    """
+    members, others = jnp.asarray(members), jnp.asarray(others)
+    if members.ndim != 1 or others.ndim != 1 or not len(members) or not len(others):
+        raise UserError(f"signals have shapes {members.shape} and {others.shape}, expected (n,) and (k,), none empty")
+    if not bool(jnp.all(jnp.isfinite(members)) & jnp.all(jnp.isfinite(others))):
+        raise UserError("a membership signal is not finite; check the model and the images")
+    values, drawn = map(np.asarray, _resampled(key, members, others, resamples))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Membership(*(Interval(*map(float, three)) for three in zip(values, low, high, strict=True)))
+
+
+@jax.jit
+def _logits(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
+    return map_chunks(lambda chunk: classifier.logits(variables, chunk)[0], images)
+
+
+def loss_signal(classifier: Classifier, variables: Variables, data: Dataset) -> jax.Array:
+    """Minus the cross-entropy under the true label, ``(N,)``."""
+    return -cross_entropy(_logits(classifier, variables, data.images), data.labels)
+
+
+def confidence_signal(classifier: Classifier, variables: Variables, data: Dataset) -> jax.Array:
+    """The log of the largest probability, ``(N,)``; labels are not looked at."""
+    logits = _logits(classifier, variables, data.images)
+    return -cross_entropy(logits, jnp.argmax(logits, -1))
+
+
+def shadow_features(classifier: Classifier, variables: Variables, data: Dataset) -> np.ndarray:
+    """What the attacker's regression sees, ``(N, 4)``: log odds of the true class, the three largest log probabilities.
+
+    With two classes there are three.
+    """
+    logits = _logits(classifier, variables, data.images)
+    loss = cross_entropy(logits, data.labels)
+    # log(p / (1 - p)) with p = exp(-loss), which is 1 in float32 for a confident model.
+    odds = -loss - jnp.log(-jnp.expm1(-jnp.maximum(loss, 1e-30)))
+    largest = jax.lax.top_k(jax.nn.log_softmax(logits), min(3, logits.shape[-1]))[0]
+    return np.asarray(jnp.concatenate([odds[:, None], largest], 1), np.float64)
+
+
+class Shadow(NamedTuple):
+    """A model of the attacker's own.
+
+    Attributes:
+        variables: its.
+        members: the images it was trained on.
+        others: the images it was not.
+    """
+
+    variables: Variables
+    members: Dataset
+    others: Dataset
+
+
+def shadow_model(
+    key: jax.Array, classifier: Classifier, data: Dataset, config: TrainConfig = TrainConfig(), *, flip: bool = False
+) -> Shadow:
+    """Trains a model on a half, drawn at random, of data that the attacker has.
+
+    Args:
+        key: of the draw and the training.
+        classifier: the network of the model under attack.
+        data: images like those of its training set, none of which should be used to judge the attack.
+        config: how the model under attack was trained.
+        flip: whether that mirrored images.
+    """
+    draw_key, train_key = jax.random.split(key)
+    order = np.asarray(jax.random.permutation(draw_key, len(data)))
+    inside, outside = (data.take(np.sort(half)) for half in np.array_split(order, 2))
+    variables, _ = train(train_key, classifier, inside, config, flip=flip, name="shadow model")
+    return Shadow(variables, inside, outside)
+
+
+def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, data: Dataset) -> np.ndarray:
+    """The shadow-trained regression's log odds that an image was a member, ``(N,)``.
+
+    Args:
+        classifier: the network.
+        shadow: the attacker's model.
+        variables: of the model under attack.
+        data: images to be judged, with their labels.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    known = [shadow_features(classifier, shadow.variables, part) for part in (shadow.members, shadow.others)]
+    inside = np.repeat([1, 0], [len(part) for part in known])
+    attacker = make_pipeline(StandardScaler(), LogisticRegression()).fit(np.concatenate(known), inside)
+    return np.asarray(attacker.decision_function(shadow_features(classifier, variables, data)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReinjectConfig(Config):
+    """How a backdoor is injected anew; all ours, after `TrainConfig`'s settings for victims.
+
+    Attributes:
+        rates: poisoned shares of the data, each tried from the start.
+        epochs: after how many passes a model is judged, rising.
+        batch_size: 128.
+        learning_rate: 0.01, constant, so that steps are worth the same.
+        momentum: 0.9.
+        weight_decay: 5e-4.
+        crop: zeros padded before a random crop; 4.
+        flip: mirror half of the images.
+    """
+
+    rates: tuple[float, ...] = (0.001, 0.01, 0.1)
+    epochs: tuple[int, ...] = (1, 2, 5, 10)
+    batch_size: int = 128
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    crop: int = 4
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(len(self.rates) > 0 and all(0 < r <= 1 for r in self.rates), "rates", "shares in (0, 1]")
+        rising = all(a < b for a, b in zip((0, *self.epochs), self.epochs, strict=False))
+        self.require(len(self.epochs) > 0 and rising, "epochs", "rising numbers from 1")
+        self.require(self.batch_size > 0, "batch_size", "at least 1")
+        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+        self.require(self.crop >= 0, "crop", "0 or more pixels")
+
+
+class Reinjected(NamedTuple):
+    """A model on its way back to a backdoor.
+
+    Attributes:
+        start: which variables it started from.
+        rate: the poisoned share of its data.
+        steps: taken so far; 0 is the start.
+        poisoned: poisoned images seen so far, on average over the order.
+        scores: on the test set.
+    """
+
+    start: str
+    rate: float
+    steps: int
+    poisoned: float
+    scores: Scores
+
+
+def reinject(
+    key: jax.Array,
+    classifier: Classifier,
+    starts: Mapping[str, Variables],
+    data: Dataset,
+    test: Dataset,
+    trigger: Trigger,
+    label_map: LabelMap,
+    config: ReinjectConfig = ReinjectConfig(),
+) -> list[Reinjected]:
+    """Attack success against steps and poisoned share, from several starts.
+
+    Args:
+        key: of the poison, the order and the augmentation, which are the same for all starts.
+        classifier: the network.
+        starts: variables by name; left as they are.
+        data: clean images, poisoned here.
+        test: clean test images.
+        trigger: the attacker's.
+        label_map: the attacker's.
+        config: settings.
+
+    Returns:
+        A row for each start, rate and judgement, in that order, the start's own included.
+
+    Raises:
+        UserError: for a rate that poisons no image.
+        NonFiniteError: where the training diverges.
+    """
+    poison_key, fit_key = jax.random.split(key)
+    per_epoch, size = batch_shape(len(data), config.batch_size)
+    step, constants = GradientStep(SupervisedLoss(classifier), constant_sgd), numbers(config)
+    rows: list[Reinjected] = []
+    for start, variables in starts.items():
+        at_first = evaluate(classifier, variables, test, trigger, label_map, start)
+        for rate in config.rates:
+            poisoned = poison(poison_key, data, trigger, label_map, rate)
+            rows.append(Reinjected(start, rate, 0, 0.0, at_first))
+            state = step.init(variables, constants)
+            for epochs in config.epochs:
+                state, _ = fit(
+                    fit_key,
+                    step,
+                    state,
+                    poisoned.data,
+                    constants,
+                    epochs=epochs,
+                    batch_size=config.batch_size,
+                    augment=Augment(crop=config.crop, flip=config.flip),
+                    name=f"re-injection into {start}",
+                )
+                scores = evaluate(classifier, state.variables, test, trigger, label_map, start)
+                steps = epochs * per_epoch
+                seen = steps * size * len(poisoned.indices) / len(data)
+                rows.append(Reinjected(start, rate, steps, seen, scores))
+    return rows

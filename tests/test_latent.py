@@ -1,0 +1,116 @@
+"""Trigger-activated change against NumPy, agreement against SciPy, and what the change says about a small victim."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from miniature import miniature
+from scipy import stats
+
+from backdoor_jax import Classifier, Dataset, UserError, scan
+from backdoor_jax.defenses.base import replaced
+from backdoor_jax.metrics import agreement, triggered_change
+from backdoor_jax.metrics.latent import _changes
+from backdoor_jax.models import Variables
+
+scores = st.lists(st.integers(-5, 5), min_size=6, max_size=6).map(np.array)
+
+
+@jax.tree_util.Partial
+def white_corner(images: jax.Array) -> jax.Array:
+    return images.at[:, -3:, -3:].set(255)
+
+
+def test_the_change_is_the_mean_over_images(
+    tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset
+) -> None:
+    before, after = (
+        np.asarray(tiny_classifier.features(tiny_variables, images)[0], np.float64)
+        for images in (tiny_data.images, white_corner(tiny_data.images))
+    )
+    found = triggered_change(tiny_classifier, tiny_variables, tiny_data.images, white_corner)
+    np.testing.assert_allclose(found.mean, (after - before).mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.size, np.abs(after - before).mean(0), rtol=1e-4, atol=1e-6)
+    assert (found.size >= np.abs(found.mean) - 1e-6).all() and found.size.max() > 0.01
+
+
+def test_a_trigger_that_does_nothing_changes_nothing(
+    tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset
+) -> None:
+    nothing = jax.tree_util.Partial(lambda images: images)
+    found = triggered_change(tiny_classifier, tiny_variables, tiny_data.images, nothing)
+    assert not found.mean.any() and not found.size.any()
+
+
+def test_changes_are_compiled_once(tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset) -> None:
+    triggered_change(tiny_classifier, tiny_variables, tiny_data.images, white_corner)
+    compiled = _changes._cache_size()
+    triggered_change(
+        tiny_classifier, jax.tree.map(lambda leaf: 2 * leaf, tiny_variables), tiny_data.images, white_corner
+    )
+    assert _changes._cache_size() == compiled
+
+
+@given(first=scores, second=scores, k=st.integers(1, 6))
+def test_agreement_is_cosine_spearman_and_shared_top(first: np.ndarray, second: np.ndarray, k: int) -> None:
+    found = agreement(first, second, k)
+    norms = np.linalg.norm(first) * np.linalg.norm(second)
+    assert found.cosine == pytest.approx(first @ second / norms if norms else 0)
+    if np.ptp(first) and np.ptp(second):
+        assert found.spearman == pytest.approx(stats.spearmanr(first, second).statistic)
+    else:
+        assert found.spearman == 0
+    top = [sorted(range(6), key=lambda d: (-values[d], d))[:k] for values in (first, second)]
+    assert found.precision == pytest.approx(len(set(top[0]) & set(top[1])) / k)
+
+
+def test_only_order_counts_for_ranks_and_only_direction_for_the_cosine() -> None:
+    change = np.random.default_rng(0).uniform(1, 2, 50)
+    assert agreement(np.exp(change), change, 5)[1:] == (pytest.approx(1), 1)
+    assert agreement(3 * change, change, 5).cosine == pytest.approx(1)
+    assert agreement(-change, change, 5) == (pytest.approx(-1), pytest.approx(-1), 0)
+
+
+def test_scores_by_chance_find_a_share_of_k() -> None:
+    generator = np.random.default_rng(0)
+    found = [agreement(*generator.normal(size=(2, 40)), 10) for _ in range(300)]
+    assert np.mean([one.precision for one in found]) == pytest.approx(0.25, abs=0.02)
+    assert np.mean([one.spearman for one in found]) == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "k", "told"),
+    [
+        (np.ones(3), np.ones(4), 1, "shape"),
+        (np.ones((2, 2)), np.ones((2, 2)), 1, "shape"),
+        (np.ones(3), np.ones(3), 4, "k is 4"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(first: Any, second: Any, k: int, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        agreement(first, second, k)
+    with pytest.raises(UserError, match="k is 0"):
+        agreement(np.ones(3), np.ones(3), 0)
+
+
+@pytest.mark.slow
+def test_the_change_of_a_small_victim_carries_its_backdoor_and_a_scan_recovers_it() -> None:
+    small = miniature()
+    target = small.label_map.target
+    others = small.test.images[np.asarray(small.test.labels) != target]
+    change = triggered_change(small.classifier, small.variables, others, small.trigger).mean
+    kernel = small.variables["params"]["linear"]["kernel"]
+
+    def asr_without(neurons: np.ndarray) -> float | None:
+        return small.scores(replaced(small.variables, {("linear", "kernel"): kernel.at[neurons].set(0)})).asr
+
+    order = np.argsort(-change)
+    assert asr_without(order[:8]) < 0.1
+    assert asr_without(order[-8:]) > 0.9
+    vectors = np.asarray(scan(small.classifier, small.variables, small.clean.images).perturbations.vectors)
+    found = [agreement(vector, change, 8) for vector in vectors]
+    assert found[target].cosine > 0.7 and found[target].spearman > 0.7 and found[target].precision > 0.5
+    assert all(other.cosine < 0.3 for other in found[:target] + found[target + 1 :])
