@@ -3,6 +3,7 @@
 from backdoor_jax.defenses import d3 as _d3
 from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import fst as _fst
+from backdoor_jax.defenses import ft_sam as _ft_sam
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import super_finetune as _super_finetune
 from backdoor_jax.defenses import tac as _tac
@@ -10,6 +11,7 @@ from backdoor_jax.defenses.base import Defense, Repair, TuneConfig
 from backdoor_jax.defenses.d3 import D3Config, d3
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.fst import FstConfig, fst
+from backdoor_jax.defenses.ft_sam import FtSamConfig, ft_sam
 from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
 from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, super_finetune
 from backdoor_jax.defenses.tac import Outlier, Scan, TacConfig, scan, smallest_outlier, tac
@@ -19,6 +21,7 @@ DEFENSES: dict[str, Defense] = {
     "super_finetune": _super_finetune.DEFENSE,
     "d3": _d3.DEFENSE,
     "fst": _fst.DEFENSE,
+    "ft_sam": _ft_sam.DEFENSE,
     "pad": _pad_ft.PAD,
     "pad_ft": _pad_ft.PAD_FT,
     "tac": _tac.DEFENSE,
@@ -31,6 +34,7 @@ __all__ = [
     "Defense",
     "FineTuneConfig",
     "FstConfig",
+    "FtSamConfig",
     "Outlier",
     "PadConfig",
     "PadFtConfig",
@@ -43,6 +47,7 @@ __all__ = [
     "d3",
     "finetune",
     "fst",
+    "ft_sam",
     "pad",
     "pad_ft",
     "purify",

@@ -33,6 +33,31 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1))
 
 
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: jax.Array | float) -> jax.Array:
+    r"""Cross-entropy per sample to a label that is 1 - s sure and shares s among the other classes.
+
+    .. math::
+        \mathrm{CE}_s = (1 - s)\,\mathrm{CE}_y + \frac{s}{C - 1} \sum_{j \ne y} \mathrm{CE}_j
+        = \mathrm{CE}_y + \frac{s\,C}{C - 1} (z_y - \bar z)
+
+    Args:
+        logits: ``(..., C)``.
+        labels: ``(...,)``.
+        smoothing: s in [0, 1); at 0 this is `cross_entropy`.
+
+    Returns:
+        ``(...,)``.
+
+    Example:
+        >>> round(float(smoothed_cross_entropy(jnp.array([2.0, 0.0]), jnp.array(0), 0.1)), 4)
+        0.3269
+    """
+    classes = logits.shape[-1]
+    own = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    spread = classes / (classes - 1) * (own - jnp.mean(logits, -1))
+    return cross_entropy(logits, labels) + smoothing * spread
+
+
 def symmetric_cross_entropy(
     logits: jax.Array, labels: jax.Array, alpha: jax.Array | float = 1.0, log_zero: jax.Array | float = -4.0
 ) -> jax.Array:
