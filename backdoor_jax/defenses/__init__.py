@@ -5,14 +5,16 @@ from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import fst as _fst
 from backdoor_jax.defenses import ft_sam as _ft_sam
 from backdoor_jax.defenses import pad_ft as _pad_ft
+from backdoor_jax.defenses import sau as _sau
 from backdoor_jax.defenses import super_finetune as _super_finetune
 from backdoor_jax.defenses import tac as _tac
-from backdoor_jax.defenses.base import Defense, Repair, TuneConfig
+from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, TuneConfig
 from backdoor_jax.defenses.d3 import D3Config, d3
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.fst import FstConfig, fst
 from backdoor_jax.defenses.ft_sam import FtSamConfig, ft_sam
 from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
+from backdoor_jax.defenses.sau import SauConfig, sau
 from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, super_finetune
 from backdoor_jax.defenses.tac import Outlier, Scan, TacConfig, scan, smallest_outlier, tac
 
@@ -22,6 +24,7 @@ DEFENSES: dict[str, Defense] = {
     "d3": _d3.DEFENSE,
     "fst": _fst.DEFENSE,
     "ft_sam": _ft_sam.DEFENSE,
+    "sau": _sau.DEFENSE,
     "pad": _pad_ft.PAD,
     "pad_ft": _pad_ft.PAD_FT,
     "tac": _tac.DEFENSE,
@@ -39,7 +42,9 @@ __all__ = [
     "PadConfig",
     "PadFtConfig",
     "Repair",
+    "SauConfig",
     "Scan",
+    "StepsConfig",
     "SuperFineTuneConfig",
     "TacConfig",
     "TuneConfig",
@@ -51,6 +56,7 @@ __all__ = [
     "pad",
     "pad_ft",
     "purify",
+    "sau",
     "scan",
     "smallest_outlier",
     "super_finetune",

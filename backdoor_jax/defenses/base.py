@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset
@@ -49,15 +50,13 @@ class Defense:
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig(Config):
-    """What defences that tune on clean images share; the published benchmark's settings.
+class StepsConfig(Config):
+    """What every defence that tunes on clean images shares; the published benchmark's settings.
 
     Attributes:
         steps: gradient steps; published 100 epochs of 2,500 images in 256s, so 1,000. Kept for smaller clean sets.
         batch_size: published 256.
-        learning_rate: published 0.01, annealed by a cosine in 100 stages.
-        momentum: published 0.9.
-        weight_decay: published 5e-4.
+        learning_rate: published 0.01.
         crop: zeros padded before a random crop; published 4.
         flip: mirror half of the images; the benchmark does so for CIFAR-10 only.
     """
@@ -65,8 +64,6 @@ class TuneConfig(Config):
     steps: int = 1000
     batch_size: int = 256
     learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
     crop: int = 4
     flip: bool = False
 
@@ -78,13 +75,31 @@ class TuneConfig(Config):
         self.require(self.crop >= 0, "crop", "0 or more pixels")
 
 
+@dataclasses.dataclass(frozen=True)
+class TuneConfig(StepsConfig):
+    """What those that descend by SGD share besides; the learning rate is annealed by a cosine in 100 stages.
+
+    Attributes:
+        momentum: published 0.9.
+        weight_decay: published 5e-4.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+def adam(constants: Constants) -> optax.GradientTransformation:
+    """Adam at the constant rate ``constants["learning_rate"]``, with PyTorch's other defaults."""
+    return optax.adam(constants["learning_rate"])
+
+
 def tune(
     key: jax.Array,
     step: GradientStep,
     variables: Variables,
     data: Dataset,
     constants: Constants,
-    config: TuneConfig,
+    config: StepsConfig,
     name: str,
 ) -> tuple[Variables, dict[str, Any]]:
     """Runs a gradient step for ``config.steps``, in whole epochs, and says what it did."""

@@ -15,7 +15,7 @@ from backdoor_jax.training.engine import (
     split_by_path,
 )
 from backdoor_jax.training.inference import latents, map_chunks
-from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, symmetric_cross_entropy
+from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, symmetric_cross_entropy, unlikelihood
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
@@ -48,4 +48,5 @@ __all__ = [
     "torch_sgd",
     "train",
     "triangular_two_phase",
+    "unlikelihood",
 ]

@@ -6,11 +6,20 @@ too: a ranking by them is mostly ties. With the margins :math:`m_j = z_j - z_y` 
 
 .. math::
     \mathrm{CE} = \mathrm{softplus}\Bigl(\log \sum_{j \ne y} e^{m_j}\Bigr), \qquad 1 - p_y =
-    -\mathrm{expm1}(-\mathrm{CE}) .
+    -\mathrm{expm1}(-\mathrm{CE}), \qquad
+    -\log(1 - p_y) = \mathrm{softplus}\Bigl(-\log \sum_{j \ne y} e^{m_j}\Bigr) .
 """
 
 import jax
 import jax.numpy as jnp
+
+
+def _rivals(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Logarithm of the odds against the labels: of the sum of ``exp(m_j)`` over the other classes."""
+    logits = logits.astype(jnp.float32) if logits.dtype != jnp.float64 else logits
+    own = jnp.take_along_axis(logits, labels[..., None], -1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], -jnp.inf, logits - own)
+    return jax.nn.logsumexp(others, axis=-1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -27,10 +36,24 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         >>> float(cross_entropy(jnp.array([30.0, 0.0]), jnp.array(0))) > 0
         True
     """
-    logits = logits.astype(jnp.float32) if logits.dtype != jnp.float64 else logits
-    own = jnp.take_along_axis(logits, labels[..., None], -1)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], -jnp.inf, logits - own)
-    return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1))
+    return jax.nn.softplus(_rivals(logits, labels))
+
+
+def unlikelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log(1 - p_y) per sample: what there is to lose by being sure of a class that is wrong.
+
+    Args:
+        logits: ``(..., C)``.
+        labels: ``(...,)``.
+
+    Returns:
+        ``(...,)``.
+
+    Example:
+        >>> float(unlikelihood(jnp.array([100.0, 0.0]), jnp.array(0)))
+        100.0
+    """
+    return jax.nn.softplus(-_rivals(logits, labels))
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: jax.Array | float) -> jax.Array:
