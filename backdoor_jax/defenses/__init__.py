@@ -4,6 +4,7 @@ from backdoor_jax.defenses import d3 as _d3
 from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import fst as _fst
 from backdoor_jax.defenses import ft_sam as _ft_sam
+from backdoor_jax.defenses import i_bau as _i_bau
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import sau as _sau
 from backdoor_jax.defenses import super_finetune as _super_finetune
@@ -13,6 +14,7 @@ from backdoor_jax.defenses.d3 import D3Config, d3
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.fst import FstConfig, fst
 from backdoor_jax.defenses.ft_sam import FtSamConfig, ft_sam
+from backdoor_jax.defenses.i_bau import IBauConfig, i_bau
 from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
 from backdoor_jax.defenses.sau import SauConfig, sau
 from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, super_finetune
@@ -24,6 +26,7 @@ DEFENSES: dict[str, Defense] = {
     "d3": _d3.DEFENSE,
     "fst": _fst.DEFENSE,
     "ft_sam": _ft_sam.DEFENSE,
+    "i_bau": _i_bau.DEFENSE,
     "sau": _sau.DEFENSE,
     "pad": _pad_ft.PAD,
     "pad_ft": _pad_ft.PAD_FT,
@@ -38,6 +41,7 @@ __all__ = [
     "FineTuneConfig",
     "FstConfig",
     "FtSamConfig",
+    "IBauConfig",
     "Outlier",
     "PadConfig",
     "PadFtConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "finetune",
     "fst",
     "ft_sam",
+    "i_bau",
     "pad",
     "pad_ft",
     "purify",
