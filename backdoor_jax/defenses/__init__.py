@@ -5,6 +5,7 @@ from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import fst as _fst
 from backdoor_jax.defenses import ft_sam as _ft_sam
 from backdoor_jax.defenses import i_bau as _i_bau
+from backdoor_jax.defenses import nad as _nad
 from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import sau as _sau
 from backdoor_jax.defenses import super_finetune as _super_finetune
@@ -15,6 +16,7 @@ from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.fst import FstConfig, fst
 from backdoor_jax.defenses.ft_sam import FtSamConfig, ft_sam
 from backdoor_jax.defenses.i_bau import IBauConfig, i_bau
+from backdoor_jax.defenses.nad import NadConfig, nad
 from backdoor_jax.defenses.pad_ft import PadConfig, PadFtConfig, bound_activations, pad, pad_ft, purify, tune_classifier
 from backdoor_jax.defenses.sau import SauConfig, sau
 from backdoor_jax.defenses.super_finetune import SuperFineTuneConfig, super_finetune
@@ -26,6 +28,7 @@ DEFENSES: dict[str, Defense] = {
     "d3": _d3.DEFENSE,
     "fst": _fst.DEFENSE,
     "ft_sam": _ft_sam.DEFENSE,
+    "nad": _nad.DEFENSE,
     "i_bau": _i_bau.DEFENSE,
     "sau": _sau.DEFENSE,
     "pad": _pad_ft.PAD,
@@ -42,6 +45,7 @@ __all__ = [
     "FstConfig",
     "FtSamConfig",
     "IBauConfig",
+    "NadConfig",
     "Outlier",
     "PadConfig",
     "PadFtConfig",
@@ -58,6 +62,7 @@ __all__ = [
     "fst",
     "ft_sam",
     "i_bau",
+    "nad",
     "pad",
     "pad_ft",
     "purify",
