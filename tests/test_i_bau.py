@@ -1,6 +1,5 @@
 """I-BAU: the hypergradient against closed forms, its steps against float64 NumPy, and a miniature victim repaired."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -214,18 +213,20 @@ def test_rounds_and_a_sweep_trace_once(plain: Plain) -> None:
 
 
 @pytest.mark.slow
-def test_the_backdoor_goes_only_where_perturbations_are_found() -> None:
+def test_the_backdoor_goes_and_each_round_finds_less() -> None:
     case: Bench = bench()
-    config = small(steps=60, batch_size=32, search_steps=20, search_rate=1e-9, share=0.2)
-    ends = [
-        i_bau(jax.random.key(1), case.classifier, case.victim, case.clean, one).variables
-        for one in (config, dataclasses.replace(config, search_rate=10.0))
-    ]
-    tuned, unlearnt = (case.scores(end) for end in ends)
-    assert tuned.asr is not None and unlearnt.asr is not None
-    assert unlearnt.asr < tuned.asr - 0.4
-    assert unlearnt.acc > tuned.acc - 0.1
-    assert equal(ends[1]["batch_stats"], case.victim["batch_stats"])
+    # So sure is the miniature victim that a search has hardly a gradient at first; a smaller head decides alike.
+    params = case.victim["params"]
+    victim = {**case.victim, "params": {**params, "linear": jax.tree.map(lambda w: 0.2 * w, params["linear"])}}
+    config = small(steps=60, rounds=3, batch_size=32, search_steps=10, share=0.3, terms=1)
+    repair = i_bau(jax.random.key(1), case.classifier, victim, case.clean, config)
+    before, after = case.scores(victim), case.scores(repair.variables)
+    assert before.asr is not None and after.asr is not None
+    assert after.asr < before.asr - 0.5
+    assert after.acc > before.acc - 0.1
+    first, *_, last = repair.info["rounds"]
+    assert last["harm"] < first["harm"] / 10
+    assert equal(repair.variables["batch_stats"], victim["batch_stats"])
 
 
 def test_presets_are_the_benchmarks_and_the_authors_code() -> None:

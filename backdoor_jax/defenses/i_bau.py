@@ -30,6 +30,10 @@ benchmark's code differs by Adam 1e-4 and 2,500 augmented training images in 256
 default. Passes are turned into steps, 10 for delta and 10 for theta in a round, so that a smaller clean set gets as
 many; ours.
 
+A limit. Nothing but mu keeps delta small: of a model very sure of its images the gradient is next to nothing at delta =
+0 and then grows with delta, so that a search finds nothing or runs far out of the range of pixels. ``info["rounds"]``
+tells which.
+
 Deviations. The inner problem is that of the batch at hand; the code has always that of its first batch. At least one
 image of a batch carries delta; the code's 1 % of a batch of fewer than 100 is none. Both codes keep the images of a
 batch, and the benchmark's their augmentation, for all rounds; here they are drawn afresh.
