@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 
 from backdoor_jax import Classifier, Dataset, UserError, make_dataset
 from backdoor_jax.config import numbers
-from backdoor_jax.defenses.d3 import (
-    D3Config,
-    D3Loss,
-    SphereProjection,
-    d3,
-    distance,
-    initialize,
-    project_to_sphere,
-)
+from backdoor_jax.defenses.d3 import D3Config, D3Loss, d3, distance, initialize
+from backdoor_jax.defenses.sphere import SphereProjection, project_to_sphere
 from backdoor_jax.training import CosineSGD, GradientStep, split_by_path
 
 HEAD = (("linear", "kernel"),)

@@ -66,6 +66,25 @@ def test_value_and_gradients_are_xlas_for_any_geometry(
     jax.tree.map(assert_near, ours, theirs)
 
 
+@pytest.mark.parametrize(("taps", "stride", "pad"), list(itertools.product((1, 3), (1, 2), (0, 2))))
+def test_second_derivatives_are_xlas(taps: int, stride: int, pad: int) -> None:
+    x, w = draw(2, 6, 5, 3), draw(taps, taps, 3, 4)
+    strides, pads = (stride, stride), ((pad, 1),) * 2
+
+    def slopes(convolve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def both(x: jax.Array, w: jax.Array) -> jax.Array:
+            found = jax.grad(lambda x, w: jnp.sum(jnp.tanh(convolve(x, w))), (0, 1))(x, w)
+            return jnp.concatenate([slope.ravel() for slope in found])
+
+        return both
+
+    ours = with_gradients(slopes(lambda x, w: canonical_conv(x, w, strides, pads)), x, w)
+    theirs = with_gradients(
+        slopes(lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=NHWC)), x, w
+    )
+    jax.tree.map(assert_near, ours, theirs)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_inside_a_scan_are_those_of_a_loop(stride: int) -> None:
     xs, w = draw(3, 2, 5, 6, 2), draw(3, 3, 2, 2)

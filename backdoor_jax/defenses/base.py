@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.config import Config
@@ -51,15 +52,13 @@ class Defense:
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig(Config):
-    """What defences that tune on clean images share; the published benchmark's settings.
+class StepsConfig(Config):
+    """What every defence that tunes on clean images shares; the published benchmark's settings.
 
     Attributes:
         steps: gradient steps; published 100 epochs of 2,500 images in 256s, so 1,000. Kept for smaller clean sets.
         batch_size: published 256.
-        learning_rate: published 0.01, annealed by a cosine in 100 stages.
-        momentum: published 0.9.
-        weight_decay: published 5e-4.
+        learning_rate: published 0.01.
         crop: zeros padded before a random crop; published 4.
         flip: mirror half of the images; the benchmark does so for CIFAR-10 only.
     """
@@ -67,8 +66,6 @@ class TuneConfig(Config):
     steps: int = 1000
     batch_size: int = 256
     learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
     crop: int = 4
     flip: bool = False
 
@@ -78,6 +75,24 @@ class TuneConfig(Config):
         self.require(self.batch_size > 0, "batch_size", "at least 1")
         self.require(self.learning_rate > 0, "learning_rate", "a positive number")
         self.require(self.crop >= 0, "crop", "0 or more pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig(StepsConfig):
+    """What those that descend by SGD share besides; the learning rate is annealed by a cosine in 100 stages.
+
+    Attributes:
+        momentum: published 0.9.
+        weight_decay: published 5e-4.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+def adam(constants: Constants) -> optax.GradientTransformation:
+    """Adam at the constant rate ``constants["learning_rate"]``, with PyTorch's other defaults."""
+    return optax.adam(constants["learning_rate"])
 
 
 def replaced(variables: Variables, changes: dict[tuple[str, ...], jax.Array]) -> Variables:
@@ -96,7 +111,7 @@ def tune(
     variables: Variables,
     data: Dataset,
     constants: Constants,
-    config: TuneConfig,
+    config: StepsConfig,
     name: str,
 ) -> tuple[Variables, dict[str, Any]]:
     """Runs a gradient step for ``config.steps``, in whole epochs, and says what it did."""

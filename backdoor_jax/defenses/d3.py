@@ -38,6 +38,7 @@ import optax
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
+from backdoor_jax.defenses.sphere import Paths, SphereProjection, project_to_sphere
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
@@ -51,7 +52,6 @@ from backdoor_jax.training import (
 )
 
 Initialization = Literal["random", "near", "middle", "far", "noise"]
-Paths = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +100,6 @@ def distance(weights: Any, origin: Any) -> jax.Array:
     return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
 
 
-@jax.jit
-def project_to_sphere(weights: Any, origin: Any) -> Any:
-    """The proximal step: every layer rescaled to the norm of its original; a zero layer is left alone.
-
-    Example:
-        >>> project_to_sphere({"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([0.0, 1.0])})["w"].round(3).tolist()
-        [0.6000000238418579, 0.800000011920929]
-    """
-
-    def one(w: jax.Array, w0: jax.Array) -> jax.Array:
-        norm = jnp.linalg.norm(w)
-        return jnp.where(norm > 0, w * (jnp.linalg.norm(w0) / jnp.where(norm > 0, norm, 1)), w)
-
-    return jax.tree.map(one, weights, origin)
-
-
 def initialize(key: jax.Array, weights: Any, how: Initialization) -> Any:
     """The selected weights where D3 starts, each layer rescaled to its original norm (zero stays zero)."""
     leaves, treedef = jax.tree.flatten(weights)
@@ -150,18 +134,6 @@ class D3Loss:
         penalty = constants["penalty"]
         loss = (penalty * hinge - away) / jnp.where(penalty > 1, penalty + 1, 1.0)
         return loss, (variables, {"hinge": hinge, "distance": away, "cross_entropy": jnp.mean(losses)})
-
-
-@dataclasses.dataclass(frozen=True)
-class SphereProjection:
-    """Puts the selected weights back on the sphere of their original norm."""
-
-    select: Paths
-
-    def __call__(self, params: Any, constants: Constants) -> Any:
-        """All parameters, the selected ones rescaled."""
-        selected, others = split_by_path(params, self.select)
-        return merge(project_to_sphere(selected, constants["origin"]), others)
 
 
 def d3(

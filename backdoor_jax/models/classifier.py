@@ -16,6 +16,7 @@ from backdoor_jax.models.network import (
     Network,
     NNXNetwork,
     Part,
+    Path,
     Variables,
     linear_head,
     require_latents,
@@ -230,6 +231,34 @@ class Classifier:
         """Logits ``(B, C)`` of images, and the variables as `features` returns them."""
         latent, variables = self.features(variables, images, train)
         return self.head(variables, latent), variables
+
+    @property
+    def map_layers(self) -> tuple[Path, ...]:
+        """The layers after which the resolution falls, and the last before pooling; empty where it names none."""
+        return getattr(getattr(self._network, "module", None), "map_layers", ())
+
+    def maps(
+        self, variables: Variables, images: jax.Array, layers: tuple[Path, ...], train: bool = False
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], Variables]:
+        """Logits ``(B, C)``, the feature maps ``(B, H, W, channels)`` of layers, and the variables as from `features`.
+
+        Args:
+            variables: the network's.
+            images: uint8 images.
+            layers: names down to each layer in ``params``, such as `map_layers`.
+            train: see `features`.
+
+        Raises:
+            UserError: where the network is no Linen module, calls no such layer, or the layer puts out no map.
+        """
+        network = self._network
+        if not isinstance(network, LinenNetwork):
+            raise UserError(f"{type(network).__name__} has no layers that can be watched; give a Linen module")
+        latent, maps, variables = network.maps(variables, self._input(variables, images), train, layers)
+        for layer, found in zip(layers, maps, strict=True):
+            if found.ndim != 4:
+                raise UserError(f"layer {'/'.join(layer)!r} puts out {found.shape}, expected a map (B, H, W, channels)")
+        return self.head(variables, require_latents(latent)), maps, variables
 
     def activations(self, variables: Variables, images: jax.Array) -> Variables:
         """Each bounded activation's largest value per channel over the batch, in the tree of the ``bounds``.

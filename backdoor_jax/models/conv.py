@@ -9,7 +9,8 @@ written as canonical convolutions themselves. With stride :math:`s`, kernel :mat
     \bar x = \mathrm{pad}_s(g) * \mathrm{flip}(w)^{\top_{IO}}, \qquad
     \bar w = x^{(I,H,W,B)} *_{\mathrm{dilation}\,s} g^{(H,W,B,O)} .
 
-Other backends, and convolutions with groups or dilations, use XLA's own gradients.
+These are differentiated in the same way where they are not dilated, for second derivatives in reverse mode. Other
+backends, and convolutions with groups or dilations, use XLA's own gradients.
 """
 
 from collections.abc import Sequence
@@ -73,15 +74,13 @@ def _backward(
 
     interior = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
     flipped = w[::-1, ::-1].transpose(0, 1, 3, 2)
-    x_bar = _convolve(interior, flipped, (1, 1), tuple(image_pads))  # type: ignore[arg-type]
-    w_bar = _convolve(
-        x.transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        (1, 1),
-        tuple(kernel_pads),  # type: ignore[arg-type]
-        rhs_dilation=strides,
-    ).transpose(1, 2, 0, 3)
-    return x_bar, w_bar
+    x_bar = canonical_conv(interior, flipped, (1, 1), tuple(image_pads))
+    turned = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+    if strides == (1, 1):
+        w_bar = canonical_conv(*turned, (1, 1), tuple(kernel_pads))
+    else:
+        w_bar = _convolve(*turned, (1, 1), tuple(kernel_pads), rhs_dilation=strides)  # type: ignore[arg-type]
+    return x_bar, w_bar.transpose(1, 2, 0, 3)
 
 
 canonical_conv.defvjp(_forward, _backward)

@@ -130,6 +130,32 @@ class LinenNetwork:
         latent, new = self._latent(variables, x, train, "batch_stats" if train else "unchanged")
         return latent, {**variables, **new} if train else variables
 
+    def maps(
+        self, variables: Variables, x: jax.Array, train: bool, layers: tuple[Path, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], Variables]:
+        """What `features` gives, and between the two what the layers at these paths in ``params`` put out.
+
+        Raises:
+            UserError: for a layer that is not called.
+        """
+        seen: dict[Path, jax.Array] = {}
+
+        def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            out = call(*args, **kwargs)
+            if context.method_name == "__call__":
+                seen[context.module.path] = out
+            return out
+
+        with nn.intercept_methods(watch):
+            latent, variables = self.features(variables, x, train)
+        for layer in layers:
+            if layer not in seen:
+                known = ", ".join("/".join(path) for path, out in seen.items() if getattr(out, "ndim", 0) == 4)
+                raise UserError(
+                    f"{type(self.module).__name__} calls no layer {'/'.join(layer)!r}; maps come from {known}"
+                )
+        return latent, tuple(seen[layer] for layer in layers), variables
+
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
         """See `Network`."""
         if self.logits is None:

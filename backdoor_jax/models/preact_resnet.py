@@ -47,6 +47,11 @@ class PreActResNet18(nn.Module):
     num_classes: int
     width: int = 64
 
+    @property
+    def map_layers(self) -> tuple[tuple[str, ...], ...]:
+        """The last block of each stage."""
+        return tuple((f"layer{stage + 1}_1",) for stage in range(4))
+
     def setup(self) -> None:
         """Makes the layers; Flax calls it."""
         self.stem = conv(self.width, 3)

@@ -81,6 +81,11 @@ class ResNet(nn.Module):
             raise UserError(f"unknown stem {self.stem!r}; known are {', '.join(get_args(Stem))}")
         super().__post_init__()
 
+    @property
+    def map_layers(self) -> tuple[tuple[str, ...], ...]:
+        """The last block of each stage."""
+        return tuple((f"layer{stage + 1}_{count - 1}",) for stage, count in enumerate(self.blocks))
+
     def setup(self) -> None:
         """Makes the head; Flax calls it."""
         latent = self.width * (32 if self.bottleneck else 8)

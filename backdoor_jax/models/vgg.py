@@ -14,6 +14,8 @@ Parameters have torchvision's names, with an underscore for each dot: ``features
 ``classifier_0`` correspond too.
 """
 
+from itertools import accumulate
+
 import flax.linen as nn
 import jax
 
@@ -45,6 +47,11 @@ class VGG19(nn.Module):
 
     num_classes: int
     width: int = 64
+
+    @property
+    def map_layers(self) -> tuple[tuple[str, ...], ...]:
+        """The last rectifier before each pooling."""
+        return tuple((f"features_{end - 2}",) for end in accumulate(3 * count + 1 for count in GROUPS))
 
     def setup(self) -> None:
         """Makes the head; Flax calls it."""

@@ -15,7 +15,7 @@ from backdoor_jax.training.engine import (
     split_by_path,
 )
 from backdoor_jax.training.inference import latents, map_chunks
-from backdoor_jax.training.losses import cross_entropy, symmetric_cross_entropy
+from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, symmetric_cross_entropy, unlikelihood
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
@@ -43,9 +43,11 @@ __all__ = [
     "map_chunks",
     "merge",
     "run_epoch",
+    "smoothed_cross_entropy",
     "split_by_path",
     "symmetric_cross_entropy",
     "torch_sgd",
     "train",
     "triangular_two_phase",
+    "unlikelihood",
 ]

@@ -6,11 +6,20 @@ too: a ranking by them is mostly ties. With the margins :math:`m_j = z_j - z_y` 
 
 .. math::
     \mathrm{CE} = \mathrm{softplus}\Bigl(\log \sum_{j \ne y} e^{m_j}\Bigr), \qquad 1 - p_y =
-    -\mathrm{expm1}(-\mathrm{CE}) .
+    -\mathrm{expm1}(-\mathrm{CE}), \qquad
+    -\log(1 - p_y) = \mathrm{softplus}\Bigl(-\log \sum_{j \ne y} e^{m_j}\Bigr) .
 """
 
 import jax
 import jax.numpy as jnp
+
+
+def _rivals(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Logarithm of the odds against the labels: of the sum of ``exp(m_j)`` over the other classes."""
+    logits = logits.astype(jnp.float32) if logits.dtype != jnp.float64 else logits
+    own = jnp.take_along_axis(logits, labels[..., None], -1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], -jnp.inf, logits - own)
+    return jax.nn.logsumexp(others, axis=-1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -27,10 +36,49 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         >>> float(cross_entropy(jnp.array([30.0, 0.0]), jnp.array(0))) > 0
         True
     """
-    logits = logits.astype(jnp.float32) if logits.dtype != jnp.float64 else logits
-    own = jnp.take_along_axis(logits, labels[..., None], -1)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], -jnp.inf, logits - own)
-    return jax.nn.softplus(jax.nn.logsumexp(others, axis=-1))
+    return jax.nn.softplus(_rivals(logits, labels))
+
+
+def unlikelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log(1 - p_y) per sample: what there is to lose by being sure of a class that is wrong.
+
+    Args:
+        logits: ``(..., C)``.
+        labels: ``(...,)``.
+
+    Returns:
+        ``(...,)``.
+
+    Example:
+        >>> float(unlikelihood(jnp.array([100.0, 0.0]), jnp.array(0)))
+        100.0
+    """
+    return jax.nn.softplus(-_rivals(logits, labels))
+
+
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: jax.Array | float) -> jax.Array:
+    r"""Cross-entropy per sample to a label that is 1 - s sure and shares s among the other classes.
+
+    .. math::
+        \mathrm{CE}_s = (1 - s)\,\mathrm{CE}_y + \frac{s}{C - 1} \sum_{j \ne y} \mathrm{CE}_j
+        = \mathrm{CE}_y + \frac{s\,C}{C - 1} (z_y - \bar z)
+
+    Args:
+        logits: ``(..., C)``.
+        labels: ``(...,)``.
+        smoothing: s in [0, 1); at 0 this is `cross_entropy`.
+
+    Returns:
+        ``(...,)``.
+
+    Example:
+        >>> round(float(smoothed_cross_entropy(jnp.array([2.0, 0.0]), jnp.array(0), 0.1)), 4)
+        0.3269
+    """
+    classes = logits.shape[-1]
+    own = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    spread = classes / (classes - 1) * (own - jnp.mean(logits, -1))
+    return cross_entropy(logits, labels) + smoothing * spread
 
 
 def symmetric_cross_entropy(
