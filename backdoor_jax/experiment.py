@@ -215,7 +215,7 @@ def run_experiment(
         ...     (AttackEntry("badnets", BadNets()),),
         ...     (DefenseEntry("finetune", "finetune", FineTuneConfig(steps=1)),),
         ...     DataConfig("digits", train_size=64, test_size=32),
-        ...     ModelConfig(width=2),
+        ...     ModelConfig("small_cnn", width=2),
         ...     TrainConfig(epochs=1),
         ... )
         >>> with tempfile.TemporaryDirectory() as folder:

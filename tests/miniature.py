@@ -3,36 +3,13 @@
 import functools
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from test_victims import TARGET, made
 
 from backdoor_jax import BadNets, Classifier, Dataset, Scene, TrainConfig, evaluate
 from backdoor_jax.data import LabelMap, Trigger
 from backdoor_jax.metrics import Scores
-from backdoor_jax.models import Variables
-from backdoor_jax.models.layers import BatchNorm, ReLU, conv
-
-
-class MiniatureNet(nn.Module):
-    """Three convolutions, each normalised and rectified, pooling and a linear head."""
-
-    @nn.compact
-    def features(self, x: jax.Array, train: bool) -> jax.Array:
-        for number, (width, stride) in enumerate(((16, 1), (32, 2), (32, 2))):
-            x = conv(width, 3, stride, name=f"conv{number}")(x)
-            x = ReLU(name=f"relu{number}")(BatchNorm(name=f"bn{number}")(x, train))
-        return jnp.mean(x, axis=(1, 2))
-
-    def setup(self) -> None:
-        self.linear = nn.Dense(4)
-
-    def head(self, latent: jax.Array) -> jax.Array:
-        return self.linear(latent)
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.head(self.features(x, train))
+from backdoor_jax.models import SmallCNN, Variables
 
 
 class Miniature(NamedTuple):
@@ -52,7 +29,7 @@ class Miniature(NamedTuple):
 
 @functools.cache
 def miniature() -> Miniature:
-    classifier, attack = Classifier(MiniatureNet(), 4), BadNets(target=TARGET)
+    classifier, attack = Classifier(SmallCNN(4, 16), 4), BadNets(target=TARGET)
     scene = Scene(classifier, made(1, 480), TrainConfig(epochs=10, batch_size=32, learning_rate=0.05, crop=0))
     planted = attack.plant(jax.random.key(3), jax.random.key(4), scene)
     test, label_map = made(2, 400), attack.label_map(4)

@@ -29,10 +29,10 @@ less than a tenth. That rule is ours.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> anp(jax.random.key(1), classifier, victim, clean, AnpConfig(steps=1)).info["neurons"]
-    106
+    10
 """
 
 import dataclasses

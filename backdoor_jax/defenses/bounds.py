@@ -14,11 +14,11 @@ larger one changes nothing but the norm.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(40))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> clipped, info = bound_activations(jax.random.key(1), classifier, victim, clean, BoundConfig(bound_epochs=1))
     >>> info["bounded_rectifiers"], sorted(clipped)
-    (16, ['batch_stats', 'bounds', 'params'])
+    (3, ['batch_stats', 'bounds', 'params'])
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ does not matter after rescaling. The paper's feasible set (ball or sphere) is no
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> repair = d3(jax.random.key(1), classifier, victim, clean, D3Config(steps=2))
     >>> round(repair.info["norm_ratio"], 4), 0 < repair.info["distance"] <= 2

@@ -26,11 +26,11 @@ strongly negative one and not a dormant channel; the benchmark does the same.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> repair = fine_pruning(jax.random.key(1), classifier, victim, clean, FinePruningConfig(steps=2))
     >>> repair.info["latents"], repair.info["steps"]
-    (16, 2)
+    (4, 2)
 """
 
 import dataclasses

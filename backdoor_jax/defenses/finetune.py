@@ -6,7 +6,7 @@ benchmark's (`TuneConfig` says which).
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> finetune(jax.random.key(1), classifier, victim, clean, FineTuneConfig(steps=2)).info["steps"]
     2

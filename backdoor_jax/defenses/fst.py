@@ -24,7 +24,7 @@ rescales for the first time after it.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> repair = fst(jax.random.key(1), classifier, victim, clean, FstConfig(steps=2))
     >>> round(repair.info["norm_ratio"], 4), -1 <= repair.info["cosine"] < 1

@@ -22,7 +22,7 @@ entropy of the smoothed labels. Its clean images have equally many of each class
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> ft_sam(jax.random.key(1), classifier, victim, clean, FtSamConfig(steps=2)).info["steps"]
     2

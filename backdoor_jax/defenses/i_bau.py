@@ -41,7 +41,7 @@ batch, and the benchmark's their augmentation, for all rounds; here they are dra
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> config = IBauConfig(rounds=1, steps=1, search_steps=1, terms=1)
     >>> i_bau(jax.random.key(1), classifier, victim, clean, config).info["steps"]

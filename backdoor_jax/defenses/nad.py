@@ -26,11 +26,11 @@ which is all but constant; here it is constant.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> repair = nad(jax.random.key(1), classifier, victim, clean, NadConfig(steps=1, teacher_steps=1))
     >>> repair.info["layers"]
-    ['layer2_1', 'layer3_1', 'layer4_1']
+    ['relu0', 'relu1', 'relu2']
 """
 
 import dataclasses

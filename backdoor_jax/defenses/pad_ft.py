@@ -27,7 +27,7 @@ poisoned ones.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> training_set = digits().train.take(slice(200))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), training_set.images)
     >>> config = PadFtConfig(per_class=5, bound_epochs=1, tune_epochs=1)
     >>> pad_ft(jax.random.key(1), classifier, victim, training_set, config).info["purified"]

@@ -33,7 +33,7 @@ mode is left out.
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> repair = sau(jax.random.key(1), classifier, victim, clean, SauConfig(steps=1, search_steps=1))
     >>> 0 <= repair.info["last_epoch"]["misled"] <= 1

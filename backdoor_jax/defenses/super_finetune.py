@@ -16,7 +16,7 @@ The paper's full text was not at hand and no official code is known, so both set
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> config = SuperFineTuneConfig.preset("toolbox_gtsrb", steps=2)
     >>> super_finetune(jax.random.key(1), classifier, victim, clean, config).info["steps"]

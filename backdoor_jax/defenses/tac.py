@@ -25,7 +25,7 @@ samples of other classes of each one's own smallest change. The verdict goes by 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
-    >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
     >>> found = scan(classifier, victim, clean.images)
     >>> found.worst_case.shape, found.per_sample.shape

@@ -39,7 +39,7 @@ def export_model(
     Example:
         >>> import tempfile
         >>> from backdoor_jax.models import build_classifier
-        >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+        >>> classifier = build_classifier("small_cnn", 10, width=2)
         >>> variables = classifier.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_model(Path(folder) / "model.jaxexport", classifier, variables, (16, 16, 3))

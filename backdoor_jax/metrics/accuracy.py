@@ -104,7 +104,7 @@ def evaluate(
 
     Example:
         >>> from backdoor_jax import build_classifier, digits
-        >>> classifier, test = build_classifier("preact_resnet18", 10, width=2), digits().test
+        >>> classifier, test = build_classifier("small_cnn", 10, width=2), digits().test
         >>> evaluate(classifier, classifier.init(jax.random.key(0), test.images), test).acc < 0.5
         True
     """

@@ -25,7 +25,7 @@ With fewer than five classes there is no p-value (ours): three parameters cannot
 
     >>> import jax
     >>> from backdoor_jax import build_classifier
-    >>> classifier = build_classifier("preact_resnet18", 5, width=2)
+    >>> classifier = build_classifier("small_cnn", 5, width=2)
     >>> victim = classifier.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3), "uint8"))
     >>> found = mm_bd(jax.random.key(1), classifier, victim, (8, 8, 3), MarginConfig(starts=2, steps=2))
     >>> found.margins.shape, 0 <= found.p_value <= 1

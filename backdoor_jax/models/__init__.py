@@ -12,6 +12,7 @@ from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
 from backdoor_jax.models.network import Network
 from backdoor_jax.models.preact_resnet import PreActResNet18
 from backdoor_jax.models.resnet import ResNet, Stem
+from backdoor_jax.models.small_cnn import SmallCNN
 from backdoor_jax.models.vgg import VGG19
 from backdoor_jax.models.vit import VisionTransformer
 
@@ -51,6 +52,7 @@ MODELS: dict[str, Architecture] = {
         ("heads_head",),
         ("patch",),
     ),
+    "small_cnn": Architecture(SmallCNN, "three convolutions, ours, for examples and quick trials"),
 }
 
 
@@ -129,6 +131,7 @@ __all__ = [
     "Network",
     "PreActResNet18",
     "ResNet",
+    "SmallCNN",
     "Stem",
     "Variables",
     "VisionTransformer",

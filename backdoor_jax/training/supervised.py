@@ -119,7 +119,7 @@ def train(
     Example:
         >>> from backdoor_jax import build_classifier, digits
         >>> data = digits().train.take(slice(64))
-        >>> classifier = build_classifier("preact_resnet18", 10, width=2)
+        >>> classifier = build_classifier("small_cnn", 10, width=2)
         >>> variables, history = train(jax.random.key(0), classifier, data, TrainConfig(epochs=1, batch_size=32))
         >>> history["loss"].shape
         (2,)
