@@ -2,6 +2,7 @@
 
 from backdoor_jax.metrics.accuracy import Scores, defense_effectiveness, evaluate, predict, success_rates
 from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd
+from backdoor_jax.metrics.landscape import Line, Moved, along, embedding, moved
 from backdoor_jax.metrics.latent import Agreement, Change, agreement, triggered_change
 from backdoor_jax.metrics.sequela import (
     Membership,
@@ -18,19 +19,24 @@ __all__ = [
     "Agreement",
     "Change",
     "Detection",
+    "Line",
     "MarginConfig",
     "Membership",
+    "Moved",
     "ReinjectConfig",
     "Scores",
     "agreement",
+    "along",
     "confidence_signal",
     "defense_effectiveness",
+    "embedding",
     "evaluate",
     "largest_margin",
     "loss_signal",
     "maximum_margins",
     "membership",
     "mm_bd",
+    "moved",
     "predict",
     "reinject",
     "shadow_model",

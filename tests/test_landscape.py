@@ -1,0 +1,104 @@
+"""The line between two models, how far weights moved, and the plane of latents."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from miniature import miniature
+
+from backdoor_jax import Classifier, Dataset, LabelMap, UserError, evaluate, finetune
+from backdoor_jax.defenses import FineTuneConfig
+from backdoor_jax.metrics.landscape import _judge, along, embedding, moved
+from backdoor_jax.models import Variables
+
+
+@jax.tree_util.Partial
+def white_corner(images: jax.Array) -> jax.Array:
+    return images.at[:, -3:, -3:].set(255)
+
+
+def test_the_line_passes_through_both_models_and_their_mean(
+    tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset
+) -> None:
+    end = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), tiny_variables)
+    label_map = LabelMap("all_to_one", 3, 1)
+    line = along(tiny_classifier, tiny_variables, end, tiny_data, white_corner, label_map, (0.0, 0.5, 1.0))
+    middle = jax.tree.map(lambda a, b: (a + b) / 2, tiny_variables, end)
+    labels = np.asarray(tiny_data.labels)
+    for at, variables in enumerate((tiny_variables, middle, end)):
+        scores = evaluate(tiny_classifier, variables, tiny_data, white_corner, label_map)
+        assert (line.acc[at], line.asr[at]) == pytest.approx((scores.acc, scores.asr))
+        for found, images, wanted, counted in (
+            (line.clean_loss, tiny_data.images, labels, labels >= 0),
+            (line.backdoor_loss, white_corner(tiny_data.images), np.ones_like(labels), labels != 1),
+        ):
+            logits = np.asarray(tiny_classifier.logits(variables, images)[0], np.float64)
+            losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), wanted]
+            assert found[at] == pytest.approx(losses[counted].mean(), rel=1e-4)
+
+
+def test_a_line_is_one_program(tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset) -> None:
+    label_map = LabelMap("all_to_one", 3)
+    along(tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.0,))
+    compiled = _judge._cache_size()
+    along(tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.25, 2.0, -1.0))
+    assert _judge._cache_size() == compiled
+
+
+def test_fine_tuning_a_small_victim_stays_where_both_losses_are_low() -> None:
+    case = miniature()
+    tuned = finetune(jax.random.key(0), case.classifier, case.variables, case.clean, FineTuneConfig(steps=20, crop=0))
+    line = along(case.classifier, case.variables, tuned.variables, case.test, case.trigger, case.label_map, (0, 0.5, 1))
+    assert (line.acc > 0.95).all() and (line.asr > 0.95).all()
+    assert (line.backdoor_loss < 0.5).all()
+
+
+@given(st.floats(-3, 3).filter(lambda factor: abs(factor) > 0.01))
+def test_a_scaled_weight_moved_by_its_factor_less_one(factor: float) -> None:
+    kernel = np.random.default_rng(0).standard_normal((4, 3))
+    before, after = ({"params": {"out": {"kernel": part}}} for part in (kernel, factor * kernel))
+    found = moved(before, after, ("out", "kernel"))
+    assert found.distance == pytest.approx(abs(factor - 1), abs=1e-12)
+    assert found.cosine == pytest.approx(np.sign(factor))
+    np.testing.assert_allclose(found.difference, (factor - 1) * kernel, atol=1e-12)
+
+
+def test_weights_at_zero_have_no_direction() -> None:
+    zero, one = ({"params": {"w": np.full(2, value)}} for value in (0.0, 1.0))
+    assert moved(zero, one, ("w",))[1:] == (1.0, 0.0)
+    assert moved(one, zero, ("w",))[1:] == (1.0, 0.0)
+    assert moved(zero, zero, ("w",))[1:] == (0.0, 0.0)
+
+
+def test_the_plane_keeps_distances_within_it() -> None:
+    generator = np.random.default_rng(0)
+    flat = generator.standard_normal((30, 2)) * (5, 2)
+    turn, _ = np.linalg.qr(generator.standard_normal((6, 6)))
+    first, second = embedding(flat[:10] @ turn[:2] + 3, flat[10:] @ turn[:2] + 3)
+    together = np.concatenate([first, second])
+    distances = [np.linalg.norm(part[:, None] - part[None], axis=-1) for part in (together, flat)]
+    np.testing.assert_allclose(*distances, atol=1e-9)
+    assert together.std(0)[0] > together.std(0)[1]
+    np.testing.assert_allclose(together.mean(0), 0, atol=1e-9)
+
+
+def test_bad_input_is_named(tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset) -> None:
+    label_map = LabelMap("all_to_one", 3)
+    bounded = {**tiny_variables, "bounds": {"relu": {"upper": jnp.ones(4)}}}
+    with pytest.raises(UserError, match="both without bounds"):
+        along(tiny_classifier, tiny_variables, bounded, tiny_data, white_corner, label_map)
+    only = tiny_data.take(np.flatnonzero(np.asarray(tiny_data.labels) == 0))
+    with pytest.raises(UserError, match="outside the target class"):
+        along(tiny_classifier, tiny_variables, tiny_variables, only, white_corner, label_map)
+    with pytest.raises(UserError, match="no parameters at 'linear/weight'"):
+        moved(tiny_variables, tiny_variables, ("linear", "weight"))
+    with pytest.raises(UserError, match="no parameters at 'linear'"):
+        moved(tiny_variables, tiny_variables, ("linear",))
+    with pytest.raises(UserError, match=r"shapes \(2,\) and \(3,\)"):
+        moved({"params": {"w": np.ones(2)}}, {"params": {"w": np.ones(3)}}, ("w",))
+    with pytest.raises(UserError, match=r"expected \(N, D\) with one D"):
+        embedding(np.ones((3, 2)), np.ones((3, 4)))
+    with pytest.raises(UserError, match="no plane"):
+        embedding(np.ones((3, 1)))
