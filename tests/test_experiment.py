@@ -32,9 +32,6 @@ from backdoor_jax import (
     UserError,
     load_model,
 )
-from backdoor_jax import (
-    experiment as runner,
-)
 from backdoor_jax.attacks import base
 from backdoor_jax.data import Poisoned
 from backdoor_jax.experiment import (
@@ -44,8 +41,10 @@ from backdoor_jax.experiment import (
     Experiment,
     ModelConfig,
     Row,
+    line,
     read_rows,
     run_experiment,
+    victims,
 )
 from backdoor_jax.models import MODELS, Architecture
 
@@ -116,7 +115,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a victim was trained")
 
-    monkeypatch.setattr(runner, "train", refuse)
+    monkeypatch.setattr(victims, "train", refuse)
 
 
 def copied(folder: Path, tmp_path: Path) -> Path:
@@ -223,7 +222,7 @@ def test_rows_given_back_are_those_written(small: Path, tmp_path: Path) -> None:
 def test_lines_told_are_those_of_the_rows(tmp_path: Path) -> None:
     told: list[str] = []
     rows = run(SMALL, tmp_path / "out", report=told.append)
-    assert told == [runner.line(row) for row in rows]
+    assert told == [line(row) for row in rows]
 
 
 def test_nothing_half_written_is_left(done: Path) -> None:
@@ -273,8 +272,8 @@ def test_a_run_killed_after_two_rows_goes_on(small: Path, tmp_path: Path, monkey
     assert models(kept) == [("badnets", 0, "none"), ("badnets", 0, "finetune")]
 
     names: list[str] = []
-    original = runner.train
-    monkeypatch.setattr(runner, "train", lambda *a, **k: names.append(k["name"]) or original(*a, **k))
+    original = victims.train
+    monkeypatch.setattr(victims, "train", lambda *a, **k: names.append(k["name"]) or original(*a, **k))
     rows = run(SMALL, out)
     assert names == ["none-0"]
     assert rows[:2] == kept
@@ -337,7 +336,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a finished run of attacks that learn, and the names of all trainings in their order."""
     out, names = tmp_path_factory.mktemp("runs") / "learnt", []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (runner, base):
+        for module in (victims, base):
             patch.setattr(module, "train", counting(module.train, names))  # type: ignore[attr-defined]
         run(LEARNING, out)
     return out, names
@@ -394,8 +393,8 @@ def test_what_a_poisoned_set_has_other_than_the_clean_one_is_kept(tmp_path: Path
     indices = np.array([2, 5, 11])
     # Relabelled and changed; relabelled alone; changed alone, as a cover is; poisoned without a trace.
     data = Dataset(clean.images.at[jnp.array([2, 7])].add(1), clean.labels.at[jnp.array([2, 5])].set(4))
-    runner._save_poisoned(tmp_path / "poisoned.npz", Poisoned(data, indices), clean)
-    loaded = runner._load_poisoned(tmp_path / "poisoned.npz", clean)
+    victims.save_poisoned(tmp_path / "poisoned.npz", Poisoned(data, indices), clean)
+    loaded = victims.load_poisoned(tmp_path / "poisoned.npz", clean)
     for got, want in (
         (loaded.data.images, data.images),
         (loaded.data.labels, data.labels),

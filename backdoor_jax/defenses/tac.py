@@ -233,6 +233,14 @@ def choose_target(
         The configuration with that class, or None where there is nothing to repair; and ``scan``, ``target``,
         ``oracle``, and ``why`` where nothing is to be repaired.
     """
+    chosen, info, _ = _choose(classifier, variables, data, config)
+    return chosen, info
+
+
+def _choose(
+    classifier: Classifier, variables: Variables, data: Dataset, config: TacConfig
+) -> tuple[TacConfig | None, dict[str, Any], Scan]:
+    """`choose_target`, and the scan it went by."""
     given = None if isinstance(config.target, str) else int(config.target)
     if given is not None and given >= classifier.num_classes:
         raise UserError(f"TacConfig.target is {given}, but the model has classes 0 to {classifier.num_classes - 1}")
@@ -246,11 +254,11 @@ def choose_target(
     summary = found.summary(config.statistic, config.alpha)
     info = {"scan": summary, "target": target, "oracle": given is not None}
     if target is None:
-        return None, {**info, "changed": False, "steps": 0, "why": summary["verdict"]}
+        return None, {**info, "changed": False, "steps": 0, "why": summary["verdict"]}, found
     if not found.perturbations.feasible[target]:
         why = f"no latent change sends every sample to class {target}"
-        return None, {**info, "changed": False, "steps": 0, "why": why}
-    return dataclasses.replace(config, target=target), info
+        return None, {**info, "changed": False, "steps": 0, "why": why}, found
+    return dataclasses.replace(config, target=target), info, found
 
 
 def tac(
@@ -277,13 +285,11 @@ def tac(
         UserError: for a target class that does not exist.
         NonFiniteError: where the victim's latents or head are not finite.
     """
-    chosen, info = choose_target(classifier, variables, data, config)
+    chosen, info, found = _choose(classifier, variables, data, config)
     if chosen is None:
         return Repair(variables, info)
-    kernel, bias = classifier.head_weights(variables)
-    solution = class_perturbations(latents(classifier, variables, data.images), kernel, bias, config.margin)
     step = GradientStep(TacLoss(classifier), CosineSGD(config.steps))
-    constants = {**numbers(config), "perturbation": solution.vectors[chosen.target]}
+    constants = {**numbers(config), "perturbation": found.perturbations.vectors[chosen.target]}
     repaired, done = tune(key, step, variables, data, constants, config, "tac")
     return Repair(repaired, {**info, **done})
 

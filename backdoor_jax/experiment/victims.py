@@ -1,0 +1,150 @@
+"""Victims and unpoisoned twins: made once, kept in the experiment's folder, and loaded again."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from backdoor_jax.attacks import Attack, Scene
+from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger
+from backdoor_jax.experiment.rows import plain, write_text
+from backdoor_jax.experiment.settings import AttackEntry, Experiment
+from backdoor_jax.interop.checkpoints import load_tree, save_tree
+from backdoor_jax.interop.native import save_model
+from backdoor_jax.metrics import Scores, evaluate
+from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.training import Stopwatch, train
+
+
+class Victim(NamedTuple):
+    """A model to be repaired, and the attacker's means to judge it."""
+
+    label: str
+    seed: int
+    variables: Variables
+    scores: Scores
+    training_set: Dataset
+    poisoned: np.ndarray
+    trigger: Trigger | None
+    label_map: LabelMap | None
+    info: dict[str, Any]
+    seconds: float
+    compile_seconds: float
+
+
+def streams(seed: int, label: str) -> dict[str, jax.Array]:
+    """One stream of randomness a purpose; the poison's depends on the attack, weights and clean subset do not."""
+    key = jax.random.key(seed)
+    streams = {
+        name: jax.random.fold_in(key, number) for number, name in enumerate(("clean", "victim", "poison", "defense"))
+    }
+    for name in ("poison", "defense"):
+        streams[name] = jax.random.fold_in(streams[name], zlib.crc32(label.encode()))
+    return streams
+
+
+def prepare_victim(
+    experiment: Experiment,
+    task: Task,
+    classifier: Classifier,
+    entry: AttackEntry | None,
+    seed: int,
+    out: Path,
+    clean_model: Variables | None = None,
+) -> Victim:
+    """Makes a victim or unpoisoned twin where there is none yet, and loads it."""
+    label = entry.label if entry else "none"
+    keys = streams(seed, label)
+    scene = Scene(classifier, task.train, experiment.training(entry), task.flip, clean_model)
+    folder = out / "victims" / f"{label}-{seed}"
+    record = folder / "timing.json"
+    if not record.is_file():
+        name, checkpoints, info = f"{label}-{seed}", folder / "training", {}
+        with Stopwatch() as watch:
+            if entry:
+                planted = entry.attack.plant(keys["poison"], keys["victim"], scene, name=name, checkpoints=checkpoints)
+                variables, info = planted.variables, planted.info
+            else:
+                variables, _ = train(
+                    keys["victim"],
+                    classifier,
+                    task.train,
+                    scene.training,
+                    flip=task.flip,
+                    name=name,
+                    checkpoints=checkpoints,
+                )
+            jax.block_until_ready(variables)
+        save_model(folder, classifier, variables)
+        if entry and entry.attack.learns:
+            save_tree(folder / "trigger", planted.trigger)
+            save_poisoned(folder / "poisoned.npz", planted.poisoned, task.train)
+        made = {"seconds": watch.seconds, "compile_seconds": watch.compile_seconds, "info": info}
+        write_text(record, json.dumps(made, default=plain))
+
+    like = jax.eval_shape(classifier.init, keys["victim"], task.test.images[:1])
+    variables = load_tree(folder / "variables", like)
+    poisoned, trigger, label_map = Poisoned(task.train, np.empty(0, np.int64)), None, None
+    if entry:
+        label_map = entry.attack.label_map(task.num_classes)
+        if entry.attack.learns:
+            trigger = load_tree(folder / "trigger", trigger_like(entry.attack, task))
+            poisoned = load_poisoned(folder / "poisoned.npz", task.train)
+        else:
+            poisoned, trigger, _ = entry.attack.poison(keys["poison"], scene)
+        save_example(out, label, task.test.images[:1], trigger)
+    scores = evaluate(classifier, variables, task.test, trigger, label_map, f"victim {label}-{seed}")
+    made = json.loads(record.read_text(encoding="utf-8"))
+    return Victim(
+        label,
+        seed,
+        variables,
+        scores,
+        poisoned.data,
+        poisoned.indices,
+        trigger,
+        label_map,
+        made.get("info", {}),
+        made["seconds"],
+        made["compile_seconds"],
+    )
+
+
+def trigger_like(attack: Attack, task: Task) -> Trigger:
+    """The structure and shapes of an attack's trigger."""
+    height, width, channels = task.train.images.shape[1:]
+    return jax.eval_shape(lambda key: attack.trigger(key, (height, width, channels)), jax.random.key(0))
+
+
+def save_poisoned(path: Path, poisoned: Poisoned, clean: Dataset) -> None:
+    """Writes what a poisoned set has other than the clean one."""
+    images, labels = np.asarray(poisoned.data.images), np.asarray(poisoned.data.labels)
+    changed = np.flatnonzero(
+        np.any(images != np.asarray(clean.images), axis=(1, 2, 3)) | (labels != np.asarray(clean.labels))
+    )
+    partial = path.with_name(f"{path.stem}.partial.npz")
+    np.savez(partial, indices=poisoned.indices, changed=changed, images=images[changed], labels=labels[changed])
+    os.replace(partial, path)
+
+
+def load_poisoned(path: Path, clean: Dataset) -> Poisoned:
+    """Reads what `save_poisoned` wrote, over the clean set."""
+    with np.load(path) as arrays:
+        changed = arrays["changed"]
+        data = Dataset(clean.images.at[changed].set(arrays["images"]), clean.labels.at[changed].set(arrays["labels"]))
+        return Poisoned(data, arrays["indices"])
+
+
+def save_example(out: Path, label: str, image: jax.Array, trigger: Trigger) -> None:
+    """One test image, clean and triggered, for the report."""
+    path = out / "examples" / f"{label}.npz"
+    if path.is_file():
+        return
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{label}.partial.npz")
+    np.savez(partial, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))
+    os.replace(partial, path)
