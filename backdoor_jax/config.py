@@ -2,11 +2,14 @@
 
 import dataclasses
 import typing
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax.numpy as jnp
 
 from backdoor_jax.errors import UserError
+
+Kind = TypeVar("Kind", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,27 @@ class Config:
         """Raises a `UserError` naming the field where a condition does not hold."""
         if not holds:
             raise UserError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}, expected {expected}")
+
+
+def from_preset(
+    kind: type[Kind], method: str, presets: Mapping[str, Mapping[str, Any]], name: str, changes: Mapping[str, Any]
+) -> Kind:
+    """A configuration with the settings of a preset, and changes to them.
+
+    Raises:
+        UserError: for an unknown name, naming the method and the presets that it has.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Example(Config):
+        ...     rate: float = 0.5
+        ...     steps: int = 10
+        >>> from_preset(Example, "example", {"fast": {"rate": 2.0}}, "fast", {"steps": 3})
+        Example(rate=2.0, steps=3)
+    """
+    if name not in presets:
+        raise UserError(f"unknown {method} preset {name!r}; known are {', '.join(presets)}")
+    return kind(**{**presets[name], **changes})
 
 
 def numbers(config: Config) -> dict[str, Any]:

@@ -114,12 +114,11 @@ def normalizations(variables: Variables) -> list[Path]:
 
 def perturbed(variables: Variables, masks: Any, weight: Any, bias: Any) -> Variables:
     """The network with its scales times ``masks + weight`` and its biases times ``1 + bias``; trees by path."""
-    params = flatten_dict(variables["params"])
+    params, masks, weight, bias = map(flatten_dict, (variables["params"], masks, weight, bias))
     changes = {}
-    for path, mask in flatten_dict(masks).items():
-        at = {name: params[*path, name] for name in ("scale", "bias")}
-        changes[*path, "scale"] = at["scale"] * (mask + flatten_dict(weight)[path])
-        changes[*path, "bias"] = at["bias"] * (1 + flatten_dict(bias)[path])
+    for path, mask in masks.items():
+        changes[*path, "scale"] = params[*path, "scale"] * (mask + weight[path])
+        changes[*path, "bias"] = params[*path, "bias"] * (1 + bias[path])
     return replaced(variables, changes)
 
 

@@ -129,5 +129,15 @@ def tune(
         augment=Augment(crop=config.crop, flip=config.flip),
         name=name,
     )
-    last = {entry: float(np.mean(values[-per_epoch:])) for entry, values in history.items()}
-    return state.variables, {"changed": True, "steps": epochs * per_epoch, "batch": size, "last_epoch": last}
+    done = {"changed": True, "steps": epochs * per_epoch, "batch": size}
+    return state.variables, {**done, "last_epoch": last_epoch(history, per_epoch)}
+
+
+def last_epoch(history: dict[str, np.ndarray], steps: int) -> dict[str, float]:
+    """Means of what was logged over the last so many steps.
+
+    Example:
+        >>> last_epoch({"loss": np.array([9.0, 1.0, 2.0])}, 2)
+        {'loss': 1.5}
+    """
+    return {entry: float(np.mean(values[-steps:])) for entry, values in history.items()}

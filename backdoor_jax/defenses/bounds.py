@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.config import Config
 from backdoor_jax.data import Dataset
@@ -131,14 +132,16 @@ def bound_activations(
         UserError: where the network has no rectifier that can be bounded, or a named place does not exist.
     """
     require_rectifiers(classifier, variables, data.images)
-    start = _largest_activations(classifier, variables, data.images)
-    places = ["/".join(path) for path in _paths(start)]
-    unknown = set(config.places or ()) - set(places)
+    start = flatten_dict(_largest_activations(classifier, variables, data.images))
+    places = {path: "/".join(path[:-1]) for path in sorted(start)}
+    unknown = set(config.places or ()) - set(places.values())
     if unknown:
         raise UserError(
-            f"activation bounds: no rectifier at {', '.join(sorted(unknown))}; there are {', '.join(places)}"
+            f"activation bounds: no rectifier at {', '.join(sorted(unknown))}; there are {', '.join(places.values())}"
         )
-    bounds = _keep(start, config.places)
+    bounds = unflatten_dict(
+        {path: start[path] for path in places if places[path] in (config.places or places.values())}
+    )
 
     latent = latents(classifier, variables, data.images)
     known = WithLogits(data.images, data.labels, classifier.head(variables, latent))
@@ -178,7 +181,8 @@ def bound_activations(
         "bound_to_maximum": float(np.mean(ratio)),
         "bounded_rectifiers": len(ratio),
     }
-    return {**variables, "bounds": _overlay(variables.get("bounds", {}), state.variables)}, done
+    every = {**flatten_dict(variables.get("bounds", {})), **flatten_dict(state.variables)}
+    return {**variables, "bounds": unflatten_dict(every)}, done
 
 
 @jax.jit
@@ -200,25 +204,3 @@ def _largest_activations(classifier: Classifier, variables: Variables, images: j
     starts = [min(at, images.shape[0] - size) for at in range(0, images.shape[0], size)]
     parts = [_largest_of_chunk(classifier, variables, images[at : at + size]) for at in starts]
     return jax.tree.map(lambda *values: jnp.max(jnp.stack(values), 0), *parts)
-
-
-def _paths(tree: Any) -> list[tuple[str, ...]]:
-    """Paths of the rectifiers in a tree of bounds."""
-    return [tuple(str(entry.key) for entry in path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _keep(bounds: Any, places: tuple[str, ...] | None, at: tuple[str, ...] = ()) -> Any:
-    """The tree without the rectifiers that are not wanted."""
-    if places is None:
-        return bounds
-    if "upper" in bounds:
-        return bounds if "/".join(at) in places else None
-    kept = {name: _keep(inner, places, (*at, name)) for name, inner in bounds.items()}
-    return {name: inner for name, inner in kept.items() if inner} or None
-
-
-def _overlay(old: Any, new: Any) -> Any:
-    """The old tree of bounds with the new ones put in."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return new
-    return {**old, **{name: _overlay(old.get(name), inner) for name, inner in new.items()}}

@@ -35,11 +35,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
 from backdoor_jax.defenses.sphere import Paths, SphereProjection, project_to_sphere
-from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
     Constants,
@@ -84,9 +83,7 @@ class D3Config(TuneConfig):
     def preset(cls, name: Literal["released", "paper"], **changes: Any) -> "D3Config":
         """``released`` (lambda 0.5) or ``paper`` (lambda 10, second-hand), with changes."""
         presets: dict[str, dict[str, Any]] = {"released": {}, "paper": {"penalty": 10.0}}
-        if name not in presets:
-            raise UserError(f"unknown d3 preset {name!r}; known are {', '.join(presets)}")
-        return cls(**{**presets[name], **changes})
+        return from_preset(cls, "d3", presets, name, changes)
 
 
 def distance(weights: Any, origin: Any) -> jax.Array:

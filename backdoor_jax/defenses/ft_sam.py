@@ -34,10 +34,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
-from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Constants, CosineSGD, Info, SharpnessAwareStep, smoothed_cross_entropy
 
@@ -73,9 +72,7 @@ class FtSamConfig(TuneConfig):
         Raises:
             UserError: for an unknown name.
         """
-        if name not in PRESETS:
-            raise UserError(f"unknown ft_sam preset {name!r}; known are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return from_preset(cls, "ft_sam", PRESETS, name, changes)
 
 
 @dataclasses.dataclass(frozen=True)

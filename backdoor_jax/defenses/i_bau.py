@@ -54,13 +54,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, adam
-from backdoor_jax.errors import UserError
+from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, adam, last_epoch
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Constants, GradientStep, Info, batch_shape, cross_entropy, fit
 
@@ -115,9 +113,7 @@ class IBauConfig(StepsConfig):
         Raises:
             UserError: for an unknown name.
         """
-        if name not in PRESETS:
-            raise UserError(f"unknown i_bau preset {name!r}; known are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return from_preset(cls, "i_bau", PRESETS, name, changes)
 
 
 def at_optimum(
@@ -260,9 +256,7 @@ def i_bau(
             name="i_bau, perturbation",
         )
         perturbation = found.variables["params"]["perturbation"]
-        rounds.append(
-            {"norm": float(jnp.linalg.norm(perturbation)), "harm": float(history["harm"][-per_epoch:].mean())}
-        )
+        rounds.append({"norm": float(jnp.linalg.norm(perturbation)), "harm": last_epoch(history, per_epoch)["harm"]})
         state, history = fit(
             unlearn_key,
             unlearn,
@@ -274,11 +268,8 @@ def i_bau(
             augment=augment,
             name="i_bau",
         )
-    last = {entry: float(np.mean(values[-per_epoch:])) for entry, values in history.items()}
-    steps = config.rounds * passes * per_epoch
-    return Repair(
-        state.variables, {"changed": True, "steps": steps, "batch": size, "last_epoch": last, "rounds": rounds}
-    )
+    done = {"changed": True, "steps": config.rounds * passes * per_epoch, "batch": size}
+    return Repair(state.variables, {**done, "last_epoch": last_epoch(history, per_epoch), "rounds": rounds})
 
 
 DEFENSE = Defense("unlearn universal perturbations by implicit hypergradients", "clean", IBauConfig, i_bau)

@@ -41,9 +41,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.defenses.base import Defense, Repair
+from backdoor_jax.defenses.base import Defense, Repair, last_epoch
 from backdoor_jax.defenses.bounds import MMBM_PLACES, BoundConfig, bound_activations, require_rectifiers
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
@@ -89,9 +89,7 @@ class PadConfig(BoundConfig):
             UserError: for an unknown name.
         """
         presets: dict[str, dict[str, Any]] = {"all": {}, "mmbm": {"places": MMBM_PLACES, "bound_weight": 0.5}}
-        if name not in presets:
-            raise UserError(f"unknown pad preset {name!r}; known are {', '.join(presets)}")
-        return cls(**{**presets[name], **changes})
+        return from_preset(cls, "pad", presets, name, changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +253,7 @@ def tune_classifier(
         batch_size=config.batch_size,
         name="pad_ft classifier",
     )
-    last = {name: float(np.mean(values[-steps:])) for name, values in history.items()}
-    return state.variables, {"steps": steps * config.tune_epochs, "last_epoch": last}
+    return state.variables, {"steps": steps * config.tune_epochs, "last_epoch": last_epoch(history, steps)}
 
 
 def pad(

@@ -29,10 +29,9 @@ from typing import Any
 import jax
 import optax
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
-from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Constants, GradientStep, SupervisedLoss, torch_sgd, triangular_two_phase
 
@@ -92,9 +91,7 @@ class SuperFineTuneConfig(TuneConfig):
         Raises:
             UserError: for an unknown name.
         """
-        if name not in PRESETS:
-            raise UserError(f"unknown super_finetune preset {name!r}; known are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return from_preset(cls, "super_finetune", PRESETS, name, changes)
 
 
 @dataclasses.dataclass(frozen=True)

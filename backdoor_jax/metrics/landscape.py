@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict
 
 from backdoor_jax.data import Dataset, LabelMap, Trigger
 from backdoor_jax.errors import UserError
+from backdoor_jax.metrics.latent import cosine
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy, map_chunks
 
@@ -146,14 +147,9 @@ def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
     one, other = (np.asarray(leaf, np.float64) for leaf in found)
     if one.shape != other.shape:
         raise UserError(f"{'/'.join(path)!r} has shapes {one.shape} and {other.shape}; give two models of one network")
-    norms = [float(np.linalg.norm(array)) for array in (one, other)]
-    product = norms[0] * norms[1]
-    difference = other - one
-    return Moved(
-        difference,
-        float(np.linalg.norm(difference)) / norms[0] if norms[0] else float(np.linalg.norm(difference) > 0),
-        float((one * other).sum() / product) if product else 0.0,
-    )
+    difference, norm = other - one, float(np.linalg.norm(one))
+    distance = float(np.linalg.norm(difference))
+    return Moved(difference, distance / norm if norm else float(distance > 0), cosine(one.ravel(), other.ravel()))
 
 
 def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:

@@ -68,8 +68,13 @@ def triggered_change(classifier: Classifier, variables: Variables, images: jax.A
     return Change(np.asarray(jnp.mean(changes, 0)), np.asarray(jnp.mean(jnp.abs(changes), 0)))
 
 
-def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """The cosine of two vectors; 0 where one of them is zero."""
+def cosine(first: np.ndarray, second: np.ndarray) -> float:
+    """The cosine of two vectors; 0 where one of them is zero.
+
+    Example:
+        >>> cosine(np.array([1.0, 0.0]), np.array([-2.0, 0.0])), cosine(np.zeros(2), np.ones(2))
+        (-1.0, 0.0)
+    """
     norms = np.linalg.norm(first) * np.linalg.norm(second)
     return float(first @ second / norms) if norms else 0.0
 
@@ -93,6 +98,6 @@ def agreement(scores: np.ndarray, change: np.ndarray, k: int) -> Agreement:
     if not 1 <= k <= len(scores):
         raise UserError(f"k is {k}, expected 1 to {len(scores)} neurons")
     ranks = [stats.rankdata(values) for values in (scores, change)]
-    spearman = _cosine(*(rank - rank.mean() for rank in ranks))
+    spearman = cosine(*(rank - rank.mean() for rank in ranks))
     largest = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (scores, change)]
-    return Agreement(_cosine(scores, change), spearman, len(largest[0] & largest[1]) / k)
+    return Agreement(cosine(scores, change), spearman, len(largest[0] & largest[1]) / k)
