@@ -19,11 +19,13 @@ TRACES: list[int] = []
 
 
 class SmallNet(nn.Module):
-    """Three convolutions, two of them strided, and a linear head that sees where things are."""
+    """Convolutions, of these channels and strides, and a linear head that sees where things are."""
+
+    layers: tuple[tuple[int, int], ...] = ((16, 1), (16, 2), (32, 2))
 
     def setup(self) -> None:
-        self.convolutions = [conv(16, 3, 1), conv(16, 3, 2), conv(32, 3, 2)]
-        self.norms = [BatchNorm(), BatchNorm(), BatchNorm()]
+        self.convolutions = [conv(channels, 3, stride) for channels, stride in self.layers]
+        self.norms = [BatchNorm() for _ in self.layers]
         self.linear = nn.Dense(CLASSES)
 
     def features(self, x: jax.Array, train: bool) -> jax.Array:
@@ -39,10 +41,10 @@ class SmallNet(nn.Module):
         return self.head(self.features(x, train))
 
 
-def smooth(generator: np.random.Generator, count: int) -> np.ndarray:
-    """Random soft pictures of 12x12 with mean 0 and deviation 1."""
-    coarse = generator.standard_normal((count, 5, 5, 3))
-    pictures = np.asarray(jax.image.resize(jnp.asarray(coarse), (count, 12, 12, 3), "cubic"))
+def smooth(generator: np.random.Generator, count: int, size: int = 12, coarse: int = 5) -> np.ndarray:
+    """Random soft square pictures with mean 0 and deviation 1, from coarser noise."""
+    noise = generator.standard_normal((count, coarse, coarse, 3))
+    pictures = np.asarray(jax.image.resize(jnp.asarray(noise), (count, size, size, 3), "cubic"))
     return (pictures - pictures.mean((1, 2, 3), keepdims=True)) / pictures.std((1, 2, 3), keepdims=True)
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from miniature import miniature
 from scipy import stats
-from test_victims import SmallNet, made
+from small_victim import SmallNet
+from test_victims import made
 
 from backdoor_jax import Classifier, Dataset, TrainConfig, UserError, evaluate, train
 from backdoor_jax.config import numbers
@@ -155,7 +156,7 @@ MEMORISING = TrainConfig(epochs=30, batch_size=25, learning_rate=0.05, crop=0, w
 @pytest.fixture(scope="module")
 def memory() -> Case:
     """A model that knows its 100 images by heart."""
-    classifier, members = Classifier(SmallNet(), 4), scrambled(1, 100)
+    classifier, members = Classifier(SmallNet(((16, 2), (32, 2))), 4), scrambled(1, 100)
     variables, _ = train(jax.random.key(0), classifier, members, MEMORISING)
     return Case(classifier, variables, members)
 

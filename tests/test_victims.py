@@ -3,50 +3,22 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_victim import SmallNet, smooth
 
 from backdoor_jax import ATTACKS, Attack, BadNets, Blended, Classifier, Dataset, Scene, TrainConfig, predict, train
-from backdoor_jax.models.layers import BatchNorm, conv
 
 TARGET = 1
 
 
-class SmallNet(nn.Module):
-    """Two strided convolutions and a linear head that sees where things are."""
-
-    def setup(self) -> None:
-        self.convolutions = [conv(16, 3, 2), conv(32, 3, 2)]
-        self.norms = [BatchNorm(), BatchNorm()]
-        self.linear = nn.Dense(4)
-
-    def features(self, x: jax.Array, train: bool) -> jax.Array:
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = nn.relu(norm(convolution(x), train))
-        return x.reshape(len(x), -1)
-
-    def head(self, latent: jax.Array) -> jax.Array:
-        return self.linear(latent)
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.head(self.features(x, train))
-
-
-def smooth(generator: np.random.Generator, count: int) -> np.ndarray:
-    """Random soft pictures of 16x16 with mean 0 and deviation 1."""
-    coarse = generator.standard_normal((count, 6, 6, 3))
-    pictures = np.asarray(jax.image.resize(jnp.asarray(coarse), (count, 16, 16, 3), "cubic"))
-    return (pictures - pictures.mean((1, 2, 3), keepdims=True)) / pictures.std((1, 2, 3), keepdims=True)
-
-
 def made(seed: int, count: int) -> Dataset:
     """Four classes on one textured ground, each with a soft picture of its own under another one and noise."""
-    *pictures, ground = smooth(np.random.default_rng(0), 5)
+    *pictures, ground = smooth(np.random.default_rng(0), 5, 16, 6)
     generator, labels = np.random.default_rng(seed), np.arange(count) % 4
-    images = 128 + 20 * np.stack(pictures)[labels] + 30 * ground + 15 * smooth(generator, count)
+    images = 128 + 20 * np.stack(pictures)[labels] + 30 * ground + 15 * smooth(generator, count, 16, 6)
     images += 10 * generator.standard_normal(images.shape)
     return Dataset(jnp.asarray(np.clip(images, 0, 255).astype(np.uint8)), jnp.asarray(labels, jnp.int32))
 
@@ -82,7 +54,7 @@ class Bench(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    classifier, data, test = Classifier(SmallNet(), 4), made(1, 320), made(2, 200)
+    classifier, data, test = Classifier(SmallNet(((16, 2), (32, 2))), 4), made(1, 320), made(2, 200)
     clean_model, _ = train(jax.random.key(0), classifier, data, TRAINING)
     assert np.mean(predict(classifier, clean_model, test.images) == test.labels) > 0.95
     return Bench(Scene(classifier, data, TRAINING, clean_model=clean_model), test)
