@@ -27,12 +27,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.error(f"unknown arguments {' '.join(rest)}; settings are given as key=value to run and defend")
     parsed.overrides = tuple(rest)
+    _keep_programs()
     try:
         parsed.command(parsed)
     except UserError as error:
         print(f"backdoor-jax: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _keep_programs() -> None:
+    """Keeps compiled programs in the user's cache folder, where JAX's own settings do not say where, or not to."""
+    import jax
+    from platformdirs import user_cache_path
+
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
 
 
 def _parser() -> argparse.ArgumentParser:

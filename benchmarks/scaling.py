@@ -38,32 +38,19 @@ def classes(point: int, how: str, width: int) -> Callable[[], Any]:
 def victims(point: int, how: str, width: int) -> Callable[[], Any]:
     """Four steps of so many networks, each on images of its own."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from backdoor_jax.training import epoch, fit, fit_many, mesh_for, stack
 
     step, state, data, key, constants = epoch_of(width, 256)
-    one = one_epoch(step, 64)
-    if how == "sequential":
-        compiled = jax.jit(one)
-        return lambda: [compiled(state, data, key, constants) for _ in range(point)]
-    stack = lambda tree: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (point, *leaf.shape)), tree)  # noqa: E731
-    many = (stack(state), stack(data), jax.random.split(key, point))
-    if how == "sharded":
-        mesh = Mesh(np.array(jax.devices()[:point]), ("victims",))
-        many = jax.device_put(many, NamedSharding(mesh, PartitionSpec("victims")))
-        spread = jax.shard_map(
-            lambda *own: jax.lax.map(lambda each: one(*each, constants), own),
-            mesh=mesh,
-            in_specs=PartitionSpec("victims"),
-            out_specs=PartitionSpec("victims"),
-        )
-        compiled = jax.jit(spread)
-    elif how == "vmap":
-        compiled = jax.jit(jax.vmap(lambda *each: one(*each, constants)))
-    else:
-        compiled = jax.jit(lambda *all_of: jax.lax.map(lambda each: one(*each, constants), all_of))
-    return lambda: compiled(*many)
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 64}
+    if how == "one by one":
+        return lambda: [fit(key, step, state, data, constants, **options)[0] for _ in range(point)]
+    keys, states, sets, many = stack([(key, state, data, constants)] * point)
+    if how == "vmap":
+        each = jax.jit(jax.vmap(lambda *own: epoch(*own, step=step, batch_size=64)))
+        return lambda: each(states, sets, keys, many)
+    mesh = mesh_for(point, jax.devices()[: point if how == "sharded" else 1])
+    return lambda: fit_many(keys, step, states, sets, many, **options, mesh=mesh)[0]
 
 
 def devices(point: int, how: str, width: int) -> Callable[[], Any]:
@@ -94,17 +81,10 @@ def epoch_of(width: int, count: int) -> tuple[Any, Any, Any, Any, Any]:
     return step, step.init(variables, constants), random_data(count), jax.random.key(1), constants
 
 
-def one_epoch(step: Any, batch: int) -> Callable[..., Any]:
-    """The engine's epoch with its static arguments filled in."""
-    from backdoor_jax.training import epoch
-
-    return lambda state, data, key, constants: epoch(state, data, key, constants, step=step, batch_size=batch)[0]
-
-
 SCALES: dict[str, tuple[Callable[[int, str, int], Callable[[], Any]], tuple[str, ...], tuple[int, ...]]] = {
     "images": (images, ("",), (2_000, 8_000, 32_000)),
     "classes": (classes, ("",), (10, 50, 100, 200)),
-    "victims": (victims, ("sequential", "map", "vmap", "sharded"), (1, 2, 4, 8)),
+    "victims": (victims, ("one by one", "map", "vmap", "sharded"), (1, 2, 4, 8)),
     "devices": (devices, ("",), (1, 2, 4, 8)),
 }
 

@@ -34,11 +34,12 @@ class Work(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How large the network and the work are."""
+    """How large the network and the work are, and what it is computed in."""
 
     width: int
     steps: int
     images: int
+    dtype: Any = "float32"
 
 
 def tuning(size: Size, name: str) -> Work:
@@ -147,6 +148,44 @@ def head_tuning(size: Size) -> Work:
     return Work(run, one * views + head, views, f"{images} images, {config.views} views, {config.tune_epochs} epochs")
 
 
+def head_recomputing(size: Size) -> Work:
+    """Two epochs of the same with no features kept: every step runs the frozen network on all views of its batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from backdoor_jax.config import numbers
+    from backdoor_jax.data import Augment, Dataset
+    from backdoor_jax.defenses import PadFtConfig
+    from backdoor_jax.defenses.pad_ft import ClassifierLoss
+    from backdoor_jax.training import CosineSGD, GradientStep, batch_shape, fit
+
+    images, epochs = min(size.images, 3000), 2
+    data = random_data(images)
+    classifier, variables = network(size)
+    config = PadFtConfig()
+    augment = Augment(flip=config.flip, brightness=config.brightness, contrast=config.contrast)
+
+    def loss(variables: Any, batch: Dataset, key: Any, constants: Any) -> Any:
+        views = [batch.images, *(augment(one, batch.images) for one in jax.random.split(key, config.views))]
+        seen = jnp.stack([classifier.features(variables, view)[0] for view in views], axis=1)
+        return ClassifierLoss(classifier)(variables, Dataset(seen, batch.labels), key, constants)
+
+    steps, _ = batch_shape(images, config.batch_size)
+    step = GradientStep(loss, CosineSGD(steps * epochs), trainable=(classifier.head_path,))
+    constants = numbers(config)
+    state = step.init(variables, constants)
+
+    def run() -> Any:
+        key = jax.random.key(1)
+        return fit(key, step, state, data, constants, epochs=epochs, batch_size=config.batch_size)[0]
+
+    one = measuring.flops(lambda images: classifier.logits(variables, images)[0], data.images[:100]) / 100
+    seen = images * (1 + config.views) * epochs
+    return Work(
+        run, one * seen, seen, f"{images} images, {config.views} views, {epochs} of {config.tune_epochs} epochs"
+    )
+
+
 def programs(classes: int, latent: int) -> Work:
     """TAC's quadratic programs of all classes, for clean latents as a trained network has them: clusters."""
     import jax
@@ -182,7 +221,7 @@ def network(size: Size) -> tuple[Any, Any]:
 
     import backdoor_jax as bj
 
-    classifier = bj.build_classifier("preact_resnet18", 10, width=size.width)
+    classifier = bj.build_classifier("preact_resnet18", 10, width=size.width, dtype=size.dtype)
     return classifier, jax.jit(classifier.init)(jax.random.key(0), random_data(1).images)
 
 
@@ -194,6 +233,7 @@ MEASUREMENTS: dict[str, Callable[[Size], Work]] = {
     "pad_score": scoring,
     "pad_bounds": bounding,
     "pad_head": head_tuning,
+    "pad_head_recomputing": head_recomputing,
     **{
         f"tac_programs_{classes}_{latent}": lambda size, c=classes, d=latent: programs(c, d)  # type: ignore[misc]
         for classes in (10, 43, 100, 200)
@@ -208,6 +248,7 @@ def main() -> None:
     parser = measuring.parser(__doc__ or "")
     parser.add_argument("--width", type=int, help="of the PreAct-ResNet18 (default: 64, on a CPU 16)")
     parser.add_argument("--steps", type=int, help="gradient steps a run (default: 1000, on a CPU 20)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what networks compute in")
     parser.add_argument("--one", choices=MEASUREMENTS, help="measure this alone, and print it as JSON")
     arguments = parser.parse_args()
     measuring.choose_platform(arguments.platform)
@@ -226,7 +267,8 @@ def main() -> None:
     content = {"about": results[next(iter(results))].pop("about"), "quick": arguments.quick, "results": results}
     for result in results.values():
         result.pop("about", None)
-    print(measuring.write(arguments.out, "speed-quick" if arguments.quick else "speed", content))
+    name = "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else "") + ("-quick" if arguments.quick else "")
+    print(measuring.write(arguments.out, name, content))
     rows = []
     for name, result in results.items():
         rate = f"{result['images'] / result['seconds']:,.0f}" if result["images"] else "-"
@@ -248,7 +290,7 @@ def measure(name: str, arguments: Any) -> dict[str, Any]:
     images = 50_000 if accelerator else 10_000
     if arguments.quick:
         width, steps, images = 4, 10, 2_000
-    size = Size(arguments.width or width, arguments.steps or steps, images)
+    size = Size(arguments.width or width, arguments.steps or steps, images, arguments.dtype)
     before = measuring.floors(arguments.quick)
     work = MEASUREMENTS[name](size)
     times = measuring.timed(work.run, 2 if arguments.quick else arguments.repeats)
@@ -259,6 +301,7 @@ def measure(name: str, arguments: Any) -> dict[str, Any]:
         **times,
         "what": work.what,
         "width": size.width,
+        "dtype": size.dtype,
         "images": work.images,
         "flops": work.flops,
         "floor": floor,

@@ -7,6 +7,8 @@ import os
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 )
+# Compiled programs are not kept for the next suite: what a test compiles it pays for.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
 os.environ["MPLBACKEND"] = os.environ.get("MPLBACKEND", "Agg")
 
 import flax.linen as nn

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from backdoor_jax.attacks import ATTACKS
@@ -195,3 +197,24 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
 def test_rows_are_plain_json_lines(done: Run) -> None:
     lines = (done.out / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == read_rows(done.out / "results.jsonl")
+
+
+def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "backdoor_jax.cli", "run", str(config), "defenses=[]", "--out"]
+    kept = []
+    for out in ("first", "second"):
+        subprocess.run([*command, str(tmp_path / out)], env=environment, check=True, capture_output=True)
+        kept.append(sorted(path.name for path in (tmp_path / "cache" / "backdoor_jax").rglob("*-cache")))
+    assert any(name.startswith("jit_epoch") for name in kept[0])
+    assert kept[0] == kept[1]
+
+
+def test_jaxs_own_setting_of_the_cache_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.config, "update", lambda *setting: pytest.fail(f"set {setting}"))
+        assert jax.config.read("jax_compilation_cache_dir") is not None
+        assert main(["list"]) == 0

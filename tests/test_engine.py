@@ -164,6 +164,18 @@ def test_an_epoch_reuses_the_memory_of_the_state_it_is_given(
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.variables["params"]))
 
 
+def test_an_epoch_moves_nothing_between_host_and_device(
+    key: jax.Array, step: GradientStep, start: State, tiny_data: Dataset
+) -> None:
+    options = {"step": step, "batch_size": 8, "augment": AUGMENT}
+    run_epoch(copied(start), tiny_data, key, CONSTANTS, **options)
+    state = copied(start)
+    with jax.transfer_guard("disallow"):
+        state, _ = run_epoch(state, tiny_data, key, CONSTANTS, **options)
+        with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
+            run_epoch(state, tiny_data, key, {**CONSTANTS, "momentum": np.float32(0.9)}, **options)
+
+
 def test_a_loss_that_is_not_finite_names_the_run_and_the_step(key: jax.Array, tiny_data: Dataset) -> None:
     with pytest.raises(NonFiniteError, match="victim-7: the loss is nan at step 5; lower the learning rate"):
         fit(key, Reporter(fails=4), IDLE, tiny_data, {}, epochs=3, batch_size=8, name="victim-7")
@@ -339,6 +351,17 @@ def test_a_sharded_batch_is_spread_over_the_devices(
     _, history = fit(key, Inspector(), IDLE, tiny_data, {}, epochs=1, batch_size=8, sharding=sharding)
     assert placed[0].is_equivalent_to(sharding, 4)
     assert history["loss"].sum() == np.asarray(tiny_data.images).sum()
+
+
+def test_a_mesh_may_be_of_any_kind(
+    key: jax.Array, step: GradientStep, start: State, tiny_data: Dataset, sharding: NamedSharding
+) -> None:
+    options = {"epochs": 1, "batch_size": 8, "augment": AUGMENT}
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = NamedSharding(explicit, PartitionSpec("data"))
+    found, _ = fit(key, step, start, tiny_data, CONSTANTS, **options, sharding=spread)
+    wanted, _ = fit(key, step, start, tiny_data, CONSTANTS, **options, sharding=sharding)
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(wanted))
 
 
 def test_a_sharded_run_is_compiled_once(spread: Spread) -> None:

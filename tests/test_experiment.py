@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from backdoor_jax import (
     TrainConfig,
     TrojanNN,
     UserError,
+    WaNet,
     load_model,
 )
 from backdoor_jax.attacks import base
@@ -621,3 +624,39 @@ def test_an_experiment_that_makes_no_sense_cannot_be_made(changes: dict[str, Any
     with pytest.raises(UserError) as caught:
         dataclasses.replace(SMALL, **changes)
     assert named in str(caught.value)
+
+
+# Several devices and precisions
+
+
+def test_victims_of_all_seeds_are_trained_at_once_over_several_devices(tmp_path: Path) -> None:
+    attacks = (BADNETS, AttackEntry("adap_blend", AdapBlend(target=1)), AttackEntry("wanet", WaNet(target=1)))
+    both = dataclasses.replace(SMALL, seeds=(0, 1), attacks=attacks)
+    with pytest.MonkeyPatch.context() as patch:
+        alone = run(both, tmp_path / "alone")
+        trained: list[str] = []
+        train_many = victims.train_many
+
+        def watch(*arguments: Any, **options: Any) -> Any:
+            trained.append(options["name"])
+            return train_many(*arguments, **options)
+
+        patch.setattr(victims, "train_many", watch)
+        together = run(both, tmp_path / "together", devices=jax.devices()[:2])
+        assert trained == ["badnets, seeds 0, 1", "adap_blend, seeds 0, 1", "none, seeds 0, 1"]
+        assert run(both, tmp_path / "together", devices=jax.devices()[:2]) == together
+        assert len(trained) == 3
+    for one, other in zip(alone, together, strict=True):
+        assert [one[name] for name in ("attack", "seed", "defense")] == [
+            other[name] for name in ("attack", "seed", "defense")
+        ]
+        assert other["acc"] == pytest.approx(one["acc"], abs=0.05)
+    for label in ("badnets-1", "adap_blend-0", "none-1"):
+        models = [load_model(tmp_path / folder / "victims" / label)[1] for folder in ("alone", "together")]
+        chex.assert_trees_all_close(*models, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_in_bfloat16_says_so(tmp_path: Path) -> None:
+    model = dataclasses.replace(SMALL.model, name="small_cnn", width=2, dtype="bfloat16")
+    rows = run(dataclasses.replace(SMALL, model=model), tmp_path / "half")
+    assert {row["model"] for row in rows} == {"small_cnn-2-dtype=bfloat16"}

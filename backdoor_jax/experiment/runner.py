@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from backdoor_jax.experiment.settings import (
     ModelConfig,
     describe,
 )
-from backdoor_jax.experiment.victims import Victim, prepare_victim, streams, trigger_like
+from backdoor_jax.experiment.victims import RECORD, Victim, prepare_together, prepare_victim, streams, trigger_like
 from backdoor_jax.interop.native import DESCRIPTION, describe_folder
 from backdoor_jax.metrics import Scores, evaluate
 from backdoor_jax.models import Classifier, build_classifier
@@ -46,6 +46,7 @@ def run_experiment(
     root: Path = Path(),
     report: Callable[[str], None] = print,
     proceed: Callable[[], bool] = lambda: True,
+    devices: Sequence[jax.Device] | None = None,
 ) -> list[Row]:
     """Runs what is not done yet of an experiment.
 
@@ -55,6 +56,8 @@ def run_experiment(
         root: where relative paths of data start.
         report: told a line after each row.
         proceed: asked before each victim and each defence; False ends the run there, to go on another time.
+        devices: where there are several, victims of all seeds are trained at once over them; by default all
+            accelerators, or one CPU device: cores are shared by whatever runs (`benchmarks/scaling.py` measures it).
 
     Returns:
         All rows of the folder, this run's and earlier ones.
@@ -84,7 +87,7 @@ def run_experiment(
     classifier = build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
     _check(experiment, task, classifier)
     _claim(experiment, out)
-    for record in out.glob("victims/*/timing.json"):
+    for record in out.glob(f"victims/*/{RECORD}"):
         if not (record.parent / DESCRIPTION).is_file():  # Made by a version whose victims did not say what they were.
             shapes = jax.eval_shape(classifier.init, jax.random.key(0), task.test.images[:1])
             describe_folder(record.parent, classifier, shapes)
@@ -96,6 +99,13 @@ def run_experiment(
         report(line(row))
 
     attacks: list[AttackEntry | None] = [*experiment.attacks, None]
+    if devices is None:
+        devices = jax.devices() if jax.default_backend() != "cpu" else jax.devices()[:1]
+    if len(devices) > 1 and len(experiment.seeds) > 1:
+        for entry in attacks:
+            if not proceed():
+                return rows
+            prepare_together(experiment, task, classifier, entry, out, devices)
     for seed in experiment.seeds:
         for entry in attacks:
             label = entry.label if entry else "none"

@@ -8,7 +8,7 @@ from backdoor_jax.attacks import ATTACKS, Attack
 from backdoor_jax.config import Config
 from backdoor_jax.defenses import DEFENSES
 from backdoor_jax.errors import UserError
-from backdoor_jax.models import Stem
+from backdoor_jax.models import Precision, Stem
 from backdoor_jax.training import TrainConfig
 
 
@@ -36,12 +36,14 @@ class ModelConfig(Config):
         width: channels of the first layer, or of an attention head.
         stem: of a network that has it as an option; the network's default by default.
         patch: likewise.
+        dtype: what it computes in; ``bfloat16`` leaves weights, statistics and losses in float32.
     """
 
     name: str = "preact_resnet18"
     width: int = 64
     stem: Stem | None = None
     patch: int | None = None
+    dtype: Precision = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +53,7 @@ class ModelConfig(Config):
     @property
     def options(self) -> dict[str, Any]:
         """What is chosen besides name and width."""
-        chosen = {"stem": self.stem, "patch": self.patch}
+        chosen = {"stem": self.stem, "patch": self.patch, "dtype": None if self.dtype == "float32" else self.dtype}
         return {name: value for name, value in chosen.items() if value is not None}
 
 

@@ -3,13 +3,14 @@
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from backdoor_jax.attacks import Attack, Scene
+from backdoor_jax.attacks import Attack, Planted, Scene
 from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger
 from backdoor_jax.experiment.rows import plain, write_text
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
@@ -17,7 +18,10 @@ from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.native import save_model
 from backdoor_jax.metrics import Scores, evaluate
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Stopwatch, train
+from backdoor_jax.training import Stopwatch, mesh_for, train, train_many
+
+RECORD = "timing.json"
+"""The file whose presence says that a victim is whole."""
 
 
 class Victim(NamedTuple):
@@ -61,13 +65,12 @@ def prepare_victim(
     keys = streams(seed, label)
     scene = Scene(classifier, task.train, experiment.training(entry), task.flip, clean_model)
     folder = out / "victims" / f"{label}-{seed}"
-    record = folder / "timing.json"
+    record = folder / RECORD
     if not record.is_file():
-        name, checkpoints, info = f"{label}-{seed}", folder / "training", {}
+        name, checkpoints = f"{label}-{seed}", folder / "training"
         with Stopwatch() as watch:
             if entry:
                 planted = entry.attack.plant(keys["poison"], keys["victim"], scene, name=name, checkpoints=checkpoints)
-                variables, info = planted.variables, planted.info
             else:
                 variables, _ = train(
                     keys["victim"],
@@ -78,13 +81,9 @@ def prepare_victim(
                     name=name,
                     checkpoints=checkpoints,
                 )
-            jax.block_until_ready(variables)
-        save_model(folder, classifier, variables)
-        if entry and entry.attack.learns:
-            save_tree(folder / "trigger", planted.trigger)
-            save_poisoned(folder / "poisoned.npz", planted.poisoned, task.train)
-        made = {"seconds": watch.seconds, "compile_seconds": watch.compile_seconds, "info": info}
-        write_text(record, json.dumps(made, default=plain))
+                planted = _unplanted(task, variables)
+            jax.block_until_ready(planted.variables)
+        _keep(folder, classifier, entry, planted, task, watch.seconds, watch.compile_seconds)
 
     like = jax.eval_shape(classifier.init, keys["victim"], task.test.images[:1])
     variables = load_tree(folder / "variables", like)
@@ -112,6 +111,70 @@ def prepare_victim(
         made["seconds"],
         made["compile_seconds"],
     )
+
+
+def prepare_together(
+    experiment: Experiment,
+    task: Task,
+    classifier: Classifier,
+    entry: AttackEntry | None,
+    out: Path,
+    devices: Sequence[jax.Device],
+) -> None:
+    """Makes the victims of all seeds that are not there yet at once, over these devices.
+
+    For attacks that train their victims as others do. Each victim is the one that `prepare_victim` would have made, but
+    for the order in which sums are taken, and counts with its share of the time.
+    """
+    if entry and (type(entry.attack).plant is not Attack.plant or entry.attack.needs_clean_model):
+        return
+    label = entry.label if entry else "none"
+    folders = {seed: out / "victims" / f"{label}-{seed}" for seed in experiment.seeds}
+    missing = [seed for seed, folder in folders.items() if not (folder / RECORD).is_file()]
+    if not missing:
+        return
+    scene = Scene(classifier, task.train, experiment.training(entry), task.flip)
+    keys = {seed: streams(seed, label) for seed in missing}
+    with Stopwatch() as watch:
+        made = [entry.attack.poison(keys[seed]["poison"], scene) for seed in missing] if entry else []
+        planted = [Planted({}, trigger, poisoned, info) for poisoned, trigger, info in made]
+        planted = planted or [_unplanted(task, {})] * len(missing)
+        trained, _ = train_many(
+            [keys[seed]["victim"] for seed in missing],
+            classifier,
+            [own.poisoned.data for own in planted],
+            scene.training,
+            flip=task.flip,
+            mesh=mesh_for(len(missing), devices),
+            name=f"{label}, seeds {', '.join(map(str, missing))}",
+            checkpoints=out / "victims" / f"{label}-{'-'.join(map(str, missing))}" / "training",
+        )
+    for seed, own, variables in zip(missing, planted, trained, strict=True):
+        seconds, compiling = watch.seconds / len(missing), watch.compile_seconds / len(missing)
+        _keep(folders[seed], classifier, entry, own._replace(variables=variables), task, seconds, compiling)
+
+
+def _unplanted(task: Task, variables: Variables) -> Planted:
+    """An unpoisoned twin, as an attack would have left it."""
+    return Planted(variables, lambda images: images, Poisoned(task.train, np.empty(0, np.int64)), {})
+
+
+def _keep(
+    folder: Path,
+    classifier: Classifier,
+    entry: AttackEntry | None,
+    planted: Planted,
+    task: Task,
+    seconds: float,
+    compile_seconds: float,
+) -> None:
+    """Writes a victim and what `prepare_victim` needs to know of it."""
+    save_model(folder, classifier, planted.variables)
+    if entry and entry.attack.learns:
+        save_tree(folder / "trigger", planted.trigger)
+        save_poisoned(folder / "poisoned.npz", planted.poisoned, task.train)
+    made = {"seconds": seconds, "compile_seconds": compile_seconds, "info": planted.info}
+    write_text(folder / RECORD, json.dumps(made, default=plain))
 
 
 def trigger_like(attack: Attack, task: Task) -> Trigger:

@@ -11,6 +11,7 @@ from backdoor_jax.errors import UserError
 from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
 from backdoor_jax.models.network import Network
 from backdoor_jax.models.preact_resnet import PreActResNet18
+from backdoor_jax.models.precision import Precision
 from backdoor_jax.models.resnet import ResNet, Stem
 from backdoor_jax.models.small_cnn import SmallCNN
 from backdoor_jax.models.vgg import VGG19
@@ -64,6 +65,7 @@ def build_classifier(
     *,
     stem: Stem | None = None,
     patch: int | None = None,
+    dtype: Precision = "float32",
 ) -> Classifier:
     """Makes the `Classifier` of a named network.
 
@@ -74,6 +76,7 @@ def build_classifier(
         normalization: a name in `NORMALIZATIONS`.
         stem: ``small`` or ``imagenet``; only for a network that has it as an option, whose own default is None.
         patch: side of a patch in pixels; likewise.
+        dtype: what it computes in; see `Classifier`.
 
     Raises:
         UserError: for an unknown name, or an option that the network does not have.
@@ -98,7 +101,7 @@ def build_classifier(
             owners = ", ".join(sorted(owner for owner, known in MODELS.items() if name in known.options))
             raise UserError(f"model {model!r} has no {name}; leave it out, or take a model that has one: {owners}")
     network = MODELS[model].build(num_classes, width, **options)
-    return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path)
+    return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path, dtype)
 
 
 def describe(classifier: Classifier) -> dict[str, Any] | None:
@@ -130,6 +133,7 @@ __all__ = [
     "Classifier",
     "Network",
     "PreActResNet18",
+    "Precision",
     "ResNet",
     "SmallCNN",
     "Stem",

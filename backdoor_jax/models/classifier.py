@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from backdoor_jax.models.network import (
     require_latents,
     split_nnx,
 )
+from backdoor_jax.models.precision import HalfPrecision, Precision
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -48,6 +49,8 @@ class Classifier:
         mean: per channel, of pixels scaled to [0, 1].
         std: likewise; positive.
         head_path: where the linear head lies in ``params``; it holds ``kernel`` (D, C) and ``bias`` (C,).
+        dtype: what the network computes in up to its latents; ``bfloat16`` leaves weights, batch normalisation, the
+            head, losses and all that is computed from latents in float32. ``float32`` is float64 for such weights.
 
     Example:
         >>> from backdoor_jax.models.preact_resnet import PreActResNet18
@@ -64,8 +67,11 @@ class Classifier:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     head_path: tuple[str, ...] = ("linear",)
+    dtype: Precision = "float32"
 
     def __post_init__(self) -> None:
+        if self.dtype not in get_args(Precision):
+            raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UserError(
                 f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair a channel"
@@ -201,9 +207,10 @@ class Classifier:
 
     @property
     def _network(self) -> Network:
+        network: Network = self.network
         if isinstance(self.network, nn.Module):
-            return LinenNetwork(self.network, self.head_path, "features", "head")
-        return self.network
+            network = LinenNetwork(self.network, self.head_path, "features", "head")
+        return HalfPrecision(network, self.head_path) if self.dtype == "bfloat16" else network
 
     def init(self, key: jax.Array, images: jax.Array) -> Variables:
         """Fresh variables for images of this shape; only their shape matters."""
@@ -251,9 +258,9 @@ class Classifier:
         Raises:
             UserError: where the network is no Linen module, calls no such layer, or the layer puts out no map.
         """
-        network = self._network
-        if not isinstance(network, LinenNetwork):
-            raise UserError(f"{type(network).__name__} has no layers that can be watched; give a Linen module")
+        network: Any = self._network
+        if not isinstance(getattr(network, "module", None), nn.Module):
+            raise UserError(f"{type(self.network).__name__} has no layers that can be watched; give a Linen module")
         latent, maps, variables = network.maps(variables, self._input(variables, images), train, layers)
         for layer, found in zip(layers, maps, strict=True):
             if found.ndim != 4:

@@ -57,6 +57,8 @@ class BatchNorm(nn.Module):
     unbiased one: ``running = (1 - momentum) running + momentum batch``. Flax's own layer keeps the biased variance and
     computes it as a difference of squares.
 
+    Computed in float32 or more; the result has the type of ``x``.
+
     Shapes: ``(..., C) -> (..., C)``; parameters ``scale``, ``bias`` and statistics ``mean``, ``var`` are ``(C,)``.
     """
 
@@ -66,7 +68,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalised ``x``, with the batch's statistics when training."""
-        channels = x.shape[-1]
+        channels, dtype = x.shape[-1], x.dtype
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
@@ -81,7 +84,7 @@ class BatchNorm(nn.Module):
         else:
             batch_mean, batch_var = mean.value, var.value
         gain = scale * lax.rsqrt(batch_var + self.epsilon)
-        return x * gain + (bias - batch_mean * gain)
+        return (x * gain + (bias - batch_mean * gain)).astype(dtype)
 
 
 def _bounded(layer: nn.Module, x: jax.Array) -> jax.Array:
@@ -92,7 +95,7 @@ def _bounded(layer: nn.Module, x: jax.Array) -> jax.Array:
     mutable, the channel's largest value over the batch, or 0 if that is larger, is written there.
     """
     if layer.has_variable("bounds", "upper"):
-        x = jnp.minimum(x, layer.get_variable("bounds", "upper"))
+        x = jnp.minimum(x, layer.get_variable("bounds", "upper").astype(x.dtype))
     if layer.is_mutable_collection("activations"):
         largest = jnp.max(x, axis=tuple(range(x.ndim - 1)))
         layer.sow("activations", "upper", largest, reduce_fn=jnp.maximum, init_fn=lambda: jnp.zeros(x.shape[-1]))
@@ -151,4 +154,4 @@ def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
         inside = (at >= out * n // size) & (at < -(-(out + 1) * n // size))
         return jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.promote_types(x.dtype, jnp.float32))
 
-    return jnp.einsum("bhwc,ih,jw->bijc", x, means(x.shape[1]), means(x.shape[2]))
+    return jnp.einsum("bhwc,ih,jw->bijc", x, means(x.shape[1]), means(x.shape[2])).astype(x.dtype)

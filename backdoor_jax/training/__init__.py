@@ -16,10 +16,11 @@ from backdoor_jax.training.engine import (
 )
 from backdoor_jax.training.inference import latents, map_chunks
 from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, symmetric_cross_entropy, unlikelihood
+from backdoor_jax.training.many import fit_many, mesh_for, stack, unstack
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
-from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, constant_sgd, train
+from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, constant_sgd, train, train_many
 
 __all__ = [
     "Constants",
@@ -39,15 +40,20 @@ __all__ = [
     "cross_entropy",
     "epoch",
     "fit",
+    "fit_many",
     "latents",
     "map_chunks",
     "merge",
+    "mesh_for",
     "run_epoch",
     "smoothed_cross_entropy",
     "split_by_path",
+    "stack",
     "symmetric_cross_entropy",
     "torch_sgd",
     "train",
+    "train_many",
     "triangular_two_phase",
     "unlikelihood",
+    "unstack",
 ]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import NonFiniteError, UserError
@@ -49,6 +49,9 @@ class State(NamedTuple):
 
 class Step(Protocol):
     """One update; hashable, and equal to any step that would compile to the same program."""
+
+    def __hash__(self) -> int:
+        """Equal for equal steps."""
 
     def __call__(self, state: Any, batch: Dataset, key: jax.Array, constants: Constants) -> tuple[Any, Info]:
         """The next state, and scalars worth logging."""
@@ -218,10 +221,29 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, float
         yield advance
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """A mesh with axes over which the compiler spreads programs, whatever kind they were; of the same devices."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """A tree on the devices of a mesh, those of other processes included; every process must give the same."""
+
+    def put(leaf: Any) -> jax.Array:
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, sharding)
+        # Keys themselves are not taken to devices of other processes.
+        bits = jax.device_put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(put, tree)
+
+
 def _require_finite(state: Any, name: str) -> None:
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in floats):
-        raise NonFiniteError(f"{name}: weights are not finite after step {int(state.step)}; lower the learning rate")
+        done = int(np.max(state.step))
+        raise NonFiniteError(f"{name}: weights are not finite after step {done}; lower the learning rate")
 
 
 def fit(
@@ -266,31 +288,54 @@ def fit(
     steps, _ = batch_shape(len(data), batch_size)
     state = jax.tree.map(jnp.copy, state)
     if sharding is not None:
+        mesh: Any = sharding.mesh
+        sharding = NamedSharding(automatic(mesh), sharding.spec)
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        key, state, data, constants = jax.device_put((key, state, data, constants), everywhere)
+        key, state, data, constants = place((key, state, data, constants), everywhere)
+    options: Any = {"step": step, "batch_size": batch_size, "augment": augment, "sharding": sharding}
+
+    def advance(state: Any) -> tuple[Any, Info]:
+        return run_epoch(state, data, key, constants, **options)
+
+    return run_epochs(advance, state, epochs, steps, name, checkpoints, checkpoint_every)
+
+
+def run_epochs(
+    advance: Callable[[Any], tuple[Any, Info]],
+    state: Any,
+    epochs: int,
+    steps: int,
+    name: str,
+    checkpoints: Path | None = None,
+    checkpoint_every: int = 1,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """The host's side of `fit`: calls a compiled epoch of so many steps until ``epochs`` are done.
+
+    ``state.step`` may have a leading axis, of runs that go together; so has their info then, before that of the steps.
+    """
     history: list[Info] = []
     with contextlib.ExitStack() as closing:
         saved = None if checkpoints is None else closing.enter_context(contextlib.closing(Checkpoints(checkpoints)))
         if saved is not None:
             state = saved.latest(state)
-        done = int(state.step) // steps
-        advance = closing.enter_context(_progress(name, epochs * steps, done * steps))
+        done = int(np.max(state.step)) // steps
+        tell = closing.enter_context(_progress(name, epochs * steps, done * steps))
         for number in range(done, epochs):
-            state, info = run_epoch(
-                state, data, key, constants, step=step, batch_size=batch_size, augment=augment, sharding=sharding
-            )
+            state, info = advance(state)
             info = jax.device_get(info)
-            bad = ~np.isfinite(info["loss"])
-            if bad.any():
+            bad = np.argwhere(~np.isfinite(info["loss"])).tolist()
+            if bad:
+                *run, at = bad[0]
                 raise NonFiniteError(
-                    f"{name}: the loss is {info['loss'][bad][0]} at step {number * steps + int(np.argmax(bad)) + 1}; "
-                    "lower the learning rate, or check the model and the data given"
+                    f"{name}: the loss{f' of run {run[0]}' if run else ''} is {info['loss'][(*run, at)]} at step "
+                    f"{number * steps + at + 1}; lower the learning rate, or check the model and the data given"
                 )
             history.append(info)
-            advance(steps, float(info["loss"].mean()))
+            tell(steps, float(info["loss"].mean()))
             last = number + 1 == epochs
             if last or (saved is not None and (number + 1) % checkpoint_every == 0):
                 _require_finite(state, name)
                 if saved is not None:
                     saved.save(number + 1, state)
-    return state, {name: np.concatenate([info[name] for info in history]) for name in (history[0] if history else ())}
+    names, axis = history[0] if history else (), np.ndim(state.step)
+    return state, {name: np.concatenate([info[name] for info in history], axis) for name in names}

@@ -1,18 +1,23 @@
 """Plain supervised training: the victim's, and what fine-tuning shares with it."""
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from backdoor_jax.config import Config, numbers
 from backdoor_jax.data import Augment, Dataset
+from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training.engine import Constants, GradientStep, Info, Loss, batch_shape, fit
 from backdoor_jax.training.losses import cross_entropy
+from backdoor_jax.training.many import fit_many, stack, unstack
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd
 
@@ -125,13 +130,12 @@ def train(
         (2,)
     """
     init_key, fit_key = jax.random.split(key)
-    steps, _ = batch_shape(len(data), config.batch_size)
-    step = config.step(loss or SupervisedLoss(classifier), CosineSGD(steps * config.epochs, config.epochs))
+    step = _step(loss or SupervisedLoss(classifier), len(data), config)
     constants = {**numbers(config), **(constants or {})}
     state, history = fit(
         fit_key,
         step,
-        step.init(classifier.init(init_key, data.images[:1]), constants),
+        step.init(_init(classifier, init_key, data.images[:1]), constants),
         data,
         constants,
         epochs=config.epochs,
@@ -141,3 +145,73 @@ def train(
         checkpoints=checkpoints,
     )
     return state.variables, history
+
+
+def train_many(
+    keys: Sequence[jax.Array],
+    classifier: Classifier,
+    data: Sequence[Dataset],
+    config: TrainConfig = TrainConfig(),
+    *,
+    flip: bool = False,
+    mesh: Mesh | None = None,
+    name: str = "training",
+    checkpoints: Path | None = None,
+) -> tuple[list[Variables], dict[str, np.ndarray]]:
+    """Trains classifiers of one shape at once, each as `train` would have alone.
+
+    Args:
+        keys: one a run.
+        classifier: what to train.
+        data: one training set a run, all of one size.
+        config: settings of all.
+        flip: see `train`.
+        mesh: see `backdoor_jax.training.fit_many`.
+        name: see `train`.
+        checkpoints: see `train`.
+
+    Returns:
+        The runs' variables, and loss and accuracy of every step run here, ``(V, steps)``.
+
+    Example:
+        >>> from backdoor_jax import build_classifier, digits
+        >>> data = digits().train.take(slice(64))
+        >>> classifier = build_classifier("small_cnn", 10, width=2)
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> victims, history = train_many(keys, classifier, [data, data], TrainConfig(epochs=1, batch_size=32))
+        >>> len(victims), history["loss"].shape
+        (2, (2, 2))
+    """
+    sizes = {own.images.shape for own in data}
+    if len(sizes) != 1 or len(data) != len(keys):
+        raise UserError(
+            f"{len(keys)} keys and sets of shapes {', '.join(map(str, sorted(sizes)))}; give one set of one shape a key"
+        )
+    step = _step(SupervisedLoss(classifier), len(data[0]), config)
+    constants = numbers(config)
+    pairs = [jax.random.split(key) for key in keys]
+    starts = [step.init(_init(classifier, own[0], data[0].images[:1]), constants) for own in pairs]
+    states, history = fit_many(
+        jnp.stack([own[1] for own in pairs]),
+        step,
+        stack(starts),
+        stack(data),
+        stack([constants] * len(keys)),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        augment=Augment(crop=config.crop, flip=flip),
+        mesh=mesh,
+        name=name,
+        checkpoints=checkpoints,
+    )
+    return unstack(jax.device_get(states.variables)), history
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(classifier: Classifier, key: jax.Array, image: jax.Array) -> Variables:
+    return classifier.init(key, image)
+
+
+def _step(loss: Loss, images: int, config: TrainConfig) -> GradientStep:
+    steps, _ = batch_shape(images, config.batch_size)
+    return config.step(loss, CosineSGD(steps * config.epochs, config.epochs))
