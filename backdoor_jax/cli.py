@@ -41,8 +41,11 @@ def _keep_programs() -> None:
     import jax
     from platformdirs import user_cache_path
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None:
+        config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
+        # A command compiles nearly a hundred small programs, two seconds in all.
+        config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _parser() -> argparse.ArgumentParser:

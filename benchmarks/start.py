@@ -45,7 +45,7 @@ def main() -> None:
         for number in range(repeats):
             for state, times in seconds.items():
                 out = Path(folder) / f"{state}-{number}"
-                environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / f"programs-{number}")}
+                environment = {**os.environ, "XDG_CACHE_HOME": str(Path(folder) / f"cache-{number}")}
                 started = time.perf_counter()
                 subprocess.run(
                     [sys.executable, __file__, "--child", str(config), str(out)], env=environment, check=True

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -203,7 +203,7 @@ def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", "backdoor_jax.cli", "run", str(config), "defenses=[]", "--out"]
     kept = []
     for out in ("first", "second"):
@@ -213,8 +213,12 @@ def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
     assert kept[0] == kept[1]
 
 
-def test_jaxs_own_setting_of_the_cache_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(jax.config, "update", lambda *setting: pytest.fail(f"set {setting}"))
-        assert jax.config.read("jax_compilation_cache_dir") is not None
+def test_jaxs_own_setting_of_the_cache_is_respected(tmp_path: Path) -> None:
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir
+    try:
+        config.update("jax_compilation_cache_dir", str(tmp_path))
         assert main(["list"]) == 0
+        assert config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        config.update("jax_compilation_cache_dir", before)

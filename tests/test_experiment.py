@@ -457,7 +457,7 @@ def test_an_option_of_the_model_is_recorded(small: Path, tmp_path: Path, monkeyp
     rows = run(experiment, tmp_path / "out")
     assert {row["model"] for row in rows} == {"tiny-16-patch=2"}
     recorded = json.loads((tmp_path / "out" / "experiment.json").read_text())["model"]
-    assert recorded == {"name": "tiny", "width": 16, "stem": None, "patch": 2}
+    assert recorded == {"name": "tiny", "width": 16, "stem": None, "patch": 2, "dtype": "float32"}
     assert run(experiment, tmp_path / "out") == rows
 
 
@@ -630,7 +630,7 @@ def test_an_experiment_that_makes_no_sense_cannot_be_made(changes: dict[str, Any
 
 
 def test_victims_of_all_seeds_are_trained_at_once_over_several_devices(tmp_path: Path) -> None:
-    attacks = (BADNETS, AttackEntry("adap_blend", AdapBlend(target=1)), AttackEntry("wanet", WaNet(target=1)))
+    attacks = (BADNETS, AttackEntry("adap_blend", AdapBlend(target=1, rate=0.1, cover_rate=0.1)), AttackEntry("wanet", WaNet(target=1)))
     both = dataclasses.replace(SMALL, seeds=(0, 1), attacks=attacks)
     with pytest.MonkeyPatch.context() as patch:
         alone = run(both, tmp_path / "alone")

@@ -93,6 +93,13 @@ def constant_sgd(constants: Constants) -> optax.GradientTransformation:
     return torch_sgd(lambda count: rate, constants["momentum"], constants["weight_decay"])
 
 
+# Optimised, the generators of all layers take ten times as long to compile, for a program that runs once.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def initialize(classifier: Classifier, key: jax.Array, images: jax.Array) -> Variables:
+    """`Classifier.init`, compiled."""
+    return classifier.init(key, images)
+
+
 def train(
     key: jax.Array,
     classifier: Classifier,
@@ -135,7 +142,7 @@ def train(
     state, history = fit(
         fit_key,
         step,
-        step.init(_init(classifier, init_key, data.images[:1]), constants),
+        step.init(initialize(classifier, init_key, data.images[:1]), constants),
         data,
         constants,
         epochs=config.epochs,
@@ -190,7 +197,7 @@ def train_many(
     step = _step(SupervisedLoss(classifier), len(data[0]), config)
     constants = numbers(config)
     pairs = [jax.random.split(key) for key in keys]
-    starts = [step.init(_init(classifier, own[0], data[0].images[:1]), constants) for own in pairs]
+    starts = [step.init(initialize(classifier, own[0], data[0].images[:1]), constants) for own in pairs]
     states, history = fit_many(
         jnp.stack([own[1] for own in pairs]),
         step,
@@ -205,11 +212,6 @@ def train_many(
         checkpoints=checkpoints,
     )
     return unstack(jax.device_get(states.variables)), history
-
-
-@partial(jax.jit, static_argnums=0)
-def _init(classifier: Classifier, key: jax.Array, image: jax.Array) -> Variables:
-    return classifier.init(key, image)
 
 
 def _step(loss: Loss, images: int, config: TrainConfig) -> GradientStep:
