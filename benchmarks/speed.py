@@ -53,7 +53,7 @@ def tuning(size: Size, name: str) -> Work:
     from backdoor_jax.defenses import DEFENSES
     from backdoor_jax.defenses.base import tune
     from backdoor_jax.defenses.tac import TacLoss
-    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, cross_entropy, fit
+    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, batch_shape, cross_entropy, fit
 
     batch = 128 if name == "victim" else 250
     data = random_data(10 * batch)
@@ -81,6 +81,8 @@ def tuning(size: Size, name: str) -> Work:
         method = DEFENSES[name]
         config: Any = method.config
         settings = config(steps=steps, flip=True)
+        an_epoch, batch = batch_shape(len(data), settings.batch_size)
+        steps = an_epoch * -(-steps // an_epoch)
 
         def run() -> Any:
             return method.run(key, classifier, variables, data, settings).variables

@@ -630,7 +630,8 @@ def test_an_experiment_that_makes_no_sense_cannot_be_made(changes: dict[str, Any
 
 
 def test_victims_of_all_seeds_are_trained_at_once_over_several_devices(tmp_path: Path) -> None:
-    attacks = (BADNETS, AttackEntry("adap_blend", AdapBlend(target=1, rate=0.1, cover_rate=0.1)), AttackEntry("wanet", WaNet(target=1)))
+    adaptive, wanet = AdapBlend(target=1, rate=0.1, cover_rate=0.1), WaNet(target=1)
+    attacks = (BADNETS, AttackEntry("adap_blend", adaptive), AttackEntry("wanet", wanet))
     both = dataclasses.replace(SMALL, seeds=(0, 1), attacks=attacks)
     with pytest.MonkeyPatch.context() as patch:
         alone = run(both, tmp_path / "alone")

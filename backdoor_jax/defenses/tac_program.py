@@ -16,13 +16,14 @@ whatever the latent's size:
     \max_{u \ge 0}\; b_k^\top u - \tfrac12 u^\top G_k u, \qquad s_k = V_k^\top u, \qquad
     (G_k)_{ij} = K_{kk} - K_{ki} - K_{kj} + K_{ij} .
 
-It is solved by jaxopt's coordinate descent, ``BoxCDQP``. The program may have no solution; that is said only by
+It is solved by jaxopt's coordinate descent, ``BoxCDQP``, from where a few rounds of block pivoting arrive: guess which
+u are positive, solve their equations, correct the guess. That leaves a sixth of the time at C = 200. The program may have no solution; that is said only by
 certificate. For every :math:`u \ge 0` weak duality gives :math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u for
 which the right side has no bound proves it. Theorem 1 of the paper (C - 1 < D and full row rank imply feasibility) is
 sufficient, not necessary, and is not used.
 
 The primal is the paper's (Iwahana et al., arXiv 2511.08944, section 4 as a public review gives it); bias and margin are
-written out here, and the compression, the dual and the certificate are ours.
+written out here, and the compression, the dual, the pivoting and the certificate are ours.
 """
 
 import warnings
@@ -38,6 +39,10 @@ with warnings.catch_warnings():  # It warns that it is no longer maintained; it 
 MAX_SWEEPS = 5000
 TOLERANCE = 1e-6
 CONVERGED = 1e-3
+PIVOTS = 8
+"""Rounds of block pivoting before coordinate descent."""
+RIDGE = 1e-6
+"""Added to the equations of a round; relative to rows of unit length."""
 INFEASIBLE_ABOVE = 1e4
 """A norm bound of so many times the largest right-hand side (rows of unit length) counts as no solution."""
 SAMPLE_INFEASIBLE_ABOVE = 1e3
@@ -221,9 +226,29 @@ def _lengths(gram: jax.Array, u: jax.Array) -> jax.Array:
 
 def _nonnegative_qp(quadratic: jax.Array, linear: jax.Array) -> tuple[jax.Array, Any]:
     solver = BoxCDQP(maxiter=MAX_SWEEPS, tol=TOLERANCE, implicit_diff=False, unroll=False)
-    zeros = jnp.zeros_like(linear)
-    step = solver.run(zeros, params_obj=(quadratic, linear), params_ineq=(zeros, jnp.full_like(linear, jnp.inf)))
+    start, zeros = _pivoted(quadratic, linear), jnp.zeros_like(linear)
+    step = solver.run(start, params_obj=(quadratic, linear), params_ineq=(zeros, jnp.full_like(linear, jnp.inf)))
     return step.params, step.state
+
+
+def _pivoted(quadratic: jax.Array, linear: jax.Array) -> jax.Array:
+    """A start near the solution, by block pivoting (Portugal, Judice and Vicente, 1994); zero where that breaks down.
+
+    A guess of the positive variables gives their values, from the equations, and the slopes of the others; those with
+    a negative value leave the guess, those with a negative slope enter it.
+    """
+    eye = jnp.eye(len(linear), dtype=linear.dtype)
+
+    def solve(positive: jax.Array) -> jax.Array:
+        equations = jnp.where(positive[:, None] & positive, quadratic, eye) + RIDGE * eye
+        return jax.scipy.linalg.solve(equations, jnp.where(positive, -linear, 0), assume_a="pos")
+
+    def pivot(_: int, positive: jax.Array) -> jax.Array:
+        u = solve(positive)
+        return jnp.where(positive, u > 0, quadratic @ u + linear < -TOLERANCE)
+
+    u = solve(jax.lax.fori_loop(0, PIVOTS, pivot, linear < 0))
+    return jnp.where(jnp.all(jnp.isfinite(u)), jnp.maximum(u, 0), 0)
 
 
 def _nonnegative_qps(quadratics: jax.Array, linears: jax.Array) -> tuple[jax.Array, Any]:

@@ -20,7 +20,15 @@ from backdoor_jax.training.many import fit_many, mesh_for, stack, unstack
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
 from backdoor_jax.training.stopwatch import Stopwatch
-from backdoor_jax.training.supervised import CosineSGD, SupervisedLoss, TrainConfig, constant_sgd, initialize, train, train_many
+from backdoor_jax.training.supervised import (
+    CosineSGD,
+    SupervisedLoss,
+    TrainConfig,
+    constant_sgd,
+    initialize,
+    train,
+    train_many,
+)
 
 __all__ = [
     "Constants",
