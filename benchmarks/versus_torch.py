@@ -87,7 +87,8 @@ def main() -> None:
 
     about = measuring.about()
     about["versions"] |= {"torch": versions["torch"]}
-    settings = {name: getattr(arguments, name) for name in ("clean", "tests", "steps", "data")}
+    settings = {name: getattr(arguments, name) for name in ("clean", "tests", "steps")}
+    settings["data"] = Path(arguments.data).name
     settings |= {"width": int(work["width"]), "batch": int(work["batch"]), "torch_threads": versions["threads"]}
     content = {"about": about, "quick": arguments.quick, "settings": settings, "results": results}
     print(measuring.write(arguments.out, "versus_torch-quick" if arguments.quick else "versus_torch", content))

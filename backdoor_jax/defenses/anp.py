@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, replaced, tune
@@ -198,7 +199,7 @@ def prune_by_mask(variables: Variables, masks: Any, threshold: jax.Array | float
     )
 
 
-@jax.jit
+@jit
 def _accuracies(
     classifier: Classifier, variables: Variables, masks: Any, data: Dataset, thresholds: jax.Array
 ) -> jax.Array:

@@ -30,6 +30,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.config import Config
 from backdoor_jax.data import Dataset
 from backdoor_jax.errors import UserError
@@ -185,7 +186,7 @@ def bound_activations(
     return {**variables, "bounds": unflatten_dict(every)}, done
 
 
-@jax.jit
+@jit
 def _largest_of_chunk(classifier: Classifier, variables: Variables, images: jax.Array) -> Any:
     return classifier.activations(variables, images)
 

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.defenses.base import Defense, Repair, last_epoch
@@ -143,7 +144,7 @@ class Purified(NamedTuple):
     short: tuple[int, ...]
 
 
-@jax.jit
+@jit
 def score(
     classifier: Classifier,
     variables: Variables,

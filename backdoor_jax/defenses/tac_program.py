@@ -17,10 +17,11 @@ whatever the latent's size:
     (G_k)_{ij} = K_{kk} - K_{ki} - K_{kj} + K_{ij} .
 
 It is solved by jaxopt's coordinate descent, ``BoxCDQP``, from where a few rounds of block pivoting arrive: guess which
-u are positive, solve their equations, correct the guess. That leaves a sixth of the time at C = 200. The program may have no solution; that is said only by
-certificate. For every :math:`u \ge 0` weak duality gives :math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u for
-which the right side has no bound proves it. Theorem 1 of the paper (C - 1 < D and full row rank imply feasibility) is
-sufficient, not necessary, and is not used.
+u are positive, solve their equations, correct the guess. That saves three quarters of the time at C = 200.
+
+The program may have no solution; that is said only by certificate. For every :math:`u \ge 0` weak duality gives
+:math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u for which the right side has no bound proves it. Theorem 1 of the
+paper (C - 1 < D and full row rank imply feasibility) is sufficient, not necessary, and is not used.
 
 The primal is the paper's (Iwahana et al., arXiv 2511.08944, section 4 as a public review gives it); bias and margin are
 written out here, and the compression, the dual, the pivoting and the certificate are ours.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.data import Dataset, LabelMap, Trigger
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
@@ -27,7 +28,7 @@ class Scores(NamedTuple):
     ra: float | None = None
 
 
-@jax.jit
+@jit
 def _predict(
     classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger | None
 ) -> tuple[jax.Array, jax.Array]:

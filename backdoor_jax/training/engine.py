@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop.checkpoints import Checkpoints
@@ -198,7 +199,7 @@ def epoch(
     return jax.lax.scan(body, state, order[: steps * size].reshape(steps, size))
 
 
-run_epoch = partial(jax.jit, static_argnames=("step", "batch_size", "augment", "sharding"), donate_argnames=("state",))(
+run_epoch = partial(jit, static_argnames=("step", "batch_size", "augment", "sharding"), donate_argnames=("state",))(
     epoch
 )
 """`epoch`, compiled once for each configuration; it consumes the state it is given."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.models import Classifier, Variables
 
 CHUNK = 500
@@ -45,7 +46,7 @@ def map_chunks(function: Callable[..., Any], *arrays: jax.Array, size: int = CHU
     return jax.tree.map(join, parts)
 
 
-@jax.jit
+@jit
 def latents(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
     """Latents ``(N, D)`` of uint8 images, in evaluation mode."""
     return map_chunks(lambda chunk: classifier.features(variables, chunk)[0], images)

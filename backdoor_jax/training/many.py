@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.training.engine import Constants, Info, Step, automatic, batch_shape, epoch, place, run_epochs
@@ -68,7 +69,7 @@ def _compiled(step: Step, batch_size: int, augment: Augment | None, mesh: Mesh) 
         return jax.lax.map(lambda own: each(*own), (states, data, keys, constants))
 
     runs = PartitionSpec(RUNS)
-    return jax.jit(jax.shard_map(share, mesh=mesh, in_specs=runs, out_specs=runs, check_vma=False), donate_argnums=0)
+    return jit(jax.shard_map(share, mesh=mesh, in_specs=runs, out_specs=runs, check_vma=False), donate_argnums=0)
 
 
 def fit_many(
