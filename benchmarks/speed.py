@@ -213,7 +213,7 @@ def random_data(images: int) -> Any:
     import backdoor_jax as bj
 
     generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (images, 32, 32, 3)).astype(np.uint8)
+    pixels = generator.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
     return bj.make_dataset(pixels, np.arange(images) % 10, 10)
 
 
