@@ -70,8 +70,7 @@ def draw(speed: dict[str, Any], versus: dict[str, Any], scaling: dict[str, Any],
     for how in dict.fromkeys(point["how"] for point in scaling["results"] if point["scale"] == "victims"):
         points = [p for p in scaling["results"] if (p["scale"], p["how"]) == ("victims", how)]
         axis.plot([p["point"] for p in points], [p["seconds"] / p["point"] for p in points], "o-", label=how)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.set_ylim(0)
     axis.set_xlabel("victims at once")
     axis.set_ylabel("seconds a victim")
     axis.set_title("Many models at once", fontsize=10)

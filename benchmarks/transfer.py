@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     second = load_task(arguments.data, arguments.train)
     model = experiment.model
     classifier = build_classifier(model.name, first.num_classes, model.width, first.normalization, **model.options)
-    methods = {
+    methods: dict[str, FineTuneConfig | SuperFineTuneConfig] = {
         "finetune": FineTuneConfig(steps=arguments.steps, flip=second.flip),
         "super_finetune": SuperFineTuneConfig.preset(arguments.preset, steps=arguments.steps, flip=second.flip),
     }
