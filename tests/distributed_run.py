@@ -17,29 +17,35 @@ from backdoor_jax.config import numbers
 from backdoor_jax.data import Augment
 from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, fit
 
-port, process, processes, epochs = (int(sys.argv[number]) for number in (1, 2, 3, 5))
-folder = Path(sys.argv[4])
-if processes > 1:
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
 
-generator = np.random.default_rng(0)
-labels = np.arange(32) % 4
-images = generator.integers(0, 128, (32, 8, 8, 3), dtype=np.uint8)
-data = bj.make_dataset(images, labels, 4)
-classifier = bj.build_classifier("small_cnn", 4, width=2)
-step, constants = GradientStep(SupervisedLoss(classifier), CosineSGD(100)), numbers(bj.TrainConfig())
-state, history = fit(
-    jax.random.key(0),
-    step,
-    step.init(classifier.init(jax.random.key(1), data.images), constants),
-    data,
-    constants,
-    epochs=epochs,
-    batch_size=8,
-    augment=Augment(crop=1),
-    sharding=NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), PartitionSpec("data")),
-    checkpoints=folder / f"training-{processes}",
-)
-if process == 0:
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.variables)]
-    np.savez(folder / f"{processes}.npz", *leaves, steps=len(history["loss"]))
+def main() -> None:
+    port, process, processes, epochs = (int(sys.argv[number]) for number in (1, 2, 3, 5))
+    folder = Path(sys.argv[4])
+    if processes > 1:
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+
+    generator = np.random.default_rng(0)
+    labels = np.arange(32) % 4
+    images = generator.integers(0, 128, (32, 8, 8, 3), dtype=np.uint8)
+    data = bj.make_dataset(images, labels, 4)
+    classifier = bj.build_classifier("small_cnn", 4, width=2)
+    step, constants = GradientStep(SupervisedLoss(classifier), CosineSGD(100)), numbers(bj.TrainConfig())
+    state, history = fit(
+        jax.random.key(0),
+        step,
+        step.init(classifier.init(jax.random.key(1), data.images), constants),
+        data,
+        constants,
+        epochs=epochs,
+        batch_size=8,
+        augment=Augment(crop=1),
+        sharding=NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), PartitionSpec("data")),
+        checkpoints=folder / f"training-{processes}",
+    )
+    if process == 0:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.variables)]
+        np.savez(folder / f"{processes}.npz", *leaves, steps=len(history["loss"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,8 +50,8 @@ def mesh_for(runs: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of as many devices as divide the runs evenly; of all devices by default.
 
     Example:
-        >>> mesh_for(7, jax.devices()[:1]).shape
-        OrderedDict({'runs': 1})
+        >>> mesh_for(7, jax.devices()[:1]).size
+        1
     """
     devices = jax.devices() if devices is None else devices
     count = max(number for number in range(1, min(runs, len(devices)) + 1) if runs % number == 0)
