@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -46,6 +47,8 @@ def _keep_programs() -> None:
         config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
         # A command compiles nearly a hundred small programs, two seconds in all.
         config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry", UserWarning)
 
 
 def _parser() -> argparse.ArgumentParser:

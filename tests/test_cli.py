@@ -207,9 +207,13 @@ def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "backdoor_jax.cli", "run", str(config), "defenses=[]", "--out"]
     kept = []
     for out in ("first", "second"):
-        subprocess.run([*command, str(tmp_path / out)], env=environment, check=True, capture_output=True)
+        told = subprocess.run(
+            [*command, str(tmp_path / out)], env=environment, check=True, capture_output=True, text=True
+        )
+        assert "cache entry" not in told.stderr
         kept.append(sorted(path.name for path in (tmp_path / "cache" / "backdoor_jax").rglob("*-cache")))
-    assert any(name.startswith("jit_epoch") for name in kept[0])
+    assert any(name.startswith("jit_initialize") for name in kept[0])
+    assert len(kept[0]) > 20
     assert kept[0] == kept[1]
 
 
