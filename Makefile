@@ -4,6 +4,8 @@ VENV ?= .venv
 EXTRAS ?= dev
 WORKERS ?= 2
 BIN = $(VENV)/bin
+# A crashed worker is not replaced: --dist loadfile then waits for it for ever.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma = ,
 
@@ -13,7 +15,7 @@ demo: install
 	$(BIN)/backdoor-jax demo
 
 test: install torch lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 	@$(BIN)/python -c "import torch" 2>/dev/null || \
 	  echo "Not run: comparison with PyTorch, of which pip found no CPU build. To run it: make test EXTRAS=dev,torch"
 
@@ -23,7 +25,7 @@ torch: install
 	  $(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' >/dev/null 2>&1 || true
 
 fast: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,9 +11,10 @@ Needs jax, flax, optax, orbax, numpy, scipy and jaxopt, and this repository on P
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
+
+import measuring
 
 
 def main() -> None:
@@ -28,8 +29,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new step after so many minutes")
     parser.add_argument("--tiny", action="store_true", help="prove the script on a CPU in about two minutes")
     arguments = parser.parse_args()
-    if arguments.platform:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
+    measuring.use_platform(arguments.platform)
 
     from backdoor_jax.attacks import ATTACKS
     from backdoor_jax.errors import UserError

@@ -27,10 +27,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def choose_platform(name: str | None) -> None:
-    """Settles the backend; before JAX is first used. Compilation caches are off: compile times are real."""
+def use_platform(name: str | None) -> None:
+    """Settles the backend, where one is named; before JAX is first used."""
     if name:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(name, name)
+
+
+def keep_no_programs() -> None:
+    """Compile times are real: nothing compiled earlier is taken; before JAX is first used."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
@@ -70,6 +74,11 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
     return float(counted["flops"])
 
 
+def forward_flops(classifier: Any, variables: Any, images: Any) -> float:
+    """Floating-point operations of the logits of one image like these."""
+    return flops(lambda images: classifier.logits(variables, images)[0], images[:100]) / len(images[:100])
+
+
 def floors(quick: bool = False) -> dict[str, float]:
     """What this device does at best, now: matrix products and copies, the best of ten."""
     import jax
@@ -97,7 +106,7 @@ def floors(quick: bool = False) -> dict[str, float]:
 
 
 def about() -> dict[str, Any]:
-    """Device, processor, versions."""
+    """Device, processor, versions, and the commit that was measured."""
     import flax
     import jax
     import jaxlib
@@ -116,8 +125,24 @@ def about() -> dict[str, Any]:
             "jaxlib": jaxlib.__version__,
             "flax": flax.__version__,
         },
+        "commit": commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def commit() -> str | None:
+    """The commit checked out, marked where tracked files differ from it; None outside a repository.
+
+    >>> import re
+    >>> found = commit()
+    >>> found is None or bool(re.fullmatch("[0-9a-f]{7,40}(-dirty)?", found))
+    True
+    """
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(words, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def processor() -> str:

@@ -39,6 +39,7 @@ def victims(point: int, how: str, width: int) -> Callable[[], Any]:
     """Four steps of so many networks, each on images of its own."""
     import jax
 
+    from backdoor_jax.compiling import jit
     from backdoor_jax.training import epoch, fit, fit_many, mesh_for, stack
 
     step, state, data, key, constants = epoch_of(width, 256)
@@ -47,7 +48,7 @@ def victims(point: int, how: str, width: int) -> Callable[[], Any]:
         return lambda: [fit(key, step, state, data, constants, **options)[0] for _ in range(point)]
     keys, states, sets, many = stack([(key, state, data, constants)] * point)
     if how == "vmap":
-        each = jax.jit(jax.vmap(lambda *own: epoch(*own, step=step, batch_size=64)))
+        each = jit(jax.vmap(lambda *own: epoch(*own, step=step, batch_size=64)))
         return lambda: each(states, sets, keys, many)
     mesh = mesh_for(point, jax.devices()[: point if how == "sharded" else 1])
     return lambda: fit_many(keys, step, states, sets, many, **options, mesh=mesh)[0]
@@ -96,7 +97,8 @@ def main() -> None:
     if arguments.only and set(arguments.only) - set(SCALES):
         parser.error(f"--only takes {', '.join(SCALES)}")
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    measuring.choose_platform(arguments.platform)
+    measuring.use_platform(arguments.platform)
+    measuring.keep_no_programs()
     if arguments.one:
         import jax
 

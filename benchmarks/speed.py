@@ -104,7 +104,7 @@ def scoring(size: Size) -> Work:
 
     data = random_data(size.images)
     classifier, variables = network(size)
-    one = measuring.flops(lambda images: classifier.logits(variables, images)[0], data.images[:100]) / 100
+    one = measuring.forward_flops(classifier, variables, data.images)
     return Work(lambda: score(classifier, variables, data), one * size.images, size.images, f"{size.images} images")
 
 
@@ -122,7 +122,7 @@ def bounding(size: Size) -> Work:
     def run() -> Any:
         return bound_activations(jax.random.key(1), classifier, variables, data, config)[0]
 
-    one = measuring.flops(lambda images: classifier.logits(variables, images)[0], data.images[:100]) / 100
+    one = measuring.forward_flops(classifier, variables, data.images)
     # Forward and the gradient of activations, no gradient of weights; logits and largest activations once more.
     return Work(
         run, one * images * (2 * config.bound_epochs + 2), images * config.bound_epochs, f"2 epochs of {images}"
@@ -143,7 +143,7 @@ def head_tuning(size: Size) -> Work:
     def run() -> Any:
         return tune_classifier(jax.random.key(1), classifier, variables, data, config)[0]
 
-    one = measuring.flops(lambda images: classifier.logits(variables, images)[0], data.images[:100]) / 100
+    one = measuring.forward_flops(classifier, variables, data.images)
     views = images * (1 + config.views)
     width = 8 * size.width
     head = 6 * 10 * width * views * config.tune_epochs
@@ -181,7 +181,7 @@ def head_recomputing(size: Size) -> Work:
         key = jax.random.key(1)
         return fit(key, step, state, data, constants, epochs=epochs, batch_size=config.batch_size)[0]
 
-    one = measuring.flops(lambda images: classifier.logits(variables, images)[0], data.images[:100]) / 100
+    one = measuring.forward_flops(classifier, variables, data.images)
     seen = images * (1 + config.views) * epochs
     return Work(
         run, one * seen, seen, f"{images} images, {config.views} views, {epochs} of {config.tune_epochs} epochs"
@@ -222,9 +222,10 @@ def network(size: Size) -> tuple[Any, Any]:
     import jax
 
     import backdoor_jax as bj
+    from backdoor_jax.training import initialize
 
     classifier = bj.build_classifier("preact_resnet18", 10, width=size.width, dtype=size.dtype)
-    return classifier, jax.jit(classifier.init)(jax.random.key(0), random_data(1).images)
+    return classifier, initialize(classifier, jax.random.key(0), random_data(1).images)
 
 
 MEASUREMENTS: dict[str, Callable[[Size], Work]] = {
@@ -253,7 +254,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what networks compute in")
     parser.add_argument("--one", choices=MEASUREMENTS, help="measure this alone, and print it as JSON")
     arguments = parser.parse_args()
-    measuring.choose_platform(arguments.platform)
+    measuring.use_platform(arguments.platform)
+    measuring.keep_no_programs()
     unknown = set(arguments.only or ()) - set(MEASUREMENTS)
     if unknown:
         parser.error(f"unknown measurement {sorted(unknown)[0]!r}; known are {', '.join(MEASUREMENTS)}")

@@ -34,8 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         until_the_first_epoch(*arguments.child)
-    if arguments.platform:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
+    measuring.use_platform(arguments.platform)
     repeats = 1 if arguments.quick else arguments.repeats
 
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}

@@ -11,8 +11,9 @@ it goes on where it was. Victims that are not there yet are trained first.
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
+
+import measuring
 
 
 def main() -> None:
@@ -26,8 +27,7 @@ def main() -> None:
     parser.add_argument("--preset", default="toolbox_gtsrb", help="of super-fine-tuning (default: toolbox_gtsrb)")
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="which backend (default: JAX's choice)")
     arguments = parser.parse_args()
-    if arguments.platform:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
+    measuring.use_platform(arguments.platform)
 
     from backdoor_jax.errors import UserError
 
@@ -40,21 +40,19 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     import jax
 
-    from backdoor_jax import build_classifier, load_task
+    from backdoor_jax import load_task
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.defenses import FineTuneConfig, SuperFineTuneConfig
     from backdoor_jax.experiment import run_experiment
     from backdoor_jax.experiment.rows import where
-    from backdoor_jax.experiment.victims import prepare_victim
+    from backdoor_jax.experiment.victims import prepare_task, prepare_victim
     from backdoor_jax.scenarios import following, transfer
     from backdoor_jax.training import Stopwatch
 
     experiment = dataclasses.replace(load_experiment(arguments.config), seeds=tuple(arguments.seeds), defenses=())
     run_experiment(experiment, arguments.out)
-    first = load_task(experiment.data.source, experiment.data.train_size, experiment.data.test_size)
+    first, classifier = prepare_task(experiment)
     second = load_task(arguments.data, arguments.train)
-    model = experiment.model
-    classifier = build_classifier(model.name, first.num_classes, model.width, first.normalization, **model.options)
     methods: dict[str, FineTuneConfig | SuperFineTuneConfig] = {
         "finetune": FineTuneConfig(steps=arguments.steps, flip=second.flip),
         "super_finetune": SuperFineTuneConfig.preset(arguments.preset, steps=arguments.steps, flip=second.flip),

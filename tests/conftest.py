@@ -1,6 +1,7 @@
 """What all tests share: eight virtual devices, a key, and a network and data too small to be slow."""
 
 import os
+from collections.abc import Iterator
 
 # Eight devices for the sharding tests, and less work for LLVM, which would take most of the suite's time.
 # A later flag wins, so what is set outside stays.
@@ -24,6 +25,20 @@ from backdoor_jax.models.layers import BatchNorm, ReLU, conv
 
 hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, max_examples=20)
 hypothesis.settings.load_profile("suite")
+
+
+class Programs:
+    """Forgets compiled programs after every file: a process may map only so much memory, and dies of more."""
+
+    @pytest.fixture(autouse=True, scope="module")
+    def forgotten(self) -> Iterator[None]:
+        yield
+        jax.clear_caches()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin it reaches the doctests too, which are not under this folder."""
+    config.pluginmanager.register(Programs())
 
 
 class TinyNet(nn.Module):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from backdoor_jax.data.views import GREY, Views, recolour, resized_crop
+from backdoor_jax.data.augment import GREY
+from backdoor_jax.data.views import Views, recolour, resized_crop
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 8, 6, 3), dtype=np.uint8)
 

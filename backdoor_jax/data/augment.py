@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+GREY = (0.299, 0.587, 0.114)
+"""ITU-R 601 weights of red, green and blue."""
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Augment:
         if self.brightness:
             images = _blend(images, 0.0, _factors(brightness_key, images, self.brightness))
         if self.contrast:
-            weights = jnp.asarray([0.299, 0.587, 0.114]) if images.shape[-1] == 3 else jnp.ones(1)
+            weights = jnp.asarray(GREY) if images.shape[-1] == 3 else jnp.ones(1)
             grey = jnp.mean(images.astype(jnp.float32) @ weights, axis=(1, 2))
             images = _blend(images, grey[:, None, None, None], _factors(contrast_key, images, self.contrast))
         return images
@@ -79,4 +82,14 @@ def _factors(key: jax.Array, images: jax.Array, spread: float) -> jax.Array:
 
 def _blend(images: jax.Array, base: jax.Array | float, factor: jax.Array) -> jax.Array:
     mixed = base + factor * (images.astype(jnp.float32) - base)
-    return jnp.clip(jnp.round(mixed), 0, 255).astype(jnp.uint8)
+    return to_pixels(mixed)
+
+
+def to_pixels(x: jax.Array) -> jax.Array:
+    """The nearest uint8 values.
+
+    Example:
+        >>> to_pixels(jnp.array([-3.0, 1.6, 300.0])).tolist()
+        [0, 2, 255]
+    """
+    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.data.augment import random_flip
+from backdoor_jax.data.augment import GREY, random_flip, to_pixels
 from backdoor_jax.data.warp import bilinear_sample, pixel_grid
 
-GREY = (0.299, 0.587, 0.114)
-"""ITU-R 601 weights of red, green and blue."""
 _YIQ = np.array([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 
 
@@ -62,7 +60,7 @@ def resized_crop(key: jax.Array, images: jax.Array, smallest: float) -> jax.Arra
     whole = jnp.array([height, width], jnp.float32)
     corner = jax.random.uniform(corner_key, (count, 2)) * (1 - sides) * whole
     places = corner[:, None, None] + (pixel_grid(height, width) + 0.5) * sides[:, None, None] - 0.5
-    return _pixels(bilinear_sample(images, jnp.clip(places, 0, whole - 1)))
+    return to_pixels(bilinear_sample(images, jnp.clip(places, 0, whole - 1)))
 
 
 def recolour(key: jax.Array, images: jax.Array, jitter: float, hue: float) -> jax.Array:
@@ -94,12 +92,8 @@ def recolour(key: jax.Array, images: jax.Array, jitter: float, hue: float) -> ja
         return jax.random.bernoulli(key, share, (count, 1, 1, 1))
 
     x = jnp.where(drawn(chosen_key, 0.8), x, images)
-    return _pixels(jnp.where(drawn(grey_key, 0.2), _grey(x), x))
+    return to_pixels(jnp.where(drawn(grey_key, 0.2), _grey(x), x))
 
 
 def _grey(x: jax.Array) -> jax.Array:
     return (x @ jnp.asarray(GREY))[..., None]
-
-
-def _pixels(x: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -116,7 +117,34 @@ def tune(
 ) -> tuple[Variables, dict[str, Any]]:
     """Runs a gradient step for ``config.steps``, in whole epochs, and says what it did."""
     per_epoch, size = batch_shape(len(data), config.batch_size)
-    epochs = -(-config.steps // per_epoch)
+    tuned, done = descend(
+        key,
+        step,
+        variables,
+        data,
+        constants,
+        epochs=-(-config.steps // per_epoch),
+        batch_size=config.batch_size,
+        augment=Augment(crop=config.crop, flip=config.flip),
+        name=name,
+    )
+    return tuned, {"changed": True, "batch": size, **done}
+
+
+def descend(
+    key: jax.Array,
+    step: GradientStep,
+    variables: Variables,
+    data: Dataset,
+    constants: Constants,
+    *,
+    epochs: int,
+    batch_size: int,
+    name: str,
+    augment: Augment | None = None,
+    checkpoints: Path | None = None,
+) -> tuple[Variables, dict[str, Any]]:
+    """Runs a gradient step for so many epochs, and says how many steps that were and what was logged at the end."""
     state: State
     state, history = fit(
         key,
@@ -125,12 +153,13 @@ def tune(
         data,
         constants,
         epochs=epochs,
-        batch_size=config.batch_size,
-        augment=Augment(crop=config.crop, flip=config.flip),
+        batch_size=batch_size,
+        augment=augment,
         name=name,
+        checkpoints=checkpoints,
     )
-    done = {"changed": True, "steps": epochs * per_epoch, "batch": size}
-    return state.variables, {**done, "last_epoch": last_epoch(history, per_epoch)}
+    per_epoch, _ = batch_shape(len(data), batch_size)
+    return state.variables, {"steps": epochs * per_epoch, "last_epoch": last_epoch(history, per_epoch)}
 
 
 def last_epoch(history: dict[str, np.ndarray], steps: int) -> dict[str, float]:

@@ -44,7 +44,7 @@ import numpy as np
 from backdoor_jax.compiling import jit
 from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.defenses.base import Defense, Repair, last_epoch
+from backdoor_jax.defenses.base import Defense, Repair, descend
 from backdoor_jax.defenses.bounds import MMBM_PLACES, BoundConfig, bound_activations, require_rectifiers
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
@@ -54,7 +54,6 @@ from backdoor_jax.training import (
     GradientStep,
     Info,
     batch_shape,
-    fit,
     latents,
     map_chunks,
     symmetric_cross_entropy,
@@ -243,18 +242,16 @@ def tune_classifier(
     step = GradientStep(
         ClassifierLoss(classifier), CosineSGD(steps * config.tune_epochs), trainable=(classifier.head_path,)
     )
-    constants = numbers(config)
-    state, history = fit(
+    return descend(
         fit_key,
         step,
-        step.init(variables, constants),
+        variables,
         Dataset(seen, data.labels),
-        constants,
+        numbers(config),
         epochs=config.tune_epochs,
         batch_size=config.batch_size,
         name="pad_ft classifier",
     )
-    return state.variables, {"steps": steps * config.tune_epochs, "last_epoch": last_epoch(history, steps)}
 
 
 def pad(

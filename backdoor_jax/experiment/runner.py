@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from backdoor_jax.config import Config
-from backdoor_jax.data import Task, clean_indices, load_task
+from backdoor_jax.data import Task, clean_indices
 from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment.rows import Row, judgement, line, read_rows, where, write_rows, write_text
@@ -22,10 +22,18 @@ from backdoor_jax.experiment.settings import (
     ModelConfig,
     describe,
 )
-from backdoor_jax.experiment.victims import RECORD, Victim, prepare_together, prepare_victim, streams, trigger_like
+from backdoor_jax.experiment.victims import (
+    RECORD,
+    Victim,
+    prepare_task,
+    prepare_together,
+    prepare_victim,
+    streams,
+    trigger_like,
+)
 from backdoor_jax.interop.native import DESCRIPTION, describe_folder
 from backdoor_jax.metrics import Scores, evaluate
-from backdoor_jax.models import Classifier, build_classifier
+from backdoor_jax.models import Classifier
 from backdoor_jax.training import Stopwatch, TrainConfig
 
 
@@ -82,9 +90,7 @@ def run_experiment(
         >>> [(row["attack"], row["defense"]) for row in rows]
         [('badnets', 'none'), ('badnets', 'finetune'), ('none', 'none'), ('none', 'finetune')]
     """
-    task = load_task(experiment.data.source, experiment.data.train_size, experiment.data.test_size, root=root)
-    model = experiment.model
-    classifier = build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
+    task, classifier = prepare_task(experiment, root)
     _check(experiment, task, classifier)
     _claim(experiment, out)
     for record in out.glob(f"victims/*/{RECORD}"):

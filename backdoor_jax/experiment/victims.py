@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from backdoor_jax.attacks import Attack, Planted, Scene
-from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger
+from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, load_task
 from backdoor_jax.experiment.rows import plain, write_text
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.native import save_model
 from backdoor_jax.metrics import Scores, evaluate
-from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.models import Classifier, Variables, build_classifier
 from backdoor_jax.training import Stopwatch, mesh_for, train, train_many
 
 RECORD = "timing.json"
@@ -49,6 +49,13 @@ def streams(seed: int, label: str) -> dict[str, jax.Array]:
     for name in ("poison", "defense"):
         streams[name] = jax.random.fold_in(streams[name], zlib.crc32(label.encode()))
     return streams
+
+
+def prepare_task(experiment: Experiment, root: Path = Path()) -> tuple[Task, Classifier]:
+    """The data of an experiment, and the network that it trains on them."""
+    data, model = experiment.data, experiment.model
+    task = load_task(data.source, data.train_size, data.test_size, root=root)
+    return task, build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
 
 
 def prepare_victim(

@@ -18,28 +18,27 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from backdoor_jax.config import Config, numbers
+from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, Trigger
 from backdoor_jax.data.views import Views
-from backdoor_jax.defenses.base import adam, last_epoch
+from backdoor_jax.defenses.base import adam, descend
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.scenarios.simclr import normalized
 from backdoor_jax.scenarios.transfer import transplant
 from backdoor_jax.training import (
     Constants,
+    EpochsConfig,
     GradientStep,
     Info,
-    batch_shape,
     constant_sgd,
     cross_entropy,
-    fit,
     latents,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class BadEncoderConfig(Config):
+class BadEncoderConfig(EpochsConfig):
     """Settings of the attack.
 
     Attributes:
@@ -59,12 +58,6 @@ class BadEncoderConfig(Config):
     weight_decay: float = 5e-4
     reference_weight: float = 1.0
     utility_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.epochs > 0, "epochs", "at least 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,22 +129,20 @@ def bad_encoder(
     moving = tuple(path for path in flatten_dict(variables["params"]) if path[:-1] not in normalisers)
     step = GradientStep(BadEncoderLoss(classifier), constant_sgd, moving)
     constants = {**numbers(config), "clean": variables, "trigger": trigger, "references": references}
-    steps, _ = batch_shape(len(data), config.batch_size)
-    state, history = fit(
+    return descend(
         key,
         step,
-        step.init(variables, constants),
+        variables,
         data,
         constants,
         epochs=config.epochs,
         batch_size=config.batch_size,
         name="bad_encoder",
     )
-    return state.variables, {"steps": steps * config.epochs, "last_epoch": last_epoch(history, steps)}
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig(Config):
+class ProbeConfig(EpochsConfig):
     """How a classifier is put on a frozen encoder.
 
     BadEncoder's code trains two hidden layers by Adam at 1e-4 for 500 epochs in batches of 64; ours is the network's
@@ -166,12 +157,6 @@ class ProbeConfig(Config):
     epochs: int = 100
     batch_size: int = 64
     learning_rate: float = 1e-2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.epochs > 0, "epochs", "at least 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,15 +206,14 @@ def probe(
     head_key, fit_key = jax.random.split(key)
     other, start = transplant(head_key, classifier, variables, num_classes, data.images)
     step = GradientStep(HeadLoss(other), adam, (other.head_path,))
-    constants = numbers(config)
-    state, _ = fit(
+    probed, _ = descend(
         fit_key,
         step,
-        step.init(start, constants),
+        start,
         Dataset(latents(other, start, data.images), data.labels),
-        constants,
+        numbers(config),
         epochs=config.epochs,
         batch_size=config.batch_size,
         name="probe",
     )
-    return other, state.variables
+    return other, probed

@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import optax
 
 from backdoor_jax.attacks.networks import init, join, part, run
-from backdoor_jax.config import Config, numbers
+from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.data.views import Views
-from backdoor_jax.defenses.base import last_epoch
+from backdoor_jax.defenses.base import descend
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.layers import BatchNorm
-from backdoor_jax.training import Constants, GradientStep, Info, batch_shape, fit, initialize
+from backdoor_jax.training import Constants, EpochsConfig, GradientStep, Info, initialize
 
 
 @dataclasses.dataclass(frozen=True)
-class SimCLRConfig(Config):
+class SimCLRConfig(EpochsConfig):
     """Settings of the pre-training.
 
     Attributes:
@@ -48,10 +48,8 @@ class SimCLRConfig(Config):
     temperature: float = 0.5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.epochs > 0, "epochs", "at least 1")
         self.require(self.batch_size > 1, "batch_size", "at least 2")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+        super().__post_init__()
         self.require(self.temperature > 0, "temperature", "a positive number")
 
 
@@ -162,18 +160,15 @@ def pretrain(
     variables = join(encoder=encoder, projector=init(projector, projector_key, jnp.zeros(latent.shape)))
     moving = [("encoder", name) for name in encoder["params"] if name != classifier.head_path[0]]
     step = GradientStep(ContrastiveLoss(classifier, projector), DecayedAdam(), (*moving, ("projector",)))
-    constants = numbers(config)
-    steps, _ = batch_shape(len(data), config.batch_size)
-    state, history = fit(
+    trained, done = descend(
         fit_key,
         step,
-        step.init(variables, constants),
+        variables,
         data,
-        constants,
+        numbers(config),
         epochs=config.epochs,
         batch_size=config.batch_size,
         name=name,
         checkpoints=checkpoints,
     )
-    done = {"steps": steps * config.epochs, "last_epoch": last_epoch(history, steps)}
-    return part(state.variables, "encoder"), done
+    return part(trained, "encoder"), done

@@ -22,6 +22,7 @@ from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangu
 from backdoor_jax.training.stopwatch import Stopwatch
 from backdoor_jax.training.supervised import (
     CosineSGD,
+    EpochsConfig,
     SupervisedLoss,
     TrainConfig,
     constant_sgd,
@@ -33,6 +34,7 @@ from backdoor_jax.training.supervised import (
 __all__ = [
     "Constants",
     "CosineSGD",
+    "EpochsConfig",
     "GradientStep",
     "Info",
     "Loss",

@@ -23,7 +23,28 @@ from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(Config):
+class EpochsConfig(Config):
+    """What every training by epochs has.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: see `backdoor_jax.training.batch_shape`.
+        learning_rate: of the optimiser.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.epochs > 0, "epochs", "at least 1")
+        self.require(self.batch_size > 0, "batch_size", "at least 1")
+        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(EpochsConfig):
     """How a model is trained from scratch; the benchmark's settings for CIFAR-10.
 
     Attributes:
@@ -51,9 +72,7 @@ class TrainConfig(Config):
         return SharpnessAwareStep if self.sam_radius else GradientStep
 
     def __post_init__(self) -> None:
-        self.require(self.epochs > 0, "epochs", "at least 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+        super().__post_init__()
         self.require(self.crop >= 0, "crop", "0 or more pixels")
         self.require(self.sam_radius >= 0, "sam_radius", "0 or more")
 
