@@ -115,7 +115,7 @@ def main() -> None:
     for scale, (_, hows, points) in SCALES.items():
         if arguments.only and scale not in arguments.only:
             continue
-        for how in hows[1:3] if arguments.quick and len(hows) > 1 else hows:
+        for how in hows[-1:] if arguments.quick else hows:
             for point in (points[0], points[1]) if arguments.quick else points:
                 print(f"{scale} {how} {point} ...", file=sys.stderr, flush=True)
                 found = measuring.in_a_process(__file__, *sys.argv[1:], "--one", scale, how, str(point))

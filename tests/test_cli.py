@@ -204,7 +204,16 @@ def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
     config.write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    command = [sys.executable, "-m", "backdoor_jax.cli", "run", str(config), "defenses=[]", "--out"]
+    command = [
+        sys.executable,
+        "-m",
+        "backdoor_jax.cli",
+        "run",
+        str(config),
+        "model.name=small_cnn",
+        "defenses=[]",
+        "--out",
+    ]
     kept = []
     for out in ("first", "second"):
         told = subprocess.run(

@@ -14,16 +14,9 @@ from backdoor_jax import BadNets, Classifier, FineTuneConfig, Scores, UserError,
 from backdoor_jax.data import Trigger
 from backdoor_jax.data.views import Views
 from backdoor_jax.models import Variables
-from backdoor_jax.scenarios import (
-    BadEncoderConfig,
-    ProbeConfig,
-    SimCLRConfig,
-    bad_encoder,
-    contrast,
-    pretrain,
-    probe,
-)
+from backdoor_jax.scenarios import BadEncoderConfig, ProbeConfig, bad_encoder, probe
 from backdoor_jax.scenarios.bad_encoder import BadEncoderLoss
+from backdoor_jax.training import SimCLRConfig, contrast, pretrain
 
 
 def test_the_contrast_is_the_formula_by_hand() -> None:

@@ -28,8 +28,9 @@ from backdoor_jax import (
 )
 from backdoor_jax.attacks import input_aware, lira, ssba
 from backdoor_jax.attacks.label_consistent import perturb
-from backdoor_jax.attacks.networks import EncoderDecoder, init, join
+from backdoor_jax.attacks.networks import EncoderDecoder
 from backdoor_jax.models import Variables
+from backdoor_jax.models.joint import init, join
 
 
 @pytest.fixture(scope="module")

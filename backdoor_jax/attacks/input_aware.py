@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from backdoor_jax.attacks.base import Attack, Planted, Scene
-from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together, init, join, part, run
+from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.models.joint import init, join, part, run
 from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy, initialize
 
 

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import optax
 
 from backdoor_jax.attacks.base import Attack, Scene
-from backdoor_jax.attacks.networks import Adam, EncoderDecoder, init, join, part, run
+from backdoor_jax.attacks.networks import Adam, EncoderDecoder
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.models import Variables
+from backdoor_jax.models.joint import init, join, part, run
 from backdoor_jax.models.layers import BatchNorm, conv
 from backdoor_jax.training import Constants, GradientStep, Info, fit, map_chunks
 

@@ -3,6 +3,7 @@
 from backdoor_jax.defenses import anp as _anp
 from backdoor_jax.defenses import clp as _clp
 from backdoor_jax.defenses import d3 as _d3
+from backdoor_jax.defenses import dbd as _dbd
 from backdoor_jax.defenses import fine_pruning as _fine_pruning
 from backdoor_jax.defenses import finetune as _finetune
 from backdoor_jax.defenses import fst as _fst
@@ -19,6 +20,7 @@ from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, TuneConfig
 from backdoor_jax.defenses.bounds import BoundConfig, bound_activations
 from backdoor_jax.defenses.clp import ClpConfig, clp
 from backdoor_jax.defenses.d3 import D3Config, d3
+from backdoor_jax.defenses.dbd import DbdConfig, dbd
 from backdoor_jax.defenses.fine_pruning import FinePruningConfig, fine_pruning, prune_dormant
 from backdoor_jax.defenses.finetune import FineTuneConfig, finetune
 from backdoor_jax.defenses.fst import FstConfig, fst
@@ -47,6 +49,7 @@ DEFENSES: dict[str, Defense] = {
     "fine_pruning": _fine_pruning.DEFENSE,
     "anp": _anp.DEFENSE,
     "mm_bm": _mm_bm.DEFENSE,
+    "dbd": _dbd.DEFENSE,
 }
 """The defences by the names that configurations use."""
 
@@ -56,6 +59,7 @@ __all__ = [
     "BoundConfig",
     "ClpConfig",
     "D3Config",
+    "DbdConfig",
     "Defense",
     "FinePruningConfig",
     "FineTuneConfig",
@@ -78,6 +82,7 @@ __all__ = [
     "bound_activations",
     "clp",
     "d3",
+    "dbd",
     "fine_pruning",
     "finetune",
     "fst",

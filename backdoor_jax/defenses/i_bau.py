@@ -58,9 +58,9 @@ import optax
 
 from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, adam, last_epoch
+from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, adam
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, GradientStep, Info, batch_shape, cross_entropy, fit
+from backdoor_jax.training import Constants, GradientStep, Info, batch_shape, cross_entropy, fit, last_epoch
 
 PRESETS: dict[str, dict[str, Any]] = {
     "benchmark": {},

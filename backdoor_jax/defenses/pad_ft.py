@@ -44,7 +44,7 @@ import numpy as np
 from backdoor_jax.compiling import jit
 from backdoor_jax.config import from_preset, numbers
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.defenses.base import Defense, Repair, descend
+from backdoor_jax.defenses.base import Defense, Repair
 from backdoor_jax.defenses.bounds import MMBM_PLACES, BoundConfig, bound_activations, require_rectifiers
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
@@ -54,6 +54,7 @@ from backdoor_jax.training import (
     GradientStep,
     Info,
     batch_shape,
+    descend,
     latents,
     map_chunks,
     symmetric_cross_entropy,

@@ -13,6 +13,7 @@ from backdoor_jax.config import Config
 from backdoor_jax.data import Task, clean_indices
 from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import UserError
+from backdoor_jax.experiment.analyses import Laboratory
 from backdoor_jax.experiment.rows import Row, judgement, line, read_rows, where, write_rows, write_text
 from backdoor_jax.experiment.settings import (
     AttackEntry,
@@ -45,6 +46,7 @@ class Repaired(NamedTuple):
     seconds: float
     compile_seconds: float
     scores: Scores
+    found: dict[str, Any]
 
 
 def run_experiment(
@@ -113,6 +115,7 @@ def run_experiment(
                 return rows
             prepare_together(experiment, task, classifier, entry, out, devices)
     for seed in experiment.seeds:
+        laboratory = Laboratory(experiment, seed, classifier, task, out)
         for entry in attacks:
             label = entry.label if entry else "none"
             done = {row["defense"] for row in rows if (row["attack"], row["seed"]) == (label, seed)}
@@ -129,12 +132,12 @@ def run_experiment(
                 return rows
             victim = prepare_victim(experiment, task, classifier, entry, seed, out, clean_model)
             if "none" not in done:
-                add(_victim_row(experiment, task, entry, victim))
+                add(_victim_row(experiment, task, entry, victim, laboratory))
             repairs: dict[tuple[str, Config], Repaired] = {}
             for defense in missing:
                 if not proceed():
                     return rows
-                add(_defend(experiment, task, classifier, entry, victim, defense, repairs))
+                add(_defend(experiment, task, classifier, entry, victim, defense, repairs, laboratory))
     return rows
 
 
@@ -200,6 +203,7 @@ def _defend(
     victim: Victim,
     defense: DefenseEntry,
     repairs: dict[tuple[str, Config], Repaired],
+    laboratory: Laboratory,
 ) -> Row:
     """Runs one defence on one victim, or takes over the repair of another entry that came to the same configuration."""
     method = DEFENSES[defense.defense]
@@ -223,7 +227,7 @@ def _defend(
         if method.choose is not None:
             concrete, found = method.choose(classifier, victim.variables, data, config)
     if concrete is None:
-        done = Repaired(defense.label, Repair(victim.variables, {}), 0.0, 0.0, victim.scores)
+        done = Repaired(defense.label, Repair(victim.variables, {}), 0.0, 0.0, victim.scores, {})
     elif (defense.defense, concrete) in repairs:
         done = repairs[defense.defense, concrete]
         found["same_repair_as"] = done.label
@@ -232,7 +236,8 @@ def _defend(
             repair = method.run(keys["defense"], classifier, victim.variables, data, concrete)
             jax.block_until_ready(repair.variables)
         scores = evaluate(classifier, repair.variables, task.test, victim.trigger, victim.label_map, name)
-        done = Repaired(defense.label, repair, watch.seconds, watch.compile_seconds, scores)
+        found_inside = laboratory.look(victim, repair.variables)
+        done = Repaired(defense.label, repair, watch.seconds, watch.compile_seconds, scores, found_inside)
         repairs[defense.defense, concrete] = done
 
     info = {**done.repair.info, **found}
@@ -254,10 +259,13 @@ def _defend(
             "defense": dataclasses.asdict(config),
         },
         "info": info,
+        "analyses": done.found,
     }
 
 
-def _victim_row(experiment: Experiment, task: Task, entry: AttackEntry | None, victim: Victim) -> Row:
+def _victim_row(
+    experiment: Experiment, task: Task, entry: AttackEntry | None, victim: Victim, laboratory: Laboratory
+) -> Row:
     return {
         **_common(experiment, task, entry, victim),
         "defense": "none",
@@ -279,6 +287,7 @@ def _victim_row(experiment: Experiment, task: Task, entry: AttackEntry | None, v
             "poisoned": len(victim.poisoned),
             **victim.info,
         },
+        "analyses": laboratory.look(victim),
     }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal, get_args
 
 from backdoor_jax.attacks import ATTACKS, Attack
 from backdoor_jax.config import Config
@@ -10,6 +10,9 @@ from backdoor_jax.defenses import DEFENSES
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Precision, Stem
 from backdoor_jax.training import TrainConfig
+
+Analysis = Literal["landscape", "latents", "neurons", "membership", "reinjection"]
+"""What can be looked into besides rates; see `backdoor_jax.experiment.analyses`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Experiment(Config):
         clean_ratio: the defender's share of the clean training set; published 0.05.
         stratified: whether that share is drawn class by class; the benchmark does not.
         seeds: each makes its own poison, weights and clean subset.
+        analyses: what rows hold besides rates, of those made from now on.
     """
 
     name: str
@@ -126,11 +130,14 @@ class Experiment(Config):
     clean_ratio: float = 0.05
     stratified: bool = False
     seeds: tuple[int, ...] = (0,)
+    analyses: tuple[Analysis, ...] = ()
 
     def __post_init__(self) -> None:
         self.require(0 < self.clean_ratio <= 1, "clean_ratio", "a share in (0, 1]")
         self.require(len(self.seeds) > 0, "seeds", "at least one")
         self.require(len(self.attacks) > 0, "attacks", "at least one")
+        known = get_args(Analysis)
+        self.require(set(self.analyses) <= set(known), "analyses", f"some of {', '.join(known)}")
         for entries in (self.attacks, self.defenses):
             labels = [entry.label for entry in entries]
             twice = sorted({label for label in labels if labels.count(label) > 1} | ({"none"} & set(labels)))

@@ -43,10 +43,9 @@ class Victim(NamedTuple):
 def streams(seed: int, label: str) -> dict[str, jax.Array]:
     """One stream of randomness a purpose; the poison's depends on the attack, weights and clean subset do not."""
     key = jax.random.key(seed)
-    streams = {
-        name: jax.random.fold_in(key, number) for number, name in enumerate(("clean", "victim", "poison", "defense"))
-    }
-    for name in ("poison", "defense"):
+    purposes = ("clean", "victim", "poison", "defense", "analysis")
+    streams = {name: jax.random.fold_in(key, number) for number, name in enumerate(purposes)}
+    for name in ("poison", "defense", "analysis"):
         streams[name] = jax.random.fold_in(streams[name], zlib.crc32(label.encode()))
     return streams
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 
 from backdoor_jax.report import figures
+from backdoor_jax.report.analyses import SECTIONS
 from backdoor_jax.report.table import COLUMNS, Row, cells, summarize
 
 TEMPLATE = """<!doctype html>
@@ -67,6 +68,10 @@ def render(rows: list[Row], folder: Path) -> str:
             "The smallest latent change that sends clean images to each class; an outlier on the small side is suspect."
         )
         sections.append(("Scan for the poisoned class", note, scans))
+    for title, note, draw in SECTIONS:
+        figure = draw(rows)
+        if figure is not None:
+            sections.append((title, note, [figure]))
     rates = figures.learning_rates(rows)
     if rates is not None:
         sections.append(("Learning rates", "What each defence that tunes used.", [rates]))

@@ -21,10 +21,9 @@ from flax.traverse_util import flatten_dict
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, Trigger
 from backdoor_jax.data.views import Views
-from backdoor_jax.defenses.base import adam, descend
+from backdoor_jax.defenses.base import adam
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.scenarios.simclr import normalized
 from backdoor_jax.scenarios.transfer import transplant
 from backdoor_jax.training import (
     Constants,
@@ -33,7 +32,9 @@ from backdoor_jax.training import (
     Info,
     constant_sgd,
     cross_entropy,
+    descend,
     latents,
+    normalized,
 )
 
 

@@ -1,5 +1,6 @@
 """The optimisation engine, its losses and schedules."""
 
+from backdoor_jax.training.descent import descend, last_epoch
 from backdoor_jax.training.engine import (
     Constants,
     GradientStep,
@@ -19,6 +20,7 @@ from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, 
 from backdoor_jax.training.many import fit_many, mesh_for, stack, unstack
 from backdoor_jax.training.sam import SharpnessAwareStep
 from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
+from backdoor_jax.training.simclr import SimCLRConfig, contrast, normalized, pretrain
 from backdoor_jax.training.stopwatch import Stopwatch
 from backdoor_jax.training.supervised import (
     CosineSGD,
@@ -39,6 +41,7 @@ __all__ = [
     "Info",
     "Loss",
     "SharpnessAwareStep",
+    "SimCLRConfig",
     "State",
     "Step",
     "Stopwatch",
@@ -46,16 +49,21 @@ __all__ = [
     "TrainConfig",
     "batch_shape",
     "constant_sgd",
+    "contrast",
     "cosine_in_stages",
     "cross_entropy",
+    "descend",
     "epoch",
     "fit",
     "fit_many",
     "initialize",
+    "last_epoch",
     "latents",
     "map_chunks",
     "merge",
     "mesh_for",
+    "normalized",
+    "pretrain",
     "run_epoch",
     "smoothed_cross_entropy",
     "split_by_path",

@@ -11,6 +11,7 @@ weight decay 1e-6, temperature .5, a projection of 512 hidden and 128 output uni
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backdoor_jax.attacks.networks import init, join, part, run
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.data.views import Views
-from backdoor_jax.defenses.base import descend
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.models.joint import init, join, part, run
 from backdoor_jax.models.layers import BatchNorm
-from backdoor_jax.training import Constants, EpochsConfig, GradientStep, Info, initialize
+from backdoor_jax.training.descent import descend
+from backdoor_jax.training.engine import Constants, GradientStep, Info
+from backdoor_jax.training.supervised import EpochsConfig, initialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ContrastiveLoss:
 
     classifier: Classifier
     projector: Projector
-    views: Views = Views()  # noqa: RUF009
+    views: Views
 
     def __call__(
         self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
@@ -129,6 +131,8 @@ def pretrain(
     data: Dataset,
     config: SimCLRConfig = SimCLRConfig(),
     *,
+    optimizer: Callable[[Constants], optax.GradientTransformation] = DecayedAdam(),
+    views: Views = Views(),
     name: str = "simclr",
     checkpoints: Path | None = None,
 ) -> tuple[Variables, dict[str, Any]]:
@@ -139,6 +143,8 @@ def pretrain(
         classifier: its `features` are the encoder; its head stays as it is drawn.
         data: images; their labels are not looked at.
         config: settings.
+        optimizer: makes the Optax transformation out of the settings' numbers.
+        views: what is compared.
         name: what progress and errors call the run.
         checkpoints: a folder for Orbax checkpoints; a killed run resumes from there.
 
@@ -159,7 +165,7 @@ def pretrain(
     projector = Projector()
     variables = join(encoder=encoder, projector=init(projector, projector_key, jnp.zeros(latent.shape)))
     moving = [("encoder", name) for name in encoder["params"] if name != classifier.head_path[0]]
-    step = GradientStep(ContrastiveLoss(classifier, projector), DecayedAdam(), (*moving, ("projector",)))
+    step = GradientStep(ContrastiveLoss(classifier, projector, views), optimizer, (*moving, ("projector",)))
     trained, done = descend(
         fit_key,
         step,
