@@ -1,4 +1,4 @@
-"""The encoder-based scenario: SimCLR, BadEncoder against it, and what a downstream user's training does to the backdoor.
+"""The encoder-based scenario: SimCLR, BadEncoder against it, and what training on top of it does to the backdoor.
 
     python benchmarks/prepare_data.py --source FOLDER --out data --only cifar10 gtsrb_half
     python benchmarks/encoder.py --pretrain data/cifar10.npz --downstream data/gtsrb_half.npz --out runs/encoder
