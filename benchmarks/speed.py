@@ -222,10 +222,9 @@ def network(size: Size) -> tuple[Any, Any]:
     import jax
 
     import backdoor_jax as bj
-    from backdoor_jax.training import initialize
 
     classifier = bj.build_classifier("preact_resnet18", 10, width=size.width, dtype=size.dtype)
-    return classifier, initialize(classifier, jax.random.key(0), random_data(1).images)
+    return classifier, classifier.init(jax.random.key(0), random_data(1).images)
 
 
 MEASUREMENTS: dict[str, Callable[[Size], Work]] = {

@@ -135,8 +135,7 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
     import backdoor_jax as bj
     from backdoor_jax.config import numbers
     from backdoor_jax.data import Augment
-    from backdoor_jax.defenses.d3 import D3Loss, SphereProjection
-    from backdoor_jax.defenses.d3 import initialize as initialize_d3
+    from backdoor_jax.defenses.d3 import D3Loss, SphereProjection, initialize
     from backdoor_jax.interop.pytorch import torch_state
     from backdoor_jax.training import (
         CosineSGD,
@@ -144,7 +143,6 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
         SupervisedLoss,
         batch_shape,
         fit,
-        initialize,
         merge,
         split_by_path,
     )
@@ -154,7 +152,7 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
         classifier, variables = bj.load_model(arguments.checkpoint)
     else:
         classifier = bj.build_classifier("preact_resnet18", task.num_classes, width=arguments.width)
-        variables = initialize(classifier, jax.random.key(0), task.train.images[:1])
+        variables = classifier.init(jax.random.key(0), task.train.images[:1])
     generator = np.random.default_rng(0)
     clean = task.train.take(generator.permutation(len(task.train))[: arguments.clean])
     test = task.test.take(generator.permutation(len(task.test))[: arguments.tests])
@@ -167,7 +165,7 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
 
     select = ((*classifier.head_path, "kernel"),)
     origin, others = split_by_path(variables["params"], select)
-    away = {**variables, "params": merge(initialize_d3(jax.random.key(1), origin, "random"), others)}
+    away = {**variables, "params": merge(initialize(jax.random.key(1), origin, "random"), others)}
     tune, penalised = bj.FineTuneConfig(steps=steps), bj.D3Config.preset("paper", steps=steps)
     methods = {
         "finetune": (GradientStep(SupervisedLoss(classifier), CosineSGD(steps)), variables, numbers(tune)),

@@ -92,4 +92,4 @@ def tiny_data() -> Dataset:
 
 @pytest.fixture(scope="session")
 def tiny_variables(tiny_classifier: Classifier, tiny_data: Dataset) -> Variables:
-    return jax.jit(tiny_classifier.init)(jax.random.key(1), tiny_data.images)
+    return tiny_classifier.init(jax.random.key(1), tiny_data.images)

@@ -52,7 +52,7 @@ def case() -> Case:
     generator = np.random.default_rng(0)
     data = make_dataset(generator.integers(0, 256, (24, 8, 8, 3)).astype(np.uint8), np.arange(24) % 4, 4)
     classifier = build_classifier("preact_resnet18", 4, width=2)
-    return Case(classifier, jax.jit(classifier.init)(jax.random.key(0), data.images), data)
+    return Case(classifier, classifier.init(jax.random.key(0), data.images), data)
 
 
 @pytest.fixture(scope="module")

@@ -276,7 +276,7 @@ def test_adaptive_pooling_is_pytorchs() -> None:
 @pytest.mark.parametrize("name", ["bottlenecks", "vgg19_bn", "vit"])
 def test_fresh_weights_are_drawn_as_torchvision_draws_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backdoor_jax.models.vgg.GROUPS", (1, 1, 1, 1, 1))  # Compiles in a third of the time.
-    fresh = jax.jit(NETWORKS[name][0].init)(jax.random.key(0), example(name)[1])
+    fresh = NETWORKS[name][0].init(jax.random.key(0), example(name)[1])
     for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
         where = jax.tree_util.keystr(path, simple=True, separator="/")
         deviation = expected_deviation(name, where, leaf.shape)

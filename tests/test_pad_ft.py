@@ -102,7 +102,7 @@ def gentle(tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Da
 @pytest.fixture(scope="module")
 def resnet(tiny_data: Dataset) -> Case:
     classifier = build_classifier("preact_resnet18", CLASSES, width=2)
-    return Case(classifier, jax.jit(classifier.init)(jax.random.key(0), tiny_data.images), tiny_data)
+    return Case(classifier, classifier.init(jax.random.key(0), tiny_data.images), tiny_data)
 
 
 def wrongness(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

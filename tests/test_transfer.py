@@ -24,7 +24,7 @@ from backdoor_jax.scenarios import following, transfer, transplant
 def test_a_transplanted_head_is_fresh_and_nothing_else_is_touched() -> None:
     classifier = build_classifier("preact_resnet18", 43, width=2, normalization="gtsrb")
     images = np.zeros((2, 32, 32, 3), np.uint8)
-    variables = jax.jit(classifier.init)(jax.random.key(0), images)
+    variables = classifier.init(jax.random.key(0), images)
     kept = jax.tree.map(np.array, variables)
     other, fresh = transplant(jax.random.key(1), classifier, variables, 10, images)
     assert (other.num_classes, other.network.num_classes, other.std) == (10, 10, classifier.std)

@@ -30,7 +30,7 @@ from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.joint import init, join, part, run
-from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy, initialize
+from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +169,7 @@ class InputAware(Attack):
         )
         epochs = scene.training.epochs
         joint = scene.training.step(loss, Together(CosineSGD(steps * epochs, epochs), adam))
-        victim = initialize(scene.classifier, init_key, scene.data.images[:1])
+        victim = scene.classifier.init(init_key, scene.data.images[:1])
         constants["masker"] = trigger.masker
         state, _ = scene.fit(
             fit_key,

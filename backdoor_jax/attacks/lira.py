@@ -26,7 +26,7 @@ from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.joint import init, join, part, run
-from backdoor_jax.training import Constants, CosineSGD, Info, batch_shape, cross_entropy, initialize, torch_sgd
+from backdoor_jax.training import Constants, CosineSGD, Info, batch_shape, cross_entropy, torch_sgd
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +125,7 @@ class LIRA(Attack):
         joint = scene.training.step(
             NoiseLoss(scene.classifier, network, label_map, learns=True), Together(ConstantSGD(), Adam())
         )
-        victim = initialize(scene.classifier, init_key, scene.data.images[:1])
+        victim = scene.classifier.init(init_key, scene.data.images[:1])
         state, _ = scene.fit(
             joint_key,
             joint,

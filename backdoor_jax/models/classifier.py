@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import flax.linen as nn
@@ -213,8 +214,10 @@ class Classifier:
         return HalfPrecision(network, self.head_path) if self.dtype == "bfloat16" else network
 
     def init(self, key: jax.Array, images: jax.Array) -> Variables:
-        """Fresh variables for images of this shape; only their shape matters."""
-        return self._network.init(key, self.normalize(images[:1]))
+        """Fresh variables for images of this shape; only their shape matters. Compiled, unless it is being traced."""
+        if isinstance(key, jax.core.Tracer):
+            return self._network.init(key, self.normalize(images[:1]))
+        return _initialized(self, key, images[:1])
 
     def features(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
         """Latents ``(B, D)`` of images ``(B, H, W, channels)``, and the variables with the statistics of the batch.
@@ -296,3 +299,9 @@ class Classifier:
         """
         kernel, bias = linear_head(variables, self.head_path)
         return kernel, jnp.zeros(self.num_classes) if bias is None else bias
+
+
+# Optimised, the generators of all layers take ten times as long to compile, for a program that runs once.
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def _initialized(classifier: Classifier, key: jax.Array, images: jax.Array) -> Variables:
+    return classifier.init(key, images)

@@ -24,7 +24,6 @@ from backdoor_jax.defenses.base import replaced
 from backdoor_jax.errors import UserError
 from backdoor_jax.metrics import predict, success_rates
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import initialize
 
 
 class Following(NamedTuple):
@@ -74,7 +73,7 @@ def transplant(
             f"{type(network).__name__} cannot be made for {num_classes} classes; give a Linen module with num_classes"
         )
     other = dataclasses.replace(classifier, network=network.clone(num_classes=num_classes), num_classes=num_classes)
-    fresh = flatten_dict(initialize(other, key, images[:1])["params"])
+    fresh = flatten_dict(other.init(key, images[:1])["params"])
     depth = len(classifier.head_path)
     head = {path: leaf for path, leaf in fresh.items() if path[:depth] == classifier.head_path}
     return other, replaced(variables, head)

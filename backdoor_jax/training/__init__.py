@@ -28,7 +28,6 @@ from backdoor_jax.training.supervised import (
     SupervisedLoss,
     TrainConfig,
     constant_sgd,
-    initialize,
     train,
     train_many,
 )
@@ -56,7 +55,6 @@ __all__ = [
     "epoch",
     "fit",
     "fit_many",
-    "initialize",
     "last_epoch",
     "latents",
     "map_chunks",

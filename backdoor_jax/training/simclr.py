@@ -28,7 +28,7 @@ from backdoor_jax.models.joint import init, join, part, run
 from backdoor_jax.models.layers import BatchNorm
 from backdoor_jax.training.descent import descend
 from backdoor_jax.training.engine import Constants, GradientStep, Info
-from backdoor_jax.training.supervised import EpochsConfig, initialize
+from backdoor_jax.training.supervised import EpochsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def pretrain(
         1
     """
     init_key, projector_key, fit_key = jax.random.split(key, 3)
-    encoder = initialize(classifier, init_key, data.images[:1])
+    encoder = classifier.init(init_key, data.images[:1])
     latent = jax.eval_shape(lambda: classifier.features(encoder, data.images[:1])[0])
     projector = Projector()
     variables = join(encoder=encoder, projector=init(projector, projector_key, jnp.zeros(latent.shape)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -112,13 +111,6 @@ def constant_sgd(constants: Constants) -> optax.GradientTransformation:
     return torch_sgd(lambda count: rate, constants["momentum"], constants["weight_decay"])
 
 
-# Optimised, the generators of all layers take ten times as long to compile, for a program that runs once.
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def initialize(classifier: Classifier, key: jax.Array, images: jax.Array) -> Variables:
-    """`Classifier.init`, compiled."""
-    return classifier.init(key, images)
-
-
 def train(
     key: jax.Array,
     classifier: Classifier,
@@ -161,7 +153,7 @@ def train(
     state, history = fit(
         fit_key,
         step,
-        step.init(initialize(classifier, init_key, data.images[:1]), constants),
+        step.init(classifier.init(init_key, data.images[:1]), constants),
         data,
         constants,
         epochs=config.epochs,
@@ -216,7 +208,7 @@ def train_many(
     step = _step(SupervisedLoss(classifier), len(data[0]), config)
     constants = numbers(config)
     pairs = [jax.random.split(key) for key in keys]
-    starts = [step.init(initialize(classifier, own[0], data[0].images[:1]), constants) for own in pairs]
+    starts = [step.init(classifier.init(own[0], data[0].images[:1]), constants) for own in pairs]
     states, history = fit_many(
         jnp.stack([own[1] for own in pairs]),
         step,
