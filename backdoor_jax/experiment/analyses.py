@@ -80,6 +80,12 @@ class Laboratory:
         return self.task.train.take(clean_indices(key, labels, experiment.clean_ratio, classes, experiment.stratified))
 
     @cached_property
+    def test(self) -> Dataset:
+        """The test set in an order drawn once, so that any part of it holds all classes."""
+        order = jax.random.permutation(self.key("test"), len(self.task.test))
+        return self.task.test.take(np.asarray(order))
+
+    @cached_property
     def twin(self) -> Variables:
         """The unpoisoned twin's variables."""
         return prepare_victim(self.experiment, self.task, self.classifier, None, self.seed, self.out).variables
@@ -87,7 +93,7 @@ class Laboratory:
     @cached_property
     def shadow(self) -> Shadow:
         """A model that a membership attacker trains on half of the test set's first half."""
-        known = self.task.test.take(slice(0, len(self.task.test) // 2))
+        known = self.test.take(slice(0, len(self.test) // 2))
         training = self.experiment.training(None)
         return shadow_model(self.key("shadow"), self.classifier, known, training, flip=self.task.flip)
 
@@ -123,7 +129,7 @@ def landscape(laboratory: Laboratory, subject: Subject) -> Finding:
         return None
     if jax.tree.map(jnp.shape, victim.variables) != jax.tree.map(jnp.shape, subject.variables):
         return None
-    test = laboratory.task.test.take(slice(0, LINE_IMAGES))
+    test = laboratory.test.take(slice(0, LINE_IMAGES))
     line = along(classifier, victim.variables, subject.variables, test, victim.trigger, victim.label_map)
     head = moved(victim.variables, subject.variables, (*classifier.head_path, "kernel"))
     return {
@@ -137,7 +143,7 @@ def plane(laboratory: Laboratory, subject: Subject) -> Finding:
     trigger = subject.victim.trigger
     if trigger is None:
         return None
-    images = laboratory.task.test.take(slice(0, PLANE_IMAGES))
+    images = laboratory.test.take(slice(0, PLANE_IMAGES))
     both = [latents(laboratory.classifier, subject.variables, seen) for seen in (images.images, trigger(images.images))]
     clean, triggered = (np.round(points, 3) for points in embedding(*both))
     return {"labels": images.labels, "clean": clean, "triggered": triggered}
@@ -150,7 +156,7 @@ def neurons(laboratory: Laboratory, subject: Subject) -> Finding:
         return None
     if victim.label_map is None or victim.label_map.kind != "all_to_one":
         return None
-    target, test = victim.label_map.target, laboratory.task.test
+    target, test = victim.label_map.target, laboratory.test
     others = np.flatnonzero(np.asarray(test.labels) != target)[:CHANGE_IMAGES]
     change = triggered_change(classifier, victim.variables, test.images[others], victim.trigger)
     vector = np.asarray(scan(classifier, victim.variables, laboratory.clean.images).perturbations.vectors[target])
@@ -197,7 +203,7 @@ def latent_normalization(classifier: Classifier, variables: Variables, images: j
 
 def members(laboratory: Laboratory, subject: Subject) -> Finding:
     """Three membership attacks: unpoisoned training images against the test set's second half."""
-    classifier, victim, test = laboratory.classifier, subject.victim, laboratory.task.test
+    classifier, victim, test = laboratory.classifier, subject.victim, laboratory.test
     outside = test.take(slice(len(test) // 2, len(test)))
     clean = np.setdiff1d(np.arange(len(victim.training_set)), victim.poisoned)
     draw_key, *keys = jax.random.split(laboratory.key("membership"), 4)
