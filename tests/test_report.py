@@ -279,6 +279,8 @@ def test_learning_rates_are_drawn_step_by_step() -> None:
     assert len(plain.get_xdata()) == len(triangular.get_xdata()) == 50
     assert plain.get_ydata()[[0, 25]] == pytest.approx([0.01, 0.005], rel=1e-3)
     assert triangular.get_ydata()[[0, 5, 10, 25]] == pytest.approx([0.01, 0.25, 0.01, 0.02], rel=1e-3)
+    figure.draw_without_rendering()
+    assert not any("$" in tick.get_text() for tick in figure.axes[0].yaxis.get_ticklabels("both"))
     assert figures.learning_rates([row("badnets", "none", 0)]) is None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from backdoor_jax.report.figures import COLORS
+from backdoor_jax.report.figures import COLORS, logarithmic
 from backdoor_jax.report.table import Row
 
 Found = dict[str, dict[str, list[dict[str, Any]]]]
@@ -54,7 +54,7 @@ def landscape(rows: list[Row]) -> Figure | None:
     if not found:
         return None
     columns = [(attack, defense, seeds) for attack, of in found.items() for defense, seeds in of.items()]
-    figure = Figure(figsize=(2.4 * len(columns) + 1, 4.2))
+    figure = Figure(figsize=(2.7 * len(columns) + 1, 4.4))
     grid = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for (above, below), (attack, defense, seeds) in zip(grid.T, columns, strict=True):
         positions = mean(seeds, "positions")
@@ -64,7 +64,7 @@ def landscape(rows: list[Row]) -> Figure | None:
             axis.plot(positions, scale * mean(seeds, backdoor), color=COLORS[1], label=backdoor.replace("_", " "))
             for place in (0, 1):
                 axis.axvline(place, color="grey", linewidth=0.7, linestyle=":")
-        above.set_yscale("log")
+        logarithmic(above)
         distance, cosine = (mean(seeds, "head", name) for name in ("distance", "cosine"))
         moved = f"head: distance {distance:.2f}, cosine {cosine:.2f}"
         above.set_title(f"{defense} on {attack}\n{moved}", fontsize=8)

@@ -7,7 +7,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from backdoor_jax.report.table import Row, summarize
 
@@ -24,6 +26,13 @@ def embed(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def logarithmic(axis: Axes) -> None:
+    """A logarithmic y axis whose labels are plain numbers: the usual ones are formulas, which are not parsed here."""
+    axis.set_yscale("log")
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
 
 
 def scatter(rows: list[Row]) -> Figure:
@@ -136,7 +145,8 @@ def learning_rates(rows: list[Row]) -> Figure | None:
         steps = np.arange(config["steps"])
         rates = np.maximum(np.asarray(schedule(steps)), 1e-6)
         axes.plot(steps, rates, color=COLORS[number % len(COLORS)], linewidth=0.9, label=label)
-    axes.set(xlabel="step", ylabel="learning rate", yscale="log")
+    axes.set(xlabel="step", ylabel="learning rate")
+    logarithmic(axes)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
