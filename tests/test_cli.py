@@ -22,7 +22,7 @@ from backdoor_jax.models import MODELS
 CONFIG = """
 name: tiny
 data: {source: digits, train_size: 96, test_size: 48}
-model: {width: 2}
+model: {name: small_cnn, width: 2}
 victim: {epochs: 1}
 clean_ratio: 0.5
 attacks: [{name: badnets}]
@@ -204,16 +204,7 @@ def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
     config.write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    command = [
-        sys.executable,
-        "-m",
-        "backdoor_jax.cli",
-        "run",
-        str(config),
-        "model.name=small_cnn",
-        "defenses=[]",
-        "--out",
-    ]
+    command = [sys.executable, "-m", "backdoor_jax.cli", "run", str(config), "defenses=[]", "--out"]
     kept = []
     for out in ("first", "second"):
         told = subprocess.run(
