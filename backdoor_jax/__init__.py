@@ -3,7 +3,7 @@
 >>> import jax
 >>> import backdoor_jax as bj
 >>> task = bj.digits()
->>> classifier = bj.build_classifier("preact_resnet18", task.num_classes, width=2)
+>>> classifier = bj.build_classifier("small_cnn", task.num_classes, width=2)
 >>> suspect = classifier.init(jax.random.key(0), task.train.images)
 >>> repair = bj.d3(jax.random.key(1), classifier, suspect, task.train.take(slice(70)), bj.D3Config(steps=2))
 >>> repair.info["changed"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import jax
@@ -23,7 +24,7 @@ from backdoor_jax.experiment import (
     read_rows,
     run_experiment,
 )
-from backdoor_jax.experiment.analyses import ANALYSES, latent_normalization
+from backdoor_jax.experiment.analyses import ANALYSES, Subject, latent_normalization
 from backdoor_jax.experiment.settings import Analysis
 from backdoor_jax.metrics import evaluate
 from backdoor_jax.report import render
@@ -33,10 +34,7 @@ EVERY = get_args(Analysis)
 TUNING: dict[str, Any] = {"steps": 4, "batch_size": 32, "crop": 0}
 EXPERIMENT = Experiment(
     "inside",
-    (
-        AttackEntry("badnets", BadNets(target=1, rate=0.2)),
-        AttackEntry("around", BadNets(labels="all_to_all", rate=0.2)),
-    ),
+    (AttackEntry("badnets", BadNets(target=1, rate=0.2)),),
     (
         DefenseEntry("finetune", "finetune", FineTuneConfig(**TUNING)),
         DefenseEntry("mm_bm", "mm_bm", MmBmConfig(places=None, bound_epochs=1)),
@@ -80,8 +78,14 @@ def test_each_analysis_is_made_of_the_models_it_is_about(finished: tuple[Path, T
     assert held["badnets", "finetune"] == {*both, "landscape"}
     assert held["badnets", "mm_bm"] == both  # Bounds are no point of a line.
     assert held["badnets", "tac"] == set()  # It flags nothing at this level, and leaves the victim as it was.
-    assert held["around", "none"] == both  # There is no one target.
     assert held["none", "none"] == held["none", "finetune"] == {"membership"}
+
+
+def test_neurons_are_not_compared_where_there_is_no_one_target() -> None:
+    label_map, trigger = BadNets(labels="all_to_all").label_map(10), BadNets().trigger(jax.random.key(0), (16, 16, 3))
+    victim: Any = SimpleNamespace(trigger=trigger, label_map=label_map)
+    laboratory: Any = SimpleNamespace(classifier=None)
+    assert analyses.neurons(laboratory, Subject(victim, {}, repaired=False)) is None
 
 
 def test_the_line_starts_at_the_victim_and_passes_the_repair(finished: tuple[Path, Table]) -> None:
@@ -101,7 +105,7 @@ def test_members_are_images_that_were_trained_on_unpoisoned(
     seen: list[Any] = []
     monkeypatch.setattr(analyses, "loss_signal", lambda classifier, variables, data: seen.append(data) or np.zeros(60))
     monkeypatch.setattr(analyses, "shadow_signal", lambda *_: np.zeros(60))
-    small = dataclasses.replace(EXPERIMENT, attacks=EXPERIMENT.attacks[:1], defenses=(), analyses=("membership",))
+    small = dataclasses.replace(EXPERIMENT, defenses=(), analyses=("membership",))
     run_experiment(small, tmp_path / "out", report=lambda line: None)
     (out, _), task = finished, digits()
     trained = {image.tobytes() for image in np.asarray(task.train.images)}
@@ -181,7 +185,7 @@ def test_figures_hold_the_means_over_seeds(finished: tuple[Path, Table]) -> None
     np.testing.assert_allclose(drawn, 50 * np.asarray(row["analyses"]["landscape"]["acc"]))
     assert mean([{"a": 1.0}, {"a": 3.0}], "a") == 2
     victim, rows = finished[1]["badnets", "none"], list(finished[1].values())
-    for draw, panels in ((neurons, 2), (plane, None), (membership, 1), (reinjection, 2)):
+    for draw, panels in ((neurons, 2), (plane, None), (membership, 1), (reinjection, 1)):
         drawing = draw([victim] if draw is neurons else rows)
         assert drawing is not None
         assert not formulas(drawing)

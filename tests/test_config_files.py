@@ -144,7 +144,7 @@ def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path)
         ("{name: badnets}", "{rate: 0.1}", ["attacks[0]", "expected a name"]),
         ("\n  - {name: badnets}", " badnets", ["attacks", "expected a list"]),
         ("\n  - {name: badnets}", " []", ["attacks", "at least one"]),
-        ("{name: finetune, steps: 2}", "{name: dbd}", ["defenses[0]", "'dbd'", "known are finetune, super_finetune"]),
+        ("{name: finetune, steps: 2}", "{name: nc}", ["defenses[0]", "'nc'", "known are finetune, super_finetune"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: fast}", ["defenses[0]", "'fast'", "released, paper"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: [paper]}", ["defenses[0]", "preset"]),
         ("steps: 2", "preset: paper", ["defenses[0]", "finetune has no presets"]),

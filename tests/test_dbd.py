@@ -136,8 +136,6 @@ def test_one_key_gives_one_network_whatever_the_victim_and_leaves_it(case: Case)
     assert all(np.array_equal(a, b) for a, b in zip(before, leaves_of(case.variables), strict=True))
     assert runs[0].info["steps"] == 4 and len(runs[0].info["purified_indices"]) == 16
     assert set(runs[0].info["last_epoch"]) == {"loss", "labelled", "unlabelled"}
-    once = dbd(jax.random.key(1), case.classifier, case.variables, case.data, dataclasses.replace(SMALL, rounds=1))
-    assert once.info["steps"] == 2 and not equal(once.variables, runs[0].variables)
     different = dbd(jax.random.key(2), case.classifier, case.variables, case.data, SMALL)
     assert not equal(different.variables, runs[0].variables)
 

@@ -259,7 +259,7 @@ def _defend(
             "defense": dataclasses.asdict(config),
         },
         "info": info,
-        "analyses": done.found,
+        **({"analyses": done.found} if experiment.analyses else {}),
     }
 
 
@@ -287,7 +287,7 @@ def _victim_row(
             "poisoned": len(victim.poisoned),
             **victim.info,
         },
-        "analyses": laboratory.look(victim),
+        **({"analyses": laboratory.look(victim)} if experiment.analyses else {}),
     }
 
 
