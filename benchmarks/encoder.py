@@ -38,16 +38,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=3, help="of the attacker, of that class (default: 3, ours)")
     parser.add_argument("--trigger-size", type=int, default=10, help="pixels of the square (default: 10)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="which backend (default: JAX's choice)")
-    arguments = parser.parse_args()
-    measuring.use_platform(arguments.platform)
-
-    from backdoor_jax.errors import UserError
-
-    try:
-        run(arguments)
-    except UserError as error:
-        parser.exit(2, f"encoder: {error}\n")
+    measuring.command(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> None:

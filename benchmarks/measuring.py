@@ -33,6 +33,20 @@ def use_platform(name: str | None) -> None:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(name, name)
 
 
+def command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    """Runs a script with what the command line says, `--platform` included; a user's error is one line."""
+    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="which backend (default: JAX's choice)")
+    arguments = parser.parse_args()
+    use_platform(arguments.platform)
+
+    from backdoor_jax.errors import UserError
+
+    try:
+        run(arguments)
+    except UserError as error:
+        parser.exit(2, f"{Path(sys.argv[0]).stem}: {error}\n")
+
+
 def keep_no_programs() -> None:
     """Compile times are real: nothing compiled earlier is taken; before JAX is first used."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

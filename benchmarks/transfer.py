@@ -25,16 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="gradient steps of either method (default: 1000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--preset", default="toolbox_gtsrb", help="of super-fine-tuning (default: toolbox_gtsrb)")
-    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="which backend (default: JAX's choice)")
-    arguments = parser.parse_args()
-    measuring.use_platform(arguments.platform)
-
-    from backdoor_jax.errors import UserError
-
-    try:
-        run(arguments)
-    except UserError as error:
-        parser.exit(2, f"transfer: {error}\n")
+    measuring.command(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -137,15 +137,7 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
     from backdoor_jax.data import Augment
     from backdoor_jax.defenses.d3 import D3Loss, SphereProjection, initialize
     from backdoor_jax.interop.pytorch import torch_state
-    from backdoor_jax.training import (
-        CosineSGD,
-        GradientStep,
-        SupervisedLoss,
-        batch_shape,
-        fit,
-        merge,
-        split_by_path,
-    )
+    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, batch_shape, fit, merge, split_by_path
 
     task = bj.load_task(arguments.data)
     if arguments.checkpoint:

@@ -210,10 +210,7 @@ def _defend(
     keys = streams(victim.seed, defense.defense)
     data = victim.training_set
     if method.needs == "clean":
-        chosen = clean_indices(
-            keys["clean"], task.train.labels, experiment.clean_ratio, task.num_classes, experiment.stratified
-        )
-        data = task.train.take(chosen)
+        data = laboratory.clean
     elif method.needs == "nothing":
         data = task.train.take(slice(0))
     config: Any = defense.config

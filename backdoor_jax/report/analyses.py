@@ -32,6 +32,21 @@ def findings(rows: list[Row], name: str) -> Found:
     return found
 
 
+def models(found: Found) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Attack, defence and findings over seeds of each model, in one list."""
+    return [(attack, defense, seeds) for attack, of in found.items() for defense, seeds in of.items()]
+
+
+def title(attack: str, defense: str) -> str:
+    """What a figure calls a model.
+
+    Example:
+        >>> title("badnets", "none"), title("badnets", "d3")
+        ('victim, badnets', 'd3, badnets')
+    """
+    return f"{'victim' if defense == 'none' else defense}, {attack}"
+
+
 def mean(findings: list[dict[str, Any]], *path: str) -> np.ndarray:
     """The mean over seeds of an entry, which may lie deeper.
 
@@ -53,7 +68,7 @@ def landscape(rows: list[Row]) -> Figure | None:
     found = findings(rows, "landscape")
     if not found:
         return None
-    columns = [(attack, defense, seeds) for attack, of in found.items() for defense, seeds in of.items()]
+    columns = models(found)
     figure = Figure(figsize=(2.7 * len(columns) + 1, 4.4))
     grid = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for (above, below), (attack, defense, seeds) in zip(grid.T, columns, strict=True):
@@ -91,7 +106,7 @@ def plane(rows: list[Row]) -> Figure | None:
             points = {name: np.asarray(seeds[0][name]) for name in ("clean", "triggered", "labels")}
             axis.scatter(*points["clean"].T, c=points["labels"], cmap="tab20", s=5, linewidths=0)
             axis.scatter(*points["triggered"].T, c="black", marker="x", s=6, linewidths=0.5)
-            axis.set_title(f"{'victim' if defense == 'none' else defense}, {attack}", fontsize=8)
+            axis.set_title(title(attack, defense), fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -127,12 +142,12 @@ def membership(rows: list[Row]) -> Figure | None:
     found = findings(rows, "membership")
     if not found:
         return None
-    models = [(attack, defense, seeds) for attack, of in found.items() for defense, seeds in of.items()]
-    figure = Figure(figsize=(7.5, 0.8 + 0.28 * len(models)))
+    judged = models(found)
+    figure = Figure(figsize=(7.5, 0.8 + 0.28 * len(judged)))
     axis: Axes = figure.subplots()
-    places = np.arange(len(models))
-    for number, signal in enumerate(models[0][2][0]):
-        intervals = np.array([mean(seeds, signal, "auc") for _, _, seeds in models])
+    places = np.arange(len(judged))
+    for number, signal in enumerate(judged[0][2][0]):
+        intervals = np.array([mean(seeds, signal, "auc") for _, _, seeds in judged])
         value, low, high = intervals.T
         axis.errorbar(
             value,
@@ -144,7 +159,7 @@ def membership(rows: list[Row]) -> Figure | None:
             label=signal,
         )
     axis.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axis.set_yticks(places, [f"{'victim' if d == 'none' else d}, {a}" for a, d, _ in models], fontsize=8)
+    axis.set_yticks(places, [title(attack, defense) for attack, defense, _ in judged], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("AUC: chance that a training image's signal is above another's")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -156,13 +171,12 @@ def reinjection(rows: list[Row]) -> Figure | None:
     """ASR against steps of training on newly poisoned images, a panel for each attack and poisoned share."""
     found = findings(rows, "reinjection")
     curves: dict[tuple[str, float], dict[str, list[list[dict[str, Any]]]]] = {}
-    for attack, of in found.items():
-        for defense, seeds in of.items():
-            for seed in seeds:
-                for start, rate in dict.fromkeys((row["start"], row["rate"]) for row in seed["rows"]):
-                    points = [row for row in seed["rows"] if (row["start"], row["rate"]) == (start, rate)]
-                    name = defense if start == "repaired" else start
-                    curves.setdefault((attack, rate), {}).setdefault(name, []).append(points)
+    for attack, defense, seeds in models(found):
+        for seed in seeds:
+            for start, rate in dict.fromkeys((row["start"], row["rate"]) for row in seed["rows"]):
+                points = [row for row in seed["rows"] if (row["start"], row["rate"]) == (start, rate)]
+                name = defense if start == "repaired" else start
+                curves.setdefault((attack, rate), {}).setdefault(name, []).append(points)
     if not curves:
         return None
     wide = len({rate for _, rate in curves})
