@@ -175,7 +175,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "wanet": {"cross_ratio": 0.0},
     "input_aware": {"channels": 2, "depth": 1},
     "lira": {"channels": 2, "depth": 1, "epsilon": 0.5},
-    "ssba": {"channels": 2, "depth": 1, "epochs": 1, "bits": 4},
+    "ssba": {"channels": 2, "depth": 1, "epochs": 2, "bits": 4},
     "low_frequency": {"steps": 2, "cutoff": 4},
     "trojan_nn": {"steps": 3},
     "label_consistent": {"steps": 2, "rate": 0.25},

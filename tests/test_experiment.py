@@ -325,7 +325,7 @@ def test_a_broken_line_of_results_is_named(small: Path, tmp_path: Path) -> None:
 
 
 LEARNT = (
-    AttackEntry("ssba", SSBA(bits=4, epochs=1, channels=2, depth=1)),
+    AttackEntry("ssba", SSBA(bits=4, epochs=2, channels=2, depth=1)),
     AttackEntry("trojan_nn", TrojanNN(steps=3, target=2)),
     AttackEntry("covered", AdapBlend(rate=0.1, cover_rate=0.1)),
     AttackEntry("label_consistent", LabelConsistent(steps=2, rate=0.05, target=1)),

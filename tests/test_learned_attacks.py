@@ -24,6 +24,7 @@ from backdoor_jax import (
     TrainConfig,
     TrojanNN,
     UserError,
+    build_classifier,
     train,
 )
 from backdoor_jax.attacks import input_aware, lira, ssba
@@ -193,7 +194,8 @@ def test_a_trojan_patch_is_added_to_images(scene: Scene) -> None:
 # Label-consistent
 
 
-CHEQUER = np.array([[255, -255, 255], [-255, 255, -255], [255, -255, 255]])
+LEFT = np.array([[255, -255, -255], [-255, 255, -255], [255, -255, 255]])
+RIGHT = LEFT[:, ::-1]
 
 
 @pytest.mark.parametrize("amplitude", [1.0, 0.2])
@@ -204,8 +206,8 @@ def test_the_label_consistent_trigger_is_a_chequer_in_every_corner(
     images = noise(3, *shape)
     want = images.astype(np.float64)
     for rows in (slice(0, 3), slice(shape[0] - 3, None)):
-        for columns in (slice(0, 3), slice(shape[1] - 3, None)):
-            want[:, rows, columns] += amplitude * CHEQUER[..., None]
+        for columns, chequer in ((slice(0, 3), LEFT), (slice(shape[1] - 3, None), RIGHT)):
+            want[:, rows, columns] += amplitude * chequer[..., None]
     out = LabelConsistent(amplitude=amplitude).trigger(key, shape)(jnp.asarray(images))
     assert out.dtype == jnp.uint8
     np.testing.assert_array_equal(out, np.floor(np.clip(want, 0, 255) + 1e-4))
@@ -341,8 +343,9 @@ def test_the_mask_loss_is_density_and_diversity_of_the_masks(monkeypatch: pytest
     monkeypatch.setattr(input_aware, "make_mask", lambda network, variables, x, train: (jnp.asarray(masks), "new"))
     constants = {"mask_density": 0.4, "norm_weight": 10.0, "diversity_weight": 0.5}
     batch = Dataset(jnp.asarray(images), jnp.zeros(5, jnp.int32))
-    loss, (variables, info) = input_aware.MaskLoss(None)({}, batch, jax.random.key(0), constants)  # type: ignore[arg-type]
-    x = images / 255
+    classifier = build_classifier("small_cnn", 3, 2, "cifar10")
+    loss, (variables, info) = input_aware.MaskLoss(classifier, None)({}, batch, jax.random.key(0), constants)  # type: ignore[arg-type]
+    x = (images / 255 - np.array(classifier.mean)) / np.array(classifier.std)
     before = [4, 0, 1, 2, 3]
     want = 10 * np.maximum(masks - 0.4, 0).mean()
     want += 0.5 * (distances(x, x[before]) / distances(masks, masks[before])).mean()

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from backdoor_jax.attacks.base import Attack, Planted, Scene
 from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together
@@ -30,7 +31,8 @@ from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.joint import init, join, part, run
-from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cross_entropy
+from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cosine_in_stages, cross_entropy
+from backdoor_jax.training.schedules import Rate
 
 
 @jax.tree_util.register_dataclass
@@ -84,15 +86,19 @@ class InputAware(Attack):
     """Generator, mask network and victim, trained on one data set.
 
     Deviations from the published code: the second images of a batch are the batch's own in another order, not those of
-    a second loader; the networks stride where the published ones pool; the generator's rate is constant; where r times
-    the batch is no whole number, its fraction is drawn.
+    a second loader; the networks stride where the published ones pool, have one convolution a level on the way up and
+    end in a bare one; the generator's gradient is that of the batch, where there it is never set back; rates of victim
+    and generator fall by a cosine, where there they are constant; triggered images are rounded at test time only; where
+    r times the batch is no whole number, its fraction is drawn.
 
     Attributes:
-        mask_epochs: passes that train the mask network alone; published 25. The joint training takes the victim's.
-        mask_density: share of the image that a mask may cover freely, d; published 0.032.
+        mask_epochs: passes that train the mask network alone; published 25, with a tenth of the rate after two fifths
+            of them and a hundredth after four. The joint training takes the victim's.
+        mask_density: what a mask's value may be at every pixel for nothing, d; published 0.032.
         norm_weight: lambda_n; published 100.
         diversity_weight: lambda_d; published 1.
-        generator_rate: Adam's learning rate for generator and mask network, with betas 0.5 and 0.9; published 0.01.
+        generator_rate: Adam's learning rate for generator and mask network at first, with betas 0.5 and 0.9; published
+            0.01.
         cross_ratio: images with another's trigger for each poisoned one; published 1.
         channels: width of the two networks; published 32.
         depth: halvings in them; published 3.
@@ -113,7 +119,7 @@ class InputAware(Attack):
         super().__post_init__()
         self.require(self.labels != "clean_label", "labels", "all_to_one or all_to_all")
         self.require(self.mask_epochs > 0, "mask_epochs", "at least 1")
-        self.require(0 <= self.mask_density < 1, "mask_density", "a share in [0, 1)")
+        self.require(0 <= self.mask_density < 1, "mask_density", "a value in [0, 1)")
         self.require(self.generator_rate > 0, "generator_rate", "a positive number")
         self.require(self.cross_ratio >= 0, "cross_ratio", "0 or more")
         self.require(self.rate * (1 + self.cross_ratio) <= 1, "rate", "at most 1 / (1 + cross_ratio)")
@@ -144,10 +150,12 @@ class InputAware(Attack):
         generator, masker = trigger.networks(scene.shape[2])
         constants = {**numbers(self), **numbers(scene.training)}
 
-        adam = Adam(b1=0.5, b2=0.9)
+        steps, images = batch_shape(len(scene.data), scene.training.batch_size)
+        epochs = scene.training.epochs
 
-        alone = GradientStep(MaskLoss(masker), adam)
-        state, history = scene.fit(
+        falling = Adam(b1=0.5, b2=0.9, schedule=Tenths(steps * self.mask_epochs))
+        alone = GradientStep(MaskLoss(scene.classifier, masker), falling)
+        state, _ = scene.fit(
             mask_key,
             alone,
             alone.init(trigger.masker, constants),
@@ -158,7 +166,6 @@ class InputAware(Attack):
         )
         trigger = dataclasses.replace(trigger, masker=state.variables)
 
-        steps, images = batch_shape(len(scene.data), scene.training.batch_size)
         loss = JointLoss(
             scene.classifier,
             generator,
@@ -167,8 +174,8 @@ class InputAware(Attack):
             -int(-self.rate * images // 1),
             round(self.cross_ratio * images * self.rate),
         )
-        epochs = scene.training.epochs
-        joint = scene.training.step(loss, Together(CosineSGD(steps * epochs, epochs), adam))
+        falling = Adam(b1=0.5, b2=0.9, schedule=Cosine(steps * epochs, epochs))
+        joint = scene.training.step(loss, Together(CosineSGD(steps * epochs, epochs), falling))
         victim = scene.classifier.init(init_key, scene.data.images[:1])
         constants["masker"] = trigger.masker
         state, _ = scene.fit(
@@ -176,18 +183,41 @@ class InputAware(Attack):
             joint,
             joint.init(join(classifier=victim, generator=trigger.generator), constants),
             constants,
-            epochs=scene.training.epochs,
+            epochs=epochs,
             name=name,
             checkpoints=checkpoints and checkpoints / "joint",
         )
         trigger = dataclasses.replace(trigger, generator=part(state.variables, "generator"))
-        density = float(history["density"][-1]) if len(history) else None
+        masks, _ = make_mask(masker, trigger.masker, scene.data.images[:256] / 255.0, train=False)
         return Planted(
             part(state.variables, "classifier"),
             trigger,
             self.stamp(choice_key, scene, trigger),
-            {"mask_density": density},
+            {"mask_density": float(masks.mean())},
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tenths:
+    """A rate that falls to a tenth after two fifths of the steps, and again after four."""
+
+    steps: int
+
+    def __call__(self, rate: Rate) -> optax.Schedule:
+        """The schedule from this rate."""
+        return optax.piecewise_constant_schedule(rate, {self.steps * 2 // 5: 0.1, self.steps * 4 // 5: 0.1})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """`backdoor_jax.training.cosine_in_stages`."""
+
+    steps: int
+    stages: int
+
+    def __call__(self, rate: Rate) -> optax.Schedule:
+        """The schedule from this rate."""
+        return cosine_in_stages(rate, self.steps, self.stages)
 
 
 def diversity(images: jax.Array, others: jax.Array, made: jax.Array, made_of_others: jax.Array) -> jax.Array:
@@ -208,8 +238,9 @@ def diversity(images: jax.Array, others: jax.Array, made: jax.Array, made_of_oth
 
 @dataclasses.dataclass(frozen=True)
 class MaskLoss:
-    """Density and diversity of masks."""
+    """Density and diversity of masks; images are compared as the classifier sees them, as published."""
 
+    classifier: Classifier
     masker: EncoderDecoder
 
     def __call__(
@@ -220,7 +251,8 @@ class MaskLoss:
         x = batch.images.astype(jnp.float32) / 255
         masks, variables = make_mask(self.masker, variables, x, train=True)
         excess = jnp.mean(jax.nn.relu(masks - constants["mask_density"]))
-        spread = jnp.mean(diversity(x, jnp.roll(x, 1, 0), masks, jnp.roll(masks, 1, 0)))
+        seen = self.classifier.normalize(batch.images)
+        spread = jnp.mean(diversity(seen, jnp.roll(seen, 1, 0), masks, jnp.roll(masks, 1, 0)))
         loss = constants["norm_weight"] * excess + constants["diversity_weight"] * spread
         return loss, (variables, {"density": jnp.mean(masks)})
 

@@ -11,7 +11,7 @@ pattern is put on.
 >>> import jax, jax.numpy as jnp
 >>> trigger = LabelConsistent().trigger(jax.random.key(0), (32, 32, 3))
 >>> trigger(jnp.full((1, 32, 32, 3), 100, jnp.uint8))[0, :4, :4, 0].tolist()
-[[255, 0, 255, 100], [0, 255, 0, 100], [255, 0, 255, 100], [100, 100, 100, 100]]
+[[255, 0, 0, 100], [0, 255, 0, 100], [255, 0, 255, 100], [100, 100, 100, 100]]
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ class LabelConsistent(Attack):
         epsilon: largest change of a pixel in grey levels; published 16 of 255.
         steps: of the ascent; the paper's 100.
         step_size: in grey levels; the paper's 1.5.
-        amplitude: of the 3x3 chequers added in the corners, of 255; published 1.
+        amplitude: of the 3x3 chequers added in the corners, of 255; published 1. As published, the cell of their top
+            row that is nearer the middle is dark.
     """
 
     learns: ClassVar[bool] = True
@@ -70,6 +71,8 @@ class LabelConsistent(Attack):
         for rows in (slice(3), slice(-3, None)):
             for columns in (slice(3), slice(-3, None)):
                 pattern = pattern.at[rows, columns].set(chequer)
+        inner = jnp.array([0, 0, -3, -3]), jnp.array([2, -3, 2, -3])
+        pattern = pattern.at[inner].set(-255.0 * self.amplitude)
         return AdditiveTrigger(jnp.broadcast_to(pattern[..., None], shape))
 
     def stamp(self, key: jax.Array, scene: Scene, trigger: Trigger) -> Poisoned:

@@ -10,6 +10,7 @@ import optax
 
 from backdoor_jax.models.layers import BatchNorm, conv
 from backdoor_jax.training import Constants
+from backdoor_jax.training.schedules import Rate
 
 
 class EncoderDecoder(nn.Module):
@@ -61,14 +62,15 @@ class EncoderDecoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
-    """The generators' optimiser, at the constant rate ``constants["generator_rate"]``."""
+    """The generators' optimiser, at ``constants["generator_rate"]`` or what a schedule makes of it."""
 
     b1: float = 0.9
     b2: float = 0.999
+    schedule: Callable[[Rate], optax.Schedule] = optax.constant_schedule
 
     def __call__(self, constants: Constants) -> optax.GradientTransformation:
         """The transformation for these constants."""
-        return optax.adam(constants["generator_rate"], b1=self.b1, b2=self.b2)
+        return optax.adam(self.schedule(constants["generator_rate"]), b1=self.b1, b2=self.b2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ class SSBA(Attack):
     Attributes:
         bits: length of the string; published 100.
         image_weight: lambda, of the squared change with pixels in [0, 1]; ours.
-        epochs: passes that train encoder and decoder; ours.
+        epochs: passes that train encoder and decoder, at least 2; ours.
         batch_size: ours.
         generator_rate: Adam's learning rate; ours.
         channels: width of the networks; ours.
@@ -122,7 +122,7 @@ class SSBA(Attack):
         super().__post_init__()
         self.require(self.bits > 0, "bits", "at least 1")
         self.require(self.image_weight >= 0, "image_weight", "0 or more")
-        self.require(self.epochs > 0, "epochs", "at least 1")
+        self.require(self.epochs > 1, "epochs", "at least 2, since the first does not weigh the change")
         self.require(self.batch_size > 0, "batch_size", "at least 1")
         self.require(self.generator_rate > 0, "generator_rate", "a positive number")
         self.require(self.channels > 0 and self.depth > 0, "channels", "at least 1, and so the depth")

@@ -36,7 +36,8 @@ class TrojanNN(Attack):
         activation: the value they are driven to, a; published 100.
         steps: signed gradient steps; published 1000.
         step_size: of pixels in [0, 1]; published 0.1.
-        epsilon: the largest value of a pixel of the pattern, of 1; published 0.3.
+        epsilon: the largest value of a pixel of the pattern, of 1; published 0.3, as the largest change from the logo's
+            own pixels. Ours starts from black.
         radius: of the disc, as a share of the image's side; ours.
     """
 

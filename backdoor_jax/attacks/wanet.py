@@ -46,15 +46,17 @@ class WaNet(Attack):
 
     Deviations from the published benchmark: the warped share of a batch is drawn, its expectation being r of the
     batch, where the benchmark takes int(r * 128) images; warped images are rounded to uint8 before they are cropped and
-    turned; the learning rate falls by a cosine as for every other victim, where the benchmark keeps it constant.
+    turned; crops and angles are drawn for each image, where the benchmark draws them, and whether there are any, once
+    for a batch; a turned image is read bilinearly between pixels, where the benchmark takes the nearest; the learning
+    rate falls by a cosine as for every other victim, where the benchmark keeps it constant.
 
     Attributes:
         grid: displacements along each side, k; published 4.
         strength: s; published 0.5.
         cross_ratio: images warped with noise for each poisoned one; published 2.
-        crop: zeros padded before the random crop, which four images in five get; published 5. It stands for the
-            training's own crop.
-        rotation: degrees either way, which half of the images get; published 10.
+        crop: zeros padded before the random crop, which four images in five get (published: batches); published 5. It
+            stands for the training's own crop.
+        rotation: degrees either way, which half of the images (published: of the batches) get; published 10.
     """
 
     grid: int = 4

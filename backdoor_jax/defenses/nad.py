@@ -44,7 +44,7 @@ from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, GradientStep, Info, SupervisedLoss, cross_entropy, torch_sgd
+from backdoor_jax.training import Constants, GradientStep, Info, SupervisedLoss, constant_sgd, cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +103,6 @@ class NadLoss:
         return clean + distance, (variables, {"cross_entropy": clean, "distance": distance})
 
 
-def steady_sgd(constants: Constants) -> optax.GradientTransformation:
-    """PyTorch's SGD at a constant rate."""
-    rate = optax.constant_schedule(constants["learning_rate"])
-    return torch_sgd(rate, constants["momentum"], constants["weight_decay"])
-
-
 def nad(
     key: jax.Array,
     classifier: Classifier,
@@ -141,11 +135,11 @@ def nad(
     constants = numbers(config)
     teacher_key, student_key = jax.random.split(key)
 
-    teaching = GradientStep(SupervisedLoss(classifier), steady_sgd)
+    teaching = GradientStep(SupervisedLoss(classifier), constant_sgd)
     steps = dataclasses.replace(config, steps=config.teacher_steps)
     teacher, taught = tune(teacher_key, teaching, variables, data, constants, steps, "nad, teacher")
 
-    learning = GradientStep(NadLoss(classifier, layers), steady_sgd)
+    learning = GradientStep(NadLoss(classifier, layers), constant_sgd)
     constants = {**constants, "teacher": teacher, "betas": jnp.asarray(config.betas, float)}
     student, info = tune(student_key, learning, variables, data, constants, config, "nad")
     info["teacher"] = taught["last_epoch"]
