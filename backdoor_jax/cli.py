@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="every method on the embedded digits: a table and a page, a few minutes")
+    demo = commands.add_parser("demo", help="six defences on the embedded digits: a table and a page, a few minutes")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for results (default: demo)")
     demo.set_defaults(command=_demo)
 
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _suspect(defend)
     defend.add_argument("--defense", required=True, metavar="NAME", help="see list")
     defend.add_argument("--preset", metavar="NAME", help="named settings of the defence")
+    defend.add_argument("--test", metavar="DATA", help="images to judge on (default: test images of --data, or all)")
     defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defence that needs it")
     defend.add_argument("--seed", type=int, default=0, help="of the defence (default: 0)")
     defend.add_argument(
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
     _suspect(scan)
-    scan.add_argument("--out", type=Path, default=Path("scan.png"), help="the figure (default: scan.png)")
+    scan.add_argument("--out", type=Path, help="the figure (default: the checkpoint's name and .scan.png)")
     scan.set_defaults(command=_scan)
 
     listing = commands.add_parser("list", help="the attacks, defences, models and data sets, with a line each")
@@ -124,7 +125,7 @@ def _given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _defend(parsed: argparse.Namespace) -> None:
     from backdoor_jax.commands import defend
 
-    defend(**_given(parsed, "defense", "preset", "training_set", "seed", "overrides"))
+    defend(**_given(parsed, "defense", "preset", "test", "training_set", "seed", "overrides"))
 
 
 def _scan(parsed: argparse.Namespace) -> None:
@@ -144,13 +145,21 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
     from backdoor_jax.config_files import load_experiment
+    from backdoor_jax.errors import FailedRepairs
     from backdoor_jax.experiment import run_experiment
+    from backdoor_jax.experiment.rows import read_rows
     from backdoor_jax.report import print_table, write_page
 
-    experiment = load_experiment(config, overrides)
-    rows = run_experiment(experiment, out, report=lambda line: print(line, flush=True))
+    experiment, failed = load_experiment(config, overrides), None
+    try:
+        run_experiment(experiment, out, report=lambda line: print(line, flush=True))
+    except FailedRepairs as error:
+        failed = error
+    rows = read_rows(out / "results.jsonl")
     print_table(rows)
     print(f"{write_page(rows, out)}: open it in a browser")
+    if failed:
+        raise failed
 
 
 def _list(parsed: argparse.Namespace) -> None:

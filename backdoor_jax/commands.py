@@ -20,11 +20,14 @@ from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model, save_model
+from backdoor_jax.interop.pytorch import require_counterpart
 from backdoor_jax.metrics import evaluate
 from backdoor_jax.models import NORMALIZATIONS, Classifier, Variables
 
 NEEDED_PACKAGES = {**dict.fromkeys(TORCH_SUFFIXES, "torch"), EXPORT_SUFFIX: "flatbuffers"}
 """What a file to be written needs, by its suffix."""
+MODEL_SUFFIXES = (".safetensors", *NEEDED_PACKAGES)
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 class Suspect(NamedTuple):
@@ -34,7 +37,7 @@ class Suspect(NamedTuple):
         classifier: the network.
         variables: its variables.
         data: images to scan or repair with.
-        test: images to judge on: apart from `data` where the source has such, else the same.
+        test: images to judge on; `data` where there are no others.
         acc: share of `test` that it classifies rightly.
     """
 
@@ -54,6 +57,7 @@ def defend(
     model: str | None = None,
     normalize: str | None = None,
     classes: int | None = None,
+    test: str | None = None,
     training_set: str | None = None,
     preset: str | None = None,
     overrides: tuple[str, ...] = (),
@@ -71,6 +75,8 @@ def defend(
         model: the network's name, for a PyTorch file.
         normalize: for a PyTorch file; see `parse_normalization`.
         classes: what the model's number of classes must be.
+        test: images to judge on, read as `data` is; by default the test images that come with `data`, or else `data`
+            itself, which then does not show what the repair costs.
         training_set: the poisoned set, for a defence that needs it; read as `data` is.
         preset: named settings of the defence.
         overrides: settings as ``key=value``.
@@ -88,11 +94,13 @@ def defend(
     if (method.needs == "training_set") != (training_set is not None):
         mend = "give it with --training-set" if training_set is None else "leave --training-set out"
         raise UserError(f"{defense} needs {method.needs.replace('_', ' ')}; {mend}")
-    require_free(out, force)
-    suspect = _open(checkpoint, data, model, normalize, classes, report)
+    require_free(out, force, MODEL_SUFFIXES)
+    suspect = _open(checkpoint, data, model, normalize, classes, report, test)
     classifier, images = suspect.classifier, suspect.data
+    if out.suffix in TORCH_SUFFIXES:
+        require_counterpart(classifier)
     if training_set is not None:
-        images = load_labelled(training_set, classifier.num_classes).data
+        images = load_labelled(training_set, classifier.num_classes, len(classifier.mean)).data
         if images.images.shape[1:] != suspect.data.images.shape[1:]:
             raise UserError(f"{training_set}: its images have another shape than those of {data}; give the same shape")
     elif method.needs == "nothing":
@@ -106,6 +114,8 @@ def defend(
     if not info["changed"]:
         report(f"{defense}: changed nothing ({info.get('why', 'nothing to repair')})")
     report(f"{defense}: {100 * acc:.1f} % right, {100 * suspect.acc:.1f} % before")
+    if method.needs == "clean" and suspect.test is suspect.data:
+        report(f"{defense}: these are the images it repaired with; give others (--test) to see what the repair costs")
     if out.suffix == EXPORT_SUFFIX:
         height, width, channels = suspect.data.images.shape[1:]
         export_model(out, classifier, repair.variables, (height, width, channels))
@@ -117,7 +127,7 @@ def defend(
 def scan(
     checkpoint: Path,
     data: str,
-    out: Path = Path("scan.png"),
+    out: Path | None = None,
     *,
     model: str | None = None,
     normalize: str | None = None,
@@ -130,7 +140,7 @@ def scan(
     Args:
         checkpoint: see `defend`.
         data: likewise.
-        out: the figure.
+        out: the figure; by default the checkpoint's name and ``.scan.png``, in the working directory.
         model: see `defend`.
         normalize: likewise.
         classes: likewise.
@@ -145,9 +155,10 @@ def scan(
 
     from backdoor_jax.report.figures import perturbation_figure
 
-    if out.suffix not in (".png", ".pdf", ".svg"):
+    out = out or Path(f"{checkpoint.stem}.scan.png")
+    if out.suffix not in FIGURE_SUFFIXES:
         raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
-    require_free(out, force)
+    require_free(out, force, FIGURE_SUFFIXES)
     suspect = _open(checkpoint, data, model, normalize, classes, report)
     settings = TacConfig()
     found = scan_classes(suspect.classifier, suspect.variables, suspect.data.images, name=str(checkpoint))
@@ -168,7 +179,6 @@ def scan(
     report(f"{checkpoint}: {likely} (one-sided Grubbs test at {settings.alpha})")
     figure = perturbation_figure(summary, str(checkpoint))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110, bbox_inches="tight")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
@@ -203,20 +213,29 @@ def parse_normalization(text: str | None) -> dict[str, Any]:
     return {"mean": mean, "std": std}
 
 
-def require_free(out: Path, force: bool) -> None:
+def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
     """Refuses a place to write to that is taken, or a file that cannot be written here.
 
+    Args:
+        out: the place.
+        force: whether what is there may go.
+        known: suffixes of files; anything else is a folder.
+
     Raises:
-        UserError: where something is there and may not go, or the suffix is unknown or needs a package.
+        UserError: where something is there and may not go, or the suffix is unknown or needs a package, or no file can
+            be there.
     """
-    known = (".safetensors", ".png", ".pdf", ".svg", *NEEDED_PACKAGES)
-    if out.suffix[1:].isalpha() and out.suffix not in known:
+    if out.suffix[1:2].isalpha() and out.suffix not in known:
         raise UserError(
             f"{out}: unknown suffix {out.suffix!r}; give .safetensors, .pt, {EXPORT_SUFFIX}, or a folder without one"
         )
     package = NEEDED_PACKAGES.get(out.suffix)
     if package is not None and find_spec(package) is None:
         raise UserError(f"{out}: needs the package {package}; pip install {package}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix not in known):
         return
     if out.is_dir() and (out.suffix in known or not (out / DESCRIPTION).is_file()):
@@ -266,14 +285,19 @@ def _open(
     normalize: str | None,
     classes: int | None,
     report: Callable[[str], None],
+    test: str | None = None,
 ) -> Suspect:
     """Reads the model and the images, and judges the one by the others."""
     classifier, variables = load_model(checkpoint, model, **parse_normalization(normalize))
     if classes is not None and classes != classifier.num_classes:
         raise UserError(f"{checkpoint}: has {classifier.num_classes} classes, not {classes}; mend --classes")
-    labelled = load_labelled(data, classifier.num_classes)
-    test = labelled.test or labelled.data
-    for part in (labelled.data, test):
+    labelled = load_labelled(data, classifier.num_classes, len(classifier.mean))
+    apart = labelled.test
+    if test is not None:
+        other = load_labelled(test, classifier.num_classes, len(classifier.mean))
+        apart = other.test or other.data
+    judged = apart or labelled.data
+    for part in (labelled.data, judged):
         try:
             jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
         except UserError:
@@ -283,8 +307,8 @@ def _open(
             raise UserError(
                 f"{checkpoint}: cannot take images of {shape} ({first_line(error)}); give images as in its training"
             ) from error
-    acc = evaluate(classifier, variables, test, name=str(checkpoint)).acc
-    of = "test images" if labelled.test is not None else "images"
-    report(f"{checkpoint}: {100 * acc:.1f} % of {len(test)} {of} right")
-    require_better_than_chance(round(acc * len(test)), np.asarray(test.labels), classifier, str(checkpoint))
-    return Suspect(classifier, variables, labelled.data, test, acc)
+    acc = evaluate(classifier, variables, judged, name=str(checkpoint)).acc
+    of = "test images" if apart is not None else "images"
+    report(f"{checkpoint}: {100 * acc:.1f} % of {len(judged)} {of} right")
+    require_better_than_chance(round(acc * len(judged)), np.asarray(judged.labels), classifier, str(checkpoint))
+    return Suspect(classifier, variables, labelled.data, judged, acc)

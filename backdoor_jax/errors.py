@@ -16,6 +16,10 @@ class NonFiniteError(UserError):
     """
 
 
+class FailedRepairs(UserError):
+    """Some repairs of an experiment could not be made; the others were, and have their rows."""
+
+
 def first_line(error: Exception) -> str:
     """What an error says in one line, or its kind where it says nothing.
 

@@ -4,8 +4,8 @@
     python benchmarks/campaign.py --tiny --platform cpu --out runs/tiny
 
 Resumable, and made of steps that each end in minutes: `--minutes` stops before a new step once they are spent, and the
-next call goes on. Rows are those of `backdoor-jax run` and land in OUT/results.jsonl. `--tiny` proves the script on a
-CPU in about two minutes, on random images with a planted patch; its rates mean nothing.
+next call goes on. Rows are those of `backdoor-jax run` and land in OUT/run/results.jsonl. `--tiny` proves the script on
+a CPU in about two minutes, on random images with a planted patch; its rates mean nothing.
 
 Needs jax, flax, optax, orbax, numpy, scipy and jaxopt, and this repository on PYTHONPATH; nothing else.
 """

@@ -57,10 +57,29 @@ def run(arguments: argparse.Namespace) -> None:
     encoder = build_classifier(arguments.model, task.num_classes, arguments.width, task.normalization)
     path = arguments.out / "encoder.jsonl"
     rows = read_rows(path)
+    claim(arguments)
     for seed in arguments.seeds:
         if not any(row["seed"] == seed for row in rows):
             rows += one_seed(arguments, encoder, images, task, seed)
             write_rows(path, rows)
+
+
+def claim(arguments: argparse.Namespace) -> None:
+    """Marks the folder as that of a run with these settings, or refuses one that has others; seeds may be added."""
+    from backdoor_jax.errors import UserError
+
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("seeds", "platform", "out")}
+    path = arguments.out / "settings.json"
+    if not path.is_file():
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+    earlier = json.loads(path.read_text())
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"{arguments.out} holds a run with {name} {earlier.get(name)}, here {settings[name]}; give another --out"
+        )
 
 
 def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any, seed: int) -> list[dict[str, Any]]:

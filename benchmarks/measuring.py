@@ -184,11 +184,12 @@ def in_a_process(script: str, *words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """One JSON file for this run: ``NAME-DEVICE.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(arguments: argparse.Namespace, name: str, content: dict[str, Any]) -> Path:
+    """One JSON file for this run: ``NAME-DEVICE.json``; what is quick or but a part never replaces the whole."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name += ("-quick" if arguments.quick else "") + ("-part" if arguments.only else "")
     kind = content["about"]["device"].lower().replace(" ", "_")
-    path = folder / f"{name}-{kind}.json"
+    path: Path = arguments.out / f"{name}-{kind}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

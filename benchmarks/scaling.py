@@ -127,7 +127,7 @@ def main() -> None:
                 seconds = f"{found['seconds']:.3g} ({found['least']:.3g} to {found['most']:.3g})"
                 rows.append([scale, how, str(point), seconds, f"{found['peak_bytes'] / 2**20:,.0f}"])
     content = {"about": about, "quick": arguments.quick, "results": results}
-    print(measuring.write(arguments.out, "scaling-quick" if arguments.quick else "scaling", content))
+    print(measuring.write(arguments, "scaling", content))
     columns = ["scale", "how", "point", "seconds", "peak MiB"]
     measuring.show(f"{about['device']}, {about['processor']}", columns, rows)
 

@@ -270,8 +270,8 @@ def main() -> None:
     content = {"about": results[next(iter(results))].pop("about"), "quick": arguments.quick, "results": results}
     for result in results.values():
         result.pop("about", None)
-    name = "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else "") + ("-quick" if arguments.quick else "")
-    print(measuring.write(arguments.out, name, content))
+    name = "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else "")
+    print(measuring.write(arguments, name, content))
     rows = []
     for name, result in results.items():
         rate = f"{result['images'] / result['seconds']:,.0f}" if result["images"] else "-"

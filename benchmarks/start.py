@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("CONFIG", "OUT"), help="run until the first epoch is through")
     arguments = parser.parse_args()
     if arguments.child:
-        until_the_first_epoch(*arguments.child)
+        sys.exit(until_the_first_epoch(*arguments.child))
     measuring.use_platform(arguments.platform)
     repeats = 1 if arguments.quick else arguments.repeats
 
@@ -53,13 +53,13 @@ def main() -> None:
 
     results = {state: measuring.spread(times) for state, times in seconds.items()}
     content = {"about": measuring.about(), "quick": arguments.quick, "width": arguments.width, "results": results}
-    print(measuring.write(arguments.out, "start-quick" if arguments.quick else "start", content))
+    print(measuring.write(arguments, "start", content))
     rows = [[state, f"{s['seconds']:.1f}", f"{s['least']:.1f}", f"{s['most']:.1f}"] for state, s in results.items()]
     measuring.show("Command line to the end of the first epoch, digits", ["cache", "seconds", "least", "most"], rows)
 
 
-def until_the_first_epoch(config: str, out: str) -> None:
-    """`backdoor-jax run`, left as soon as an epoch is through."""
+def until_the_first_epoch(config: str, out: str) -> str:
+    """`backdoor-jax run`, left as soon as an epoch is through; comes back only where it failed before."""
     import jax
 
     from backdoor_jax.cli import main as command
@@ -72,7 +72,7 @@ def until_the_first_epoch(config: str, out: str) -> None:
         os._exit(0)
 
     engine.run_epoch = leave  # type: ignore[assignment]
-    command(["run", config, "--out", out])
+    return f"no epoch was run (exit code {command(['run', config, '--out', out])})"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Fine-tuning and D3 in plain PyTorch, for `versus_torch.py`: reads a folder, then a line a run, and answers in JSON.
+"""Fine-tuning and D3 in plain PyTorch, for `versus_torch.py`: reads a file, then a line a run, and answers in JSON.
 
-Needs PyTorch and NumPy alone, so that it may have an interpreter of its own. The folder holds `work.npz`: the network's
-tensors under `start/`, images and labels, and the settings. A run is ``METHOD STYLE``:
+Needs PyTorch and NumPy alone, so that it may have an interpreter of its own. The file holds the network's tensors
+under `finetune/` and `d3/`, images and labels, and the settings. A run is ``METHOD STYLE``:
 
 - ``as_published``: NCHW, a `DataLoader` that decodes, crops and mirrors image by image, and both test sets judged every
   epoch, which is what the published benchmark does;

@@ -10,7 +10,6 @@ it goes on where it was. Victims that are not there yet are trained first.
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import measuring
@@ -34,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from backdoor_jax import load_task
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.defenses import FineTuneConfig, SuperFineTuneConfig
-    from backdoor_jax.experiment import run_experiment
+    from backdoor_jax.experiment import read_rows, run_experiment, write_rows
     from backdoor_jax.experiment.rows import where
     from backdoor_jax.experiment.victims import prepare_task, prepare_victim
     from backdoor_jax.scenarios import following, transfer
@@ -50,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
 
     path = arguments.out / "transfer.jsonl"
-    rows = [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_rows(path)
     for seed in experiment.seeds:
         twin = prepare_victim(experiment, first, classifier, None, seed, arguments.out)
         for entry in experiment.attacks:
@@ -58,7 +57,15 @@ def run(arguments: argparse.Namespace) -> None:
             assert victim.trigger is not None
             for source in (victim, twin):
                 for method, config in methods.items():
-                    known = {"trigger": victim.label, "pretrained": source.label, "seed": seed, "method": method}
+                    known = {
+                        "trigger": victim.label,
+                        "pretrained": source.label,
+                        "seed": seed,
+                        "method": method,
+                        "to": second.name,
+                        "trained_on": len(second.train),
+                        "config": dataclasses.asdict(config),
+                    }
                     if any(known.items() <= row.items() for row in rows):
                         continue
                     key = jax.random.fold_in(jax.random.key(seed), 7)
@@ -71,16 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
                     row = {
                         **known,
                         "from": first.name,
-                        "to": second.name,
-                        "trained_on": len(second.train),
                         **found._asdict(),
                         "seconds": round(watch.seconds, 3),
                         **where(),
-                        "config": dataclasses.asdict(config),
                     }
                     rows.append(row)
-                    with path.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    write_rows(path, rows)
                     print(
                         f"{victim.label} trigger on a {source.label} network, {method}: ACC {100 * found.acc:.1f}, "
                         f"class {found.target} {100 * found.asr:.1f} (without {100 * found.unprovoked:.1f})",

@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="gradient steps (default: 1000, on a CPU 40)")
     parser.add_argument("--width", type=int, default=16, help="of the network where there is no checkpoint")
     arguments = parser.parse_args()
+    known = [f"{method}/{style}" for method in ("finetune", "d3") for style in STYLES]
+    if set(arguments.only or ()) - set(known):
+        parser.error(f"--only takes {', '.join(known)}")
     measuring.use_platform(arguments.platform)
     measuring.keep_no_programs()
 
@@ -92,7 +95,7 @@ def main() -> None:
     settings["data"] = Path(arguments.data).name
     settings |= {"width": int(work["width"]), "batch": int(work["batch"]), "torch_threads": versions["threads"]}
     content = {"about": about, "quick": arguments.quick, "settings": settings, "results": results}
-    print(measuring.write(arguments.out, "versus_torch-quick" if arguments.quick else "versus_torch", content))
+    print(measuring.write(arguments, "versus_torch", content))
     rows = []
     for name, result in results.items():
         sides = [

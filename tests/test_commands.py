@@ -121,6 +121,16 @@ def test_a_model_is_repaired_from_a_file_and_data_alone(place: Path, tmp_path: P
     assert not np.array_equal(old["params"]["linear"]["kernel"], new["params"]["linear"]["kernel"])
 
 
+def test_a_repair_is_judged_on_images_apart_or_said_not_to_be(place: Path, tmp_path: Path, no_repair: None) -> None:
+    _, told, _ = call(*defend(place, tmp_path / "a.safetensors", data="images"))
+    assert "finetune: these are the images it repaired with; give others (--test)" in told
+    for apart in ("task.npz", "clean.npz"):
+        _, told, _ = call(*defend(place, tmp_path / apart / "b.safetensors", "--test", place / apart, data="images"))
+        assert "test images right" in told and "repaired with" not in told
+    _, told, _ = call(*defend(place, tmp_path / "c.safetensors", data="task.npz"))
+    assert "repaired with" not in told
+
+
 @pytest.mark.parametrize("name", ["out.safetensors", "out", "out.jaxexport"])
 def test_every_form_is_written_and_never_over_another_unless_told(
     name: str, place: Path, tmp_path: Path, no_repair: None
@@ -172,12 +182,13 @@ def test_a_scan_prints_norms_test_and_verdict_and_writes_a_figure(
     assert any(line.startswith("per sample (verdict): class ") and "p = " in line for line in lines)
     assert any(line.startswith("worst case: class ") for line in lines)
     assert lines[-2].startswith(f"{place / form}: ") and "Grubbs" in lines[-2]
-    assert lines[-1] == "scan.png: written"
-    with Image.open(tmp_path / "scan.png") as figure:
+    assert lines[-1] == "model.scan.png: written"
+    with Image.open(tmp_path / "model.scan.png") as figure:
         assert figure.size[0] > 400
     assert "--force" in refusal("scan", "--checkpoint", place / form, "--data", place / "clean.npz")
     assert (
-        call("scan", "--checkpoint", place / form, "--data", place / "images", "--force", "--out", "scan.png")[0] == 0
+        call("scan", "--checkpoint", place / form, "--data", place / "images", "--force", "--out", "model.scan.png")[0]
+        == 0
     )
 
 
@@ -208,6 +219,8 @@ def test_grey_and_transparent_images_become_rgb_and_other_files_are_passed_over(
     assert data.images.shape == (2, 3, 4, 3)
     assert data.labels.tolist() == [1, 1]
     assert data.images[:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]]
+    grey = load_labelled(str(tmp_path), 2, channels=1).data
+    assert grey.images.shape == (2, 3, 4, 1) and int(grey.images[1, 0, 0, 0]) == 7
 
 
 def test_folders_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:

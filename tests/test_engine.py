@@ -44,6 +44,7 @@ from backdoor_jax.training import (
     merge,
     run_epoch,
     split_by_path,
+    torch_amsgrad,
     torch_sgd,
     triangular_two_phase,
 )
@@ -470,6 +471,21 @@ def test_sgd_is_pytorchs(momentum: float, decay: float) -> None:
         updates, state = ours.update(matrix @ params, state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(params, weight.detach().numpy(), rtol=1e-5)
+
+
+def test_amsgrad_is_pytorchs() -> None:
+    torch = pytest.importorskip("torch")
+    gradients = np.random.default_rng(0).standard_normal((40, 3)) * np.geomspace(1, 1e-3, 40)[:, None]
+    weight = torch.nn.Parameter(torch.zeros(3))
+    theirs = torch.optim.Adam([weight], lr=0.05, amsgrad=True)
+    ours = torch_amsgrad(jnp.float32(0.05))
+    params, state = jnp.zeros(3), ours.init(jnp.zeros(3))
+    for gradient in gradients.astype(np.float32):
+        weight.grad = torch.tensor(gradient)
+        theirs.step()
+        updates, state = ours.update(jnp.asarray(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, weight.detach().numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("epochs", "an_epoch"), [(100, 10), (7, 3), (1, 5), (4, 1)])

@@ -37,6 +37,7 @@ from backdoor_jax import (
 )
 from backdoor_jax.attacks import base
 from backdoor_jax.data import Poisoned
+from backdoor_jax.errors import FailedRepairs
 from backdoor_jax.experiment import (
     AttackEntry,
     DataConfig,
@@ -602,11 +603,33 @@ def test_a_victim_that_diverges_is_an_error_and_never_a_row(tmp_path: Path) -> N
     assert read_rows(tmp_path / "out" / "results.jsonl") == []
 
 
-def test_a_repair_that_diverges_is_an_error_and_leaves_the_rows_before_it(tmp_path: Path) -> None:
+def test_a_repair_that_diverges_is_an_error_and_no_row_and_the_others_are_made(tmp_path: Path) -> None:
     wild = DefenseEntry("wild", "finetune", FineTuneConfig(steps=4, batch_size=8, learning_rate=1e30))
-    with pytest.raises(NonFiniteError, match="finetune"):
-        run(dataclasses.replace(SMALL, defenses=(FINETUNE, wild)), tmp_path / "out")
-    assert models(read_rows(tmp_path / "out" / "results.jsonl")) == [("badnets", 0, "none"), ("badnets", 0, "finetune")]
+    told: list[str] = []
+    with pytest.raises(FailedRepairs, match="2 repairs could not be made; wild on badnets-0: finetune"):
+        run(dataclasses.replace(SMALL, defenses=(wild, FINETUNE)), tmp_path / "out", report=told.append)
+    made = [(attack, 0, defense) for attack in ("badnets", "none") for defense in ("none", "finetune")]
+    assert models(read_rows(tmp_path / "out" / "results.jsonl")) == made
+    assert sum(line.startswith("wild on ") for line in told) == 2
+
+
+def test_two_runs_in_one_folder_keep_one_anothers_rows(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path)
+
+    def meanwhile(told: str) -> None:
+        if told.startswith("badnets-1      none"):
+            lines = (out / "results.jsonl").read_text()
+            (out / "results.jsonl").write_text(lines + lines.splitlines()[0].replace('"seed": 0', '"seed": 7') + "\n")
+
+    rows = run(dataclasses.replace(SMALL, seeds=(1,)), out, report=meanwhile)
+    assert [row["seed"] for row in rows] == [0] * 4 + [1, 7] + [1] * 3
+    assert json.loads((out / "experiment.json").read_text())["seeds"] == [0, 1]
+
+
+def test_rows_older_than_the_analyses_asked_for_are_told_of(small: Path, tmp_path: Path, no_training: None) -> None:
+    told: list[str] = []
+    run(dataclasses.replace(SMALL, analyses=("latents",)), copied(small, tmp_path), report=told.append)
+    assert told[0].startswith("4 rows were made before analyses were asked for; take them out of ")
 
 
 @pytest.mark.parametrize(

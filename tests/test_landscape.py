@@ -26,6 +26,8 @@ def test_the_line_passes_through_both_models_and_their_mean(
     label_map = LabelMap("all_to_one", 3, 1)
     line = along(tiny_classifier, tiny_variables, end, tiny_data, white_corner, label_map, (0.0, 0.5, 1.0))
     middle = jax.tree.map(lambda a, b: (a + b) / 2, tiny_variables, end)
+    one, other = (np.asarray(model["batch_stats"]["bn"]["var"]) + 1e-5 for model in (tiny_variables, end))
+    middle["batch_stats"]["bn"]["var"] = np.sqrt(one * other) - 1e-5
     labels = np.asarray(tiny_data.labels)
     for at, variables in enumerate((tiny_variables, middle, end)):
         scores = evaluate(tiny_classifier, variables, tiny_data, white_corner, label_map)
@@ -45,6 +47,31 @@ def test_a_line_is_one_program(tiny_classifier: Classifier, tiny_variables: Vari
     compiled = _judge._cache_size()
     along(tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.25, 2.0, -1.0))
     assert _judge._cache_size() == compiled
+
+
+def test_beyond_the_models_variances_stay_positive_and_what_is_not_finite_is_no_rate(
+    tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset
+) -> None:
+    label_map = LabelMap("all_to_one", 3)
+
+    def with_variance(value: float) -> Variables:
+        statistics = {
+            "bn": {
+                **tiny_variables["batch_stats"]["bn"],
+                "var": jnp.full_like(tiny_variables["batch_stats"]["bn"]["var"], value),
+            }
+        }
+        return {**tiny_variables, "batch_stats": statistics}
+
+    end = with_variance(0.01)
+    start = with_variance(1.0)
+    line = along(tiny_classifier, start, end, tiny_data, white_corner, label_map, (0.0, 1.0, 2.0))
+    wide = evaluate(tiny_classifier, with_variance(1e-4), tiny_data, white_corner, label_map)
+    assert (line.acc[2], line.asr[2]) == pytest.approx((wide.acc, wide.asr), abs=1e-6)
+
+    broken = {**start, "params": jax.tree.map(lambda leaf: leaf * 1e30, start["params"])}
+    line = along(tiny_classifier, start, broken, tiny_data, white_corner, label_map, (0.0, 1.0))
+    assert np.isfinite(line.acc[0]) and np.isnan(line.acc[1]) and np.isnan(line.asr[1])
 
 
 def test_fine_tuning_a_small_victim_stays_where_both_losses_are_low() -> None:

@@ -343,7 +343,7 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     classifier, variables = load_torch(state_of("preact_resnet18"), "preact_resnet18")
     with pytest.raises(UserError, match=r"unknown suffix '.npz'; give .pt, .pth or .safetensors"):
         save_torch(tmp_path / "model.npz", classifier, variables)
-    with pytest.raises(UserError, match="VisionTransformer has no PyTorch counterpart here; save it with Orbax"):
+    with pytest.raises(UserError, match="VisionTransformer has no PyTorch counterpart here; save it as"):
         save_torch(tmp_path / "model.safetensors", build_classifier("vit_tiny", 10, 2), {})
     bounds = {"layer1_0": {"relu1": {"upper": np.array([1.0, -0.5])}}}
     with pytest.raises(UserError, match="bounds of layer1_0/relu1 are not all 0 or more"):

@@ -25,18 +25,19 @@ class Labelled(NamedTuple):
     test: Dataset | None = None
 
 
-def load_labelled(source: str, num_classes: int) -> Labelled:
+def load_labelled(source: str, num_classes: int, channels: int = 3) -> Labelled:
     """Reads labelled images.
 
     - ``FILE.npz`` with ``images`` and ``labels``: all of them. With ``train_images``, ``train_labels`` and, if it has
       them, ``test_images``, ``test_labels``: the training part to work with, the test part to judge on.
     - A folder with one folder a class: the sorted folder names are classes 0, 1, ... (``"10"`` comes before ``"2"``, as
-      in torchvision); a class without images keeps an empty folder. All images need one shape, and become RGB.
+      in torchvision); a class without images keeps an empty folder. All images need one shape, and become RGB or grey.
     - ``digits`` and ``tfds:NAME``: see `load_task`; the split ``train`` to work with, ``test`` to judge on.
 
     Args:
         source: one of these.
         num_classes: the model's number of classes C.
+        channels: what files of images become, 1 or 3.
 
     Raises:
         UserError: where there is no such thing, or it does not hold images of these classes.
@@ -52,7 +53,7 @@ def load_labelled(source: str, num_classes: int) -> Labelled:
             raise UserError(f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes")
         return Labelled(task.train, task.test)
     if path.is_dir():
-        return Labelled(_folder(path, num_classes))
+        return Labelled(_folder(path, num_classes, channels))
     if path.suffix != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     arrays = read_npz(path, ("images", "labels"))
@@ -68,7 +69,7 @@ def load_labelled(source: str, num_classes: int) -> Labelled:
     return Labelled(data, test)
 
 
-def _folder(path: Path, num_classes: int) -> Dataset:
+def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
     """The images of a folder of class folders."""
     from PIL import Image
 
@@ -85,9 +86,10 @@ def _folder(path: Path, num_classes: int) -> Dataset:
                 continue
             try:
                 with Image.open(file) as image:
-                    images.append(np.asarray(image.convert("RGB")))
+                    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
             except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files.
                 raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
+            images.append(pixels.reshape(*pixels.shape[:2], channels))
             labels.append(label)
             if images[-1].shape != images[0].shape:
                 (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]

@@ -17,8 +17,8 @@ that rests are the backdoor's. A neuron is a channel of a batch normalisation wi
 
 Sources. Released code and paper: epsilon 0.4, one step, alpha 0.2, SGD with rate 0.2 and momentum 0.9, constant, for
 2,000 batches of 128 augmented images; batch statistics while masks are learnt. As in the code the perturbation is not
-clipped, so that it may reach twice epsilon, and biases are perturbed but not masked. The benchmark has the same but
-for the rate (0.01). Batches here are of whole epochs, where the released code draws with replacement.
+clipped, so that it may reach twice epsilon, and biases are perturbed but not masked. The benchmark has the same but for
+the rate (0.01) and batches of 256. Batches here are of whole epochs, where the released code draws with replacement.
 
 The threshold. The paper prunes at a fixed 0.2, and so does this. The released code tries thresholds up to 0.9 and
 reports accuracy and attack success *on the test set* for each, and the benchmark chooses by them, among those that lose
@@ -41,6 +41,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.compiling import jit
@@ -90,6 +91,10 @@ class AnpConfig(TuneConfig):
         fixed = not isinstance(self.threshold, str)
         self.require(not fixed or 0 <= float(self.threshold) < 1, "threshold", "a mask in [0, 1), or largest")
         self.require(self.tolerance > 0, "tolerance", "a positive number")
+
+    def schedule(self) -> optax.Schedule:
+        """See `StepsConfig.schedule`."""
+        return optax.constant_schedule(self.learning_rate)
 
 
 def normalizations(variables: Variables) -> list[Path]:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from backdoor_jax.config import Config
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, GradientStep, batch_shape, descend
+from backdoor_jax.training import Constants, GradientStep, batch_shape, cosine_in_stages, descend
 
 Needs = Literal["clean", "training_set", "nothing"]
 
@@ -21,7 +21,8 @@ class Repair(NamedTuple):
 
     Attributes:
         variables: the repaired model's, in the same tree as the victim's (plus ``bounds`` where it was clipped).
-        info: what happened, in plain Python values: steps, whether anything was changed, what was chosen and from what.
+        info: what happened, in plain Python values and index arrays: steps, whether anything was changed, what was
+            chosen and from what.
     """
 
     variables: Variables
@@ -75,6 +76,10 @@ class StepsConfig(Config):
         self.require(self.learning_rate > 0, "learning_rate", "a positive number")
         self.require(self.crop >= 0, "crop", "0 or more pixels")
 
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of each step, for figures; constant unless a method has another."""
+        return optax.constant_schedule(self.learning_rate)
+
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig(StepsConfig):
@@ -87,6 +92,10 @@ class TuneConfig(StepsConfig):
 
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+    def schedule(self) -> optax.Schedule:
+        """See `StepsConfig.schedule`."""
+        return cosine_in_stages(self.learning_rate, self.steps)
 
 
 def adam(constants: Constants) -> optax.GradientTransformation:

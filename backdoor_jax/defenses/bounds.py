@@ -39,7 +39,8 @@ from backdoor_jax.training import Constants, Info, State, batch_shape, fit, late
 
 MMBM_PLACES = ("layer1_0/relu1", "layer2_0/relu1", "layer3_0/relu1")
 """MM-BM's three places in PreAct-ResNet18: its code clips after the stem's rectifier and after the first two stages,
-which in a pre-activation network are the rectifiers that read those outputs."""
+which in a pre-activation network are the rectifiers that read those outputs. The first is a little less than the
+code's: the first block's shortcut goes round it, where in a ResNet both branches are clipped."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,14 @@ mixed with a permutation of themselves, :math:`\max(\lambda, 1-\lambda)` to the 
 Sources. Paper and authors' code for CIFAR-10: SimCLR for 1,000 epochs in batches of 512, SGD .4 with momentum .9,
 weight decay 1e-4 and a cosine, crops from a fifth of the area; Adam .002 for the rest, 10 epochs of the head in batches
 of 128, 190 rounds of 1,024 steps in batches of 64; alpha .1, beta 1, A = log 1e-4; epsilon .5, T .5, a .75, lambda_u up
-to 15, risen linearly. The benchmark has 100 epochs of SimCLR (preset ``benchmark``).
+to 15, risen linearly. The code's files go on from the encoder of epoch 100 of 1,000; the benchmark trains it for 100
+(preset ``benchmark``), whose cosine here ends there.
 
-Deviations. A round is as many whole passes over the labelled images as come nearest to 1,024 steps, and unlabelled
-images are drawn with replacement. Normalisation sees all 3B mixed images at once, where the code interleaves three
-batches, and the guesses leave its running statistics alone. lambda_u rises from round to round, not within one. Adam
-starts anew for the third stage. Views are not blurred, as SimCLR's paper has it for images of this size. The code keeps
-the epoch with the best accuracy on the test set; here it is the last.
+Deviations. Crops pad zeros, where the code reflects. A round is as many whole passes over the labelled images as come
+nearest to 1,024 steps, and unlabelled images are drawn with replacement. Normalisation sees all 3B mixed images at
+once, where the code interleaves three batches, and the guesses leave its running statistics alone. lambda_u rises from
+round to round, not within one. Adam starts anew for the third stage. Views are not blurred, as SimCLR's paper has it
+for images of this size. The code keeps the epoch with the best accuracy on the test set; here it is the last.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -152,7 +153,7 @@ class DecoupledSimCLR(SimCLRConfig):
 
 @dataclasses.dataclass(frozen=True)
 class WarmUpLoss:
-    """The symmetric cross-entropy of the second stage, statistics frozen."""
+    """The symmetric cross-entropy of the second stage; the encoder normalises by its batch, as in the code."""
 
     classifier: Classifier
 
@@ -161,7 +162,7 @@ class WarmUpLoss:
     ) -> tuple[jax.Array, tuple[Variables, Info]]:
         """See `backdoor_jax.training.Loss`."""
         del key
-        logits, _ = self.classifier.logits(variables, batch.images)
+        logits, variables = self.classifier.logits(variables, batch.images, train=True)
         forward = cross_entropy(logits, batch.labels)
         reverse = constants["log_zero"] * jnp.expm1(-forward)
         return jnp.mean(constants["alpha"] * forward + constants["beta"] * reverse), (variables, {})

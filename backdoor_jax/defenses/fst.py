@@ -36,13 +36,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
 from backdoor_jax.defenses.sphere import SphereProjection
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, cross_entropy, merge, split_by_path
+from backdoor_jax.training import (
+    Constants,
+    CosineSGD,
+    GradientStep,
+    Info,
+    cosine_in_stages,
+    cross_entropy,
+    merge,
+    split_by_path,
+)
+
+STAGES = 10
+"""Of the cosine: the published epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,10 @@ class FstConfig(TuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.alpha >= 0, "alpha", "0 or more")
+
+    def schedule(self) -> optax.Schedule:
+        """See `StepsConfig.schedule`."""
+        return cosine_in_stages(self.learning_rate, self.steps, STAGES)
 
 
 def fresh_head(key: jax.Array, head: Any) -> Any:
@@ -132,7 +149,7 @@ def fst(
     projection = SphereProjection(select)
     start = {**variables, "params": projection(merge(fresh_head(init_key, head), body), constants)}
 
-    step = GradientStep(FstLoss(classifier), CosineSGD(config.steps, stages=10), project=projection)
+    step = GradientStep(FstLoss(classifier), CosineSGD(config.steps, STAGES), project=projection)
     repaired, info = tune(tune_key, step, start, data, constants, config, "fst")
 
     new, _ = classifier.head_weights(repaired)

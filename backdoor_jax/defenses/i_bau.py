@@ -34,9 +34,10 @@ A limit. Nothing but mu keeps delta small: of a model very sure of its images th
 0 and then grows with delta, so that a search finds nothing or runs far out of the range of pixels. ``info["rounds"]``
 tells which.
 
-Deviations. The inner problem is that of the batch at hand; the code has always that of its first batch. At least one
-image of a batch carries delta; the code's 1 % of a batch of fewer than 100 is none. Both codes keep the images of a
-batch, and the benchmark's their augmentation, for all rounds; here they are drawn afresh.
+Deviations. The benchmark's Adam is AMSGrad; here it is Adam for both. The inner problem is that of the batch at hand;
+the code has always that of its first batch. At least one image of a batch carries delta; the code's 1 % of a batch of
+fewer than 100 is none. Both codes keep the images of a batch, and the benchmark's their augmentation, for all rounds;
+here they are drawn afresh.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits

@@ -7,8 +7,9 @@ the choice of images: only those that the victim classifies rightly, as in the r
 The paper's detection, which needs no images, is `backdoor_jax.metrics.mm_bd`.
 
 Sources. Three places and lambda 0.5 are the released code's. Its network is a ResNet-18, clipped after the stem's
-rectifier and after the first two stages; `MMBM_PLACES` are the same in PreAct-ResNet18, and for another network places
-must be named (None is all rectifiers). Fifty images of each class are the code's too; here it is whatever is given.
+rectifier and after the first two stages; `MMBM_PLACES` are the nearest to that in PreAct-ResNet18, and for another
+network places must be named (in a ResNet-18 ``relu``, ``layer1_1/relu2`` and ``layer2_1/relu2``; None is all
+rectifiers). Fifty images of each class are the code's too; here it is whatever is given.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits

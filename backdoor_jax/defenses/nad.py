@@ -71,6 +71,10 @@ class NadConfig(TuneConfig):
             self.layers is None or len(self.layers) == len(self.betas), "layers", f"{len(self.betas)} paths, or null"
         )
 
+    def schedule(self) -> optax.Schedule:
+        """See `StepsConfig.schedule`."""
+        return optax.constant_schedule(self.learning_rate)
+
 
 def attention(feature_map: jax.Array) -> jax.Array:
     """Where a layer looks: squares of its map ``(B, H, W, channels)`` summed over channels, ``(B, H * W)`` of norm 1.

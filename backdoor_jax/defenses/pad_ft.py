@@ -275,7 +275,7 @@ def pad(
     clean = data.take(purified.indices)
     repaired, info = bound_activations(key, classifier, variables, clean, config)
     kept = {"purified": len(clean), "short_classes": list(purified.short), "purified_indices": purified.indices}
-    return Repair(repaired, {"changed": True, **kept, **info})
+    return Repair(repaired, {"changed": True, "steps": 0, **kept, **info})
 
 
 def pad_ft(

@@ -22,13 +22,13 @@ in evaluation mode throughout; the statistics of normalisation stay the victim's
 Perturbations are in units of pixels scaled to [0, 1], before normalisation; x + delta may leave that range.
 
 Sources. Constants and losses are those of the authors' code in the benchmark: epsilon 0.2 in the maximum norm, 5 steps
-of 0.2 from +0.2 everywhere, beta 0.01 and 1, lambda 1, 0 and 1, Adam at a constant 1e-4, 100 rounds of 2,500 images in
-256s without augmentation, neither projection to valid pixels nor weight decay.
+of 0.2 from +0.2 everywhere, beta 0.01 and 1, lambda 1, 0 and 1, AMSGrad at a constant 1e-4, 100 rounds of 2,500 images
+in 256s without augmentation, neither projection to valid pixels nor weight decay.
 
 Deviations. The code stops searching when every example of a batch is shared; such examples have no gradient here and
 stay where they are, which is the same. It clamps the probabilities in both losses, and so drops examples whose p is
-under 0.001 or within 1e-6 of 1; here both are computed from the logits and need no clamp. Its own switch to training
-mode is left out.
+under 0.001 or within 1e-6 of 1; here both are computed from the logits and need no clamp. The code's own switch to
+training mode is left out.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -44,12 +44,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
-from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, adam, tune
+from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, tune
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, GradientStep, Info, cross_entropy, unlikelihood
+from backdoor_jax.training import Constants, GradientStep, Info, cross_entropy, torch_amsgrad, unlikelihood
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SauConfig(StepsConfig):
 
     Attributes:
         steps: published 100 rounds of 2,500 images in 256s.
-        learning_rate: of Adam, constant; published 1e-4.
+        learning_rate: of AMSGrad, constant; published 1e-4.
         crop: published 0, no augmentation.
         bound: epsilon, the largest change of a pixel in [0, 1]; published 0.2.
         search_steps: steps of the search for examples; published 5.
@@ -88,6 +89,11 @@ class SauConfig(StepsConfig):
         self.require(self.search_rate > 0, "search_rate", "a positive share of the pixel range")
         for name in ("beta1", "beta2", "lambda1", "lambda2", "lambda3"):
             self.require(getattr(self, name) >= 0, name, "0 or more")
+
+
+def amsgrad(constants: Constants) -> optax.GradientTransformation:
+    """PyTorch's AMSGrad at the constant rate ``constants["learning_rate"]``."""
+    return torch_amsgrad(constants["learning_rate"])
 
 
 def jensen_shannon(logits: jax.Array, others: jax.Array) -> jax.Array:
@@ -178,7 +184,7 @@ def sau(
         The repaired model. Of the last epoch's examples, ``misled`` is the share that misled the victim, and ``shared``
         the share that misled the repaired model to the same class.
     """
-    step = GradientStep(SauLoss(classifier, config.search_steps), adam)
+    step = GradientStep(SauLoss(classifier, config.search_steps), amsgrad)
     constants = {**numbers(config), "victim": variables}
     return Repair(*tune(key, step, variables, data, constants, config, "sau"))
 

@@ -84,6 +84,12 @@ class SuperFineTuneConfig(TuneConfig):
         self.require(self.peak1 > 0, "peak1", "a positive learning rate")
         self.require(self.peak2 > 0, "peak2", "a positive learning rate")
 
+    def schedule(self) -> optax.Schedule:
+        """See `backdoor_jax.defenses.base.StepsConfig.schedule`."""
+        return triangular_two_phase(
+            self.learning_rate, self.peak1, self.peak2, self.steps, self.up, self.down, self.first_phase
+        )
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "SuperFineTuneConfig":
         """A named set of second-hand settings, with changes.

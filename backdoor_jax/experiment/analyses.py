@@ -14,6 +14,7 @@ An experiment names analyses, and a row gets what they find under ``analyses``, 
 How many images each looks at and which, is ours.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -132,8 +133,12 @@ def landscape(laboratory: Laboratory, subject: Subject) -> Finding:
     test = laboratory.test.take(slice(0, LINE_IMAGES))
     line = along(classifier, victim.variables, subject.variables, test, victim.trigger, victim.label_map)
     head = moved(victim.variables, subject.variables, (*classifier.head_path, "kernel"))
+
+    def plain(values: np.ndarray) -> list[float | None]:
+        return [round(float(value), 5) if np.isfinite(value) else None for value in values]
+
     return {
-        **{name: np.round(values, 5) for name, values in line._asdict().items()},
+        **{name: plain(np.asarray(values)) for name, values in line._asdict().items()},
         "head": {"distance": head.distance, "cosine": head.cosine},
     }
 
@@ -159,7 +164,10 @@ def neurons(laboratory: Laboratory, subject: Subject) -> Finding:
     target, test = victim.label_map.target, laboratory.test
     others = np.flatnonzero(np.asarray(test.labels) != target)[:CHANGE_IMAGES]
     change = triggered_change(classifier, victim.variables, test.images[others], victim.trigger)
-    vector = np.asarray(scan(classifier, victim.variables, laboratory.clean.images).perturbations.vectors[target])
+    found = scan(classifier, victim.variables, laboratory.clean.images).perturbations
+    if not bool(found.feasible[target]):
+        return None
+    vector = np.asarray(found.vectors[target])
     k = max(1, len(vector) // 20)
     scores = {"tac": np.abs(vector)}
     writer = latent_normalization(classifier, victim.variables, test.images[:2])
@@ -227,6 +235,9 @@ def reinjection(laboratory: Laboratory, subject: Subject) -> Finding:
     victim, classifier = subject.victim, laboratory.classifier
     if victim.trigger is None or victim.label_map is None:
         return None
+    rates = tuple(rate for rate in REINJECTION.rates if round(rate * len(laboratory.clean)))
+    if not rates:
+        return None
     if subject.repaired:
         starts = {"repaired": subject.variables}
     else:
@@ -240,7 +251,7 @@ def reinjection(laboratory: Laboratory, subject: Subject) -> Finding:
         laboratory.task.test,
         victim.trigger,
         victim.label_map,
-        REINJECTION,
+        dataclasses.replace(REINJECTION, rates=rates),
     )
     return {
         "rows": [

@@ -12,7 +12,7 @@ import numpy as np
 from backdoor_jax.config import Config
 from backdoor_jax.data import Task, clean_indices
 from backdoor_jax.defenses import DEFENSES, Repair
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import FailedRepairs, UserError
 from backdoor_jax.experiment.analyses import Laboratory
 from backdoor_jax.experiment.rows import Row, judgement, line, read_rows, where, write_rows, write_text
 from backdoor_jax.experiment.settings import (
@@ -74,6 +74,8 @@ def run_experiment(
 
     Raises:
         UserError: where the folder holds another experiment, or anything in the configuration cannot be used.
+        FailedRepairs: at the end, where a defence could not repair a model, or left it without finite weights; there is
+            no row of that.
 
     Example:
         >>> import tempfile
@@ -99,11 +101,19 @@ def run_experiment(
         if not (record.parent / DESCRIPTION).is_file():  # Made by a version whose victims did not say what they were.
             shapes = jax.eval_shape(classifier.init, jax.random.key(0), task.test.images[:1])
             describe_folder(record.parent, classifier, shapes)
-    rows = read_rows(out / "results.jsonl")
+    path = out / "results.jsonl"
+    rows = read_rows(path)
+    unseen = sum("analyses" not in row for row in rows) if experiment.analyses else 0
+    if unseen:
+        report(
+            f"{unseen} rows were made before analyses were asked for; take them out of {path} to have them made again"
+        )
+    failed: list[str] = []
 
     def add(row: Row) -> None:
-        rows.append(row)
-        write_rows(out / "results.jsonl", rows)
+        # Another process may have written rows of other seeds meanwhile.
+        rows[:] = [*read_rows(path), row]
+        write_rows(path, rows)
         report(line(row))
 
     attacks: list[AttackEntry | None] = [*experiment.attacks, None]
@@ -137,7 +147,13 @@ def run_experiment(
             for defense in missing:
                 if not proceed():
                     return rows
-                add(_defend(experiment, task, classifier, entry, victim, defense, repairs, laboratory))
+                try:
+                    add(_defend(experiment, task, classifier, entry, victim, defense, repairs, laboratory))
+                except UserError as error:
+                    failed.append(f"{defense.label} on {label}-{seed}: {error}")
+                    report(failed[-1])
+    if failed:
+        raise FailedRepairs(f"{len(failed)} repairs could not be made; {failed[0]}")
     return rows
 
 
@@ -186,6 +202,8 @@ def _claim(experiment: Experiment, out: Path) -> None:
                 if earlier[part][label] != described[part][label]:
                     raise UserError(f"{out} holds {label!r} with other settings; give another --out or another label")
             described[part] = {**earlier.get(part, {}), **described[part]}
+        for part in ("seeds", "analyses"):
+            described[part] = list(dict.fromkeys([*earlier.get(part, []), *described[part]]))
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not the folder of an experiment; give another --out")
     try:

@@ -66,7 +66,11 @@ def prepare_victim(
     out: Path,
     clean_model: Variables | None = None,
 ) -> Victim:
-    """Makes a victim or unpoisoned twin where there is none yet, and loads it."""
+    """Makes a victim or unpoisoned twin where there is none yet, and loads it.
+
+    Where an attack looks into a clean model, that is the twin, which started from the victim's own weights: more than
+    an attacker would know.
+    """
     label = entry.label if entry else "none"
     keys = streams(seed, label)
     scene = Scene(classifier, task.train, experiment.training(entry), task.flip, clean_model)
@@ -74,6 +78,7 @@ def prepare_victim(
     record = folder / RECORD
     if not record.is_file():
         name, checkpoints = f"{label}-{seed}", folder / "training"
+        resumed = checkpoints.is_dir()
         with Stopwatch() as watch:
             if entry:
                 planted = entry.attack.plant(keys["poison"], keys["victim"], scene, name=name, checkpoints=checkpoints)
@@ -89,6 +94,8 @@ def prepare_victim(
                 )
                 planted = _unplanted(task, variables)
             jax.block_until_ready(planted.variables)
+        if resumed:  # Its seconds are those since then.
+            planted = planted._replace(info={**planted.info, "resumed": True})
         _keep(folder, classifier, entry, planted, task, watch.seconds, watch.compile_seconds)
 
     like = jax.eval_shape(classifier.init, keys["victim"], task.test.images[:1])
@@ -137,7 +144,7 @@ def prepare_together(
     label = entry.label if entry else "none"
     folders = {seed: out / "victims" / f"{label}-{seed}" for seed in experiment.seeds}
     missing = [seed for seed, folder in folders.items() if not (folder / RECORD).is_file()]
-    if not missing:
+    if len(missing) < 2:
         return
     scene = Scene(classifier, task.train, experiment.training(entry), task.flip)
     keys = {seed: streams(seed, label) for seed in missing}

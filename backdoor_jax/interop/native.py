@@ -57,14 +57,16 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         ...     load_model(file)[0] == classifier
         True
     """
+    from safetensors import SafetensorError
+
     path = Path(path)
-    if path.suffix in TORCH_SUFFIXES:
-        save_torch(path, classifier, variables)
-        return
     described = _described(classifier)
     arrays = {_text(names): np.asarray(array) for names, array in _leaves(variables)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in TORCH_SUFFIXES:
+            save_torch(path, classifier, variables)
+            return
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
@@ -74,8 +76,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
             return
         path.mkdir(exist_ok=True)
         (path / DESCRIPTION).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); give another path") from error
     save_tree(path / "variables", variables)
     describe_folder(path, classifier, variables)
 

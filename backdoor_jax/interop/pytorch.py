@@ -171,6 +171,19 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
     partial.replace(path)
 
 
+def require_counterpart(classifier: Classifier) -> None:
+    """Refuses a network that PyTorch has no counterpart of.
+
+    Raises:
+        UserError: for such a network.
+    """
+    if type(classifier.network) not in FIRST:
+        raise UserError(
+            f"a {type(classifier.network).__name__} has no PyTorch counterpart here; save it as .safetensors or in a "
+            "folder, with backdoor_jax.save_model"
+        )
+
+
 def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
     """The variables under PyTorch's names and in its layouts, bounds left out.
 
@@ -187,11 +200,7 @@ def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.nd
         >>> state["classifier.6.weight"].shape, int(state["features.1.num_batches_tracked"])
         ((10, 64), 0)
     """
-    if type(classifier.network) not in FIRST:
-        raise UserError(
-            f"a {type(classifier.network).__name__} has no PyTorch counterpart here; save it with Orbax "
-            "(backdoor_jax.interop.checkpoints)"
-        )
+    require_counterpart(classifier)
     state = {}
     for name, path, leaf in _tensors(classifier.network, variables):
         array = np.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))

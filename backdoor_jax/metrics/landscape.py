@@ -6,8 +6,9 @@ both losses and both rates on the straight line from one model to another and be
 .. math:: \theta(t) = \theta_0 + t\,(\theta_1 - \theta_0),
 
 t = 0 at the first model, 1 at the second. `moved` says how far selected weights are from where they were, and
-`embedding` draws latents in the plane. The paper's ranges and projection are not at hand: the running statistics of
-normalisation go along the line with the weights, and latents are projected on their two principal components; ours.
+`embedding` draws latents in the plane. The paper's ranges and projection are not at hand, and these are ours: the
+running means of normalisation go along the line with the weights, the variances along a geometric one, on which they
+stay positive beyond the models too; latents are projected on their two principal components.
 
     >>> from backdoor_jax import build_classifier, digits
     >>> test, classifier = digits().test.take(slice(20)), build_classifier("small_cnn", 10, width=2)
@@ -42,8 +43,8 @@ class Line(NamedTuple):
         positions: t.
         clean_loss: mean cross-entropy of clean images.
         backdoor_loss: mean cross-entropy of triggered images to the attacker's class, those of that class left out.
-        acc: share of clean images classified rightly.
-        asr: share of triggered images that go where the attacker wants them, the same left out.
+        acc: share of clean images classified rightly; NaN where a logit is not finite.
+        asr: share of triggered images that go where the attacker wants them, the same left out; likewise.
     """
 
     positions: np.ndarray
@@ -78,7 +79,8 @@ def _judge(
 ) -> jax.Array:
     def chunk(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = classifier.logits(variables, images)
-        return cross_entropy(logits, labels), jnp.argmax(logits, -1) == labels
+        finite = jnp.isfinite(logits).all(-1)
+        return cross_entropy(logits, labels), jnp.where(finite, jnp.argmax(logits, -1) == labels, jnp.nan)
 
     clean_loss, right = map_chunks(chunk, images, data.labels)
     backdoor_loss, obeyed = map_chunks(chunk, triggered, wanted)
@@ -124,9 +126,29 @@ def along(
     triggered = trigger(test.images)
     found = []
     for position in positions:
-        there = jax.tree.map(lambda a, b, t=position: a + jnp.asarray(t, a.dtype) * (b - a), start, end)
+        there = between(start, end, position)
         found.append(np.asarray(_judge(classifier, there, test.images, triggered, test, wanted)))
     return Line(np.asarray(positions, np.float64), *np.stack(found, axis=1))
+
+
+def between(start: Variables, end: Variables, position: float) -> Variables:
+    """The model at a place of the line.
+
+    Example:
+        >>> at = lambda weight, var: {"params": {"w": jnp.float32(weight)}, "batch_stats": {"var": jnp.float32(var)}}
+        >>> there = between(at(1, 4), at(3, 1), 2.0)
+        >>> float(there["params"]["w"]), round(float(there["batch_stats"]["var"]), 3)
+        (5.0, 0.25)
+    """
+    small = 1e-5  # As normalisation adds it; a variance may be 0.
+
+    def meet(path: jax.tree_util.KeyPath, a: jax.Array, b: jax.Array) -> jax.Array:
+        t = jnp.asarray(position, a.dtype)
+        if path[0].key == "batch_stats" and path[-1].key == "var":
+            return jnp.maximum((a + small) ** (1 - t) * (b + small) ** t - small, 0)
+        return a + t * (b - a)
+
+    return jax.tree_util.tree_map_with_path(meet, start, end)
 
 
 def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:

@@ -1,6 +1,7 @@
 """The report's figures, each as a PNG in a data address that a page can hold."""
 
 import base64
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from backdoor_jax.defenses import DEFENSES
+from backdoor_jax.defenses.base import StepsConfig
 from backdoor_jax.report.table import Row, summarize
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#4d4d4d", "#b5b500", "#7f3fbf")
@@ -125,25 +128,21 @@ def perturbation_figure(found: dict[str, Any], name: str) -> Figure:
 
 def learning_rates(rows: list[Row]) -> Figure | None:
     """The learning rate of every defence that has one, step by step."""
-    from backdoor_jax.training import cosine_in_stages, triangular_two_phase
-
-    configs = {
-        row["defense"]: row["config"]["defense"] for row in rows if "steps" in (row["config"].get("defense") or {})
-    }
+    kinds = [defense.config for defense in DEFENSES.values() if issubclass(defense.config, StepsConfig)]
+    by_fields = {frozenset(field.name for field in dataclasses.fields(kind)): kind for kind in kinds}
+    configs = {}
+    for row in rows:
+        settings = row["config"].get("defense") or {}
+        kind = by_fields.get(frozenset(settings))
+        if kind is not None:
+            configs[row["defense"]] = kind(**settings)
     if not configs:
         return None
     figure = Figure(figsize=(7.5, 2.8))
     axes = figure.subplots()
     for number, (label, config) in enumerate(configs.items()):
-        if "peak1" in config:
-            schedule = triangular_two_phase(
-                config["learning_rate"], config["peak1"], config["peak2"],
-                config["steps"], config["up"], config["down"], config["first_phase"],
-            )  # fmt: skip
-        else:
-            schedule = cosine_in_stages(config["learning_rate"], config["steps"])
-        steps = np.arange(config["steps"])
-        rates = np.maximum(np.asarray(schedule(steps)), 1e-6)
+        steps = np.arange(config.steps)
+        rates = np.broadcast_to(np.maximum(np.asarray(config.schedule()(steps)), 1e-6), steps.shape)
         axes.plot(steps, rates, color=COLORS[number % len(COLORS)], linewidth=0.9, label=label)
     axes.set(xlabel="step", ylabel="learning rate")
     logarithmic(axes)

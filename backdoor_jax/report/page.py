@@ -24,7 +24,7 @@ tr.bad td { color: #a33; } img { max-width: 100%; } .note { color: #555; font-si
 the attacker wants. RA: the same images classified rightly. DER: (max(0, drop of ASR) − max(0, drop of ACC) + 1) / 2;
 doing nothing earns 50. Mean ± standard deviation over seeds. Attack <b>none</b> is the unpoisoned twin: what a defence
 costs where there is nothing to repair. <b>class</b> is the class repaired; a label with <b>known</b> was told the
-attacker's class and is an oracle. Seconds leave compilation out.</p>
+attacker's class and is an oracle. Seconds are the median over seeds and leave compilation out.</p>
 <table><thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table %}<tr class="{{ row.style }}">{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>

@@ -1,4 +1,4 @@
-"""Rows to a table: mean and standard deviation over seeds."""
+"""Rows to a table: mean and standard deviation over seeds, and the median of seconds."""
 
 import statistics
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class Summary(NamedTuple):
     asr: tuple[float, float | None] | None
     ra: tuple[float, float | None] | None
     der: tuple[float, float | None] | None
-    seconds: tuple[float, float | None] | None
+    seconds: float
     changed: str
     data: str
     target: str
@@ -57,7 +57,7 @@ def summarize(rows: list[Row]) -> list[Summary]:
             asr=of(group, "asr"),
             ra=of(group, "ra"),
             der=of(group, "der"),
-            seconds=of(group, "seconds"),
+            seconds=statistics.median(row["seconds"] for row in group),
             changed=words(group, lambda row: "yes" if row["info"].get("changed") else "no"),
             data=words(group, lambda row: f"{row['n_used']} {row['data_used']}" if row["n_used"] else "-"),
             target=words(group, lambda row: "-" if row["target"] is None else str(row["target"])),
@@ -84,10 +84,9 @@ COLUMNS = ("attack", "defence", "seeds", "ACC %", "ASR %", "RA %", "DER %", "sec
 
 def cells(summary: Summary) -> tuple[str, ...]:
     """A summary as text, in the order of `COLUMNS`."""
-    seconds = "-" if summary.seconds is None else f"{summary.seconds[0]:.1f}"
     rates = (percent(summary.acc), percent(summary.asr), percent(summary.ra), percent(summary.der))
     return (
-        summary.attack, summary.defense, str(summary.seeds), *rates, seconds,
+        summary.attack, summary.defense, str(summary.seeds), *rates, f"{summary.seconds:.1f}",
         summary.changed, summary.data, summary.target,
     )  # fmt: skip
 

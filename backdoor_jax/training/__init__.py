@@ -19,7 +19,7 @@ from backdoor_jax.training.inference import latents, map_chunks
 from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, symmetric_cross_entropy, unlikelihood
 from backdoor_jax.training.many import fit_many, mesh_for, stack, unstack
 from backdoor_jax.training.sam import SharpnessAwareStep
-from backdoor_jax.training.schedules import cosine_in_stages, torch_sgd, triangular_two_phase
+from backdoor_jax.training.schedules import cosine_in_stages, torch_amsgrad, torch_sgd, triangular_two_phase
 from backdoor_jax.training.simclr import SimCLRConfig, contrast, normalized, pretrain
 from backdoor_jax.training.stopwatch import Stopwatch
 from backdoor_jax.training.supervised import (
@@ -67,6 +67,7 @@ __all__ = [
     "split_by_path",
     "stack",
     "symmetric_cross_entropy",
+    "torch_amsgrad",
     "torch_sgd",
     "train",
     "train_many",

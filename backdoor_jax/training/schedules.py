@@ -82,3 +82,35 @@ def torch_sgd(schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate
         optax.trace(decay=momentum),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def torch_amsgrad(
+    rate: Rate, b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8
+) -> optax.GradientTransformation:
+    r"""AMSGrad as PyTorch has it: :math:`\hat v_t = \max(\hat v_{t-1}, v_t)` is corrected after the maximum is taken.
+
+    Optax's own takes the maximum of corrected moments, and so keeps the first gradient's for ever.
+
+    Example:
+        >>> tx = torch_amsgrad(0.1)
+        >>> update, state = tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))
+        >>> round(float(update), 4)
+        -0.1
+    """
+
+    def init(params: optax.Params) -> optax.ScaleByAmsgradState:
+        mu, nu, largest = (jax.tree.map(jnp.zeros_like, params) for _ in range(3))
+        return optax.ScaleByAmsgradState(jnp.zeros((), jnp.int32), mu, nu, largest)
+
+    def update(
+        gradient: optax.Updates, state: optax.ScaleByAmsgradState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAmsgradState]:
+        del params
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, gradient)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, gradient)
+        largest = jax.tree.map(jnp.maximum, state.nu_max, nu)
+        steps = jax.tree.map(lambda m, v: m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + epsilon), mu, largest)
+        return steps, optax.ScaleByAmsgradState(count, mu, nu, largest)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(rate))

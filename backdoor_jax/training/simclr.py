@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
@@ -164,7 +165,8 @@ def pretrain(
     latent = jax.eval_shape(lambda: classifier.features(encoder, data.images[:1])[0])
     projector = Projector()
     variables = join(encoder=encoder, projector=init(projector, projector_key, jnp.zeros(latent.shape)))
-    moving = [("encoder", name) for name in encoder["params"] if name != classifier.head_path[0]]
+    head = classifier.head_path
+    moving = [("encoder", *path) for path in flatten_dict(encoder["params"]) if path[: len(head)] != head]
     step = GradientStep(ContrastiveLoss(classifier, projector, views), optimizer, (*moving, ("projector",)))
     trained, done = descend(
         fit_key,
