@@ -8,11 +8,12 @@ test_labels, class_names, normalization and flip. The images are other people's:
 
 import argparse
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from backdoor_jax.files import whole
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
 SETS = {
@@ -43,11 +44,10 @@ def main() -> None:
         arrays = unpack.load_cifar10() if name == "cifar10" else unpack.load(arguments.source / f"{name}.npz")
         normalization, flip = SETS[name]
         target = arguments.out / f"{name}.npz"
-        partial = target.with_suffix(".partial.npz")
-        np.savez(
-            partial, **{key: arrays[key] for key in KEYS}, normalization=np.str_(normalization), flip=np.bool_(flip)
-        )
-        os.replace(partial, target)
+        with whole(target) as place:
+            np.savez(
+                place, **{key: arrays[key] for key in KEYS}, normalization=np.str_(normalization), flip=np.bool_(flip)
+            )
         print(f"{target}: {len(arrays['train_labels'])} training and {len(arrays['test_labels'])} test images")
 
 

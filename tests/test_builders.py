@@ -22,8 +22,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from backdoor_jax import Task, UserError
-from backdoor_jax.data import TFDS_SETS, builders, tfds_sets, tfds_task
+from backdoor_jax import Task, UserError, files
+from backdoor_jax.data import TFDS_SETS, builders, tfds_task
 
 # Archives in the official layout
 
@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(
         raise PermissionError("read-only")
 
     cache.unlink()
-    monkeypatch.setattr(tfds_sets.os, "replace", refused)
+    monkeypatch.setattr(files.os, "replace", refused)
     assert_split(tfds_task("cifar10", tmp_path).train, prepared.train)
     assert not list(cache.parent.glob("*npz*"))
 

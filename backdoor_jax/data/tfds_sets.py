@@ -1,7 +1,6 @@
 """TFDS data sets: those of the benchmark, which are prepared where needed, and any other by its name."""
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from backdoor_jax.data.dataset import Task, make_dataset
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.files import whole
 
 TFDS_SETS = {
     "cifar10": "CIFAR-10, 32x32, 10 classes; from cifar-10-python.tar.gz",
@@ -90,7 +90,7 @@ def _require_readable(name: str, builder: Any) -> None:
 def _decoded(name: str, builder: Any) -> dict[str, np.ndarray]:
     """Images and labels of both splits, from the cache beside the records while that is of these records."""
     folder = Path(builder.data_dir)
-    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if not path.name.startswith(CACHE)]
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if not path.name.startswith(Path(CACHE).stem)]
     records = np.str_([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     try:
         with np.load(folder / CACHE) as cache:
@@ -103,13 +103,8 @@ def _decoded(name: str, builder: Any) -> dict[str, np.ndarray]:
     for split in SPLITS:
         arrays |= _decode(name, split, builder.as_data_source(split=split))
     with contextlib.suppress(OSError):  # A folder that cannot be written costs the decoding next time, and no more.
-        partial = folder / f"{CACHE}.{os.getpid()}.partial"
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, records=records, **arrays)
-            os.replace(partial, folder / CACHE)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole(folder / CACHE) as place, place.open("wb") as file:
+            np.savez(file, records=records, **arrays)
     return arrays
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from backdoor_jax.errors import UserError
+from backdoor_jax.files import whole
 from backdoor_jax.metrics import Scores, defense_effectiveness
 from backdoor_jax.version import __version__
 
@@ -82,6 +83,5 @@ def plain(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file, or leaves the old one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as place:
+        place.write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
 """Victims and unpoisoned twins: made once, kept in the experiment's folder, and loaded again."""
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from backdoor_jax.attacks import Attack, Planted, Scene
 from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, load_task
 from backdoor_jax.experiment.rows import plain, write_text
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
+from backdoor_jax.files import whole
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.native import save_model
 from backdoor_jax.metrics import Scores, evaluate
@@ -202,9 +202,8 @@ def save_poisoned(path: Path, poisoned: Poisoned, clean: Dataset) -> None:
     changed = np.flatnonzero(
         np.any(images != np.asarray(clean.images), axis=(1, 2, 3)) | (labels != np.asarray(clean.labels))
     )
-    partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial, indices=poisoned.indices, changed=changed, images=images[changed], labels=labels[changed])
-    os.replace(partial, path)
+    with whole(path) as place:
+        np.savez(place, indices=poisoned.indices, changed=changed, images=images[changed], labels=labels[changed])
 
 
 def load_poisoned(path: Path, clean: Dataset) -> Poisoned:
@@ -221,6 +220,5 @@ def save_example(out: Path, label: str, image: jax.Array, trigger: Trigger) -> N
     if path.is_file():
         return
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{label}.partial.npz")
-    np.savez(partial, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))
-    os.replace(partial, path)
+    with whole(path) as place:
+        np.savez(place, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))

@@ -5,13 +5,13 @@ program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read())
 logits = program.call(images)          # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
 """
 
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.files import whole
 from backdoor_jax.models import Classifier, Variables
 
 SUFFIX = ".jaxexport"
@@ -62,10 +62,9 @@ def export_model(
         raise UserError(
             f"{path}: the model cannot be exported for images of {shape} ({first_line(error)}); check their shape"
         ) from error
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(program)
-        os.replace(partial, path)
+        with whole(path) as place:
+            place.write_bytes(program)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from error

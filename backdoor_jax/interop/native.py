@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.files import whole
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
@@ -70,9 +70,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
-            partial = path.with_name(path.name + ".partial")
-            save_file(arrays, partial, {HEADER: json.dumps(described)})
-            os.replace(partial, path)
+            with whole(path) as place:
+                save_file(arrays, place, {HEADER: json.dumps(described)})
             return
         path.mkdir(exist_ok=True)
         (path / DESCRIPTION).unlink(missing_ok=True)
@@ -88,10 +87,9 @@ def describe_folder(path: Path, classifier: Classifier, variables: Variables) ->
     Its digests are there because Orbax answers a damaged file with tracebacks of its threads.
     """
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
-    partial = path / f"{DESCRIPTION}.partial"
     described = {**_described(classifier), "arrays": shapes, "files": _digests(path / "variables")}
-    partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
-    os.replace(partial, path / DESCRIPTION)
+    with whole(path / DESCRIPTION) as place:
+        place.write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
 def load_model(

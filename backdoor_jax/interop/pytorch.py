@@ -34,6 +34,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.files import whole
 from backdoor_jax.models import (
     MODELS,
     NORMALIZATIONS,
@@ -159,16 +160,15 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
         raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .pt, .pth or .safetensors")
     torch = None if path.suffix == ".safetensors" else _torch(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    if torch is None:
-        from safetensors.numpy import save_file
+    with whole(path) as place:
+        if torch is None:
+            from safetensors.numpy import save_file
 
-        flat = {**state, **{f"{BOUNDS}.{place}": upper for place, upper in bounds.items()}}
-        save_file(flat, partial, {"format": "pt"})
-    else:
-        weights, uppers = ({name: torch.tensor(array) for name, array in tree.items()} for tree in (state, bounds))
-        torch.save({"model": weights, BOUNDS: uppers} if uppers else weights, partial)
-    partial.replace(path)
+            flat = {**state, **{f"{BOUNDS}.{module}": upper for module, upper in bounds.items()}}
+            save_file(flat, place, {"format": "pt"})
+        else:
+            weights, uppers = ({name: torch.tensor(array) for name, array in tree.items()} for tree in (state, bounds))
+            torch.save({"model": weights, BOUNDS: uppers} if uppers else weights, place)
 
 
 def require_counterpart(classifier: Classifier) -> None:

@@ -1,10 +1,10 @@
 """One self-contained HTML page of an experiment's folder."""
 
-import os
 from pathlib import Path
 
 import jinja2
 
+from backdoor_jax.files import whole
 from backdoor_jax.report import figures
 from backdoor_jax.report.analyses import SECTIONS
 from backdoor_jax.report.table import COLUMNS, Row, cells, summarize
@@ -91,7 +91,6 @@ def render(rows: list[Row], folder: Path) -> str:
 def write_page(rows: list[Row], folder: Path) -> Path:
     """Writes ``report.html`` into an experiment's folder, whole or not at all."""
     path = folder / "report.html"
-    partial = folder / "report.html.partial"
-    partial.write_text(render(rows, folder), encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as place:
+        place.write_text(render(rows, folder), encoding="utf-8")
     return path
