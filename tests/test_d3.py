@@ -260,7 +260,8 @@ def test_projection_holds_to_a_millionth_for_a_full_size_head() -> None:
     ],
 )
 def test_other_weights_can_be_selected_by_path(case: Case, select: Any, held: Any, free: Any) -> None:
-    repair = d3(jax.random.key(1), *case, small(select=select))
+    paths = tuple("/".join(path) for path in select)
+    repair = d3(jax.random.key(1), *case, small(select=paths))
     before, after = case.victim["params"], repair.variables["params"]
     away = 0.0
     for layer, name in held:
@@ -268,20 +269,21 @@ def test_other_weights_can_be_selected_by_path(case: Case, select: Any, held: An
         away += norm64(np.asarray(after[layer][name], np.float64) - np.asarray(before[layer][name], np.float64))
     for layer, name in free:
         assert abs(norm64(after[layer][name]) / norm64(before[layer][name]) - 1) > 1e-4
-    assert repair.info["selected"] == ["/".join(path) for path in select]
+    assert repair.info["selected"] == list(paths)
     total = sum(norm64(before[layer][name]) for layer, name in held)
     assert repair.info["distance"] == pytest.approx(away / total, rel=1e-5)
 
 
 def test_selecting_the_head_by_name_is_the_default(case: Case) -> None:
     assert equal(
-        d3(jax.random.key(1), *case, small(select=HEAD)).variables, d3(jax.random.key(1), *case, small()).variables
+        d3(jax.random.key(1), *case, small(select=("linear/kernel",))).variables,
+        d3(jax.random.key(1), *case, small()).variables,
     )
 
 
-@pytest.mark.parametrize("path", [("nowhere",), ("linear", "weight")])
-def test_a_path_that_does_not_exist_is_named_with_what_exists(case: Case, path: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="/".join(path)) as caught:
+@pytest.mark.parametrize("path", ["nowhere", "linear/weight"])
+def test_a_path_that_does_not_exist_is_named_with_what_exists(case: Case, path: str) -> None:
+    with pytest.raises(UserError, match=path) as caught:
         d3(jax.random.key(1), *case, small(select=(path,)))
     assert "hidden" in str(caught.value)
     assert "linear" in str(caught.value)

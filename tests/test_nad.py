@@ -16,7 +16,8 @@ from backdoor_jax import MODELS, Classifier, NadConfig, UserError, build_classif
 from backdoor_jax.config import numbers
 from backdoor_jax.defenses.nad import NadLoss, attention
 
-LAYERS = (("convolutions_0",), ("convolutions_1",), ("convolutions_2",))
+NAMES = ("convolutions_0", "convolutions_1", "convolutions_2")
+LAYERS = tuple((name,) for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def case() -> Bench:
 
 
 def small(**changes: Any) -> NadConfig:
-    settings = {"steps": 10, "teacher_steps": 10, "batch_size": 32, "learning_rate": 0.05, "crop": 0, "layers": LAYERS}
+    settings = {"steps": 10, "teacher_steps": 10, "batch_size": 32, "learning_rate": 0.05, "crop": 0, "layers": NAMES}
     return NadConfig(**{**settings, **changes})
 
 
@@ -125,7 +126,7 @@ class Bare(nn.Module):
 def test_any_linen_module_will_do_where_layers_are_named(case: Bench) -> None:
     classifier = Classifier.from_linen(Bare(), CLASSES, ("out",))
     variables = classifier.init(jax.random.key(0), case.clean.images)
-    config = small(layers=(("low",),), betas=(1000.0,), steps=5, teacher_steps=5)
+    config = small(layers=("low",), betas=(1000.0,), steps=5, teacher_steps=5)
     repair = nad(jax.random.key(1), classifier, variables, case.clean, config)
     assert repair.info["layers"] == ["low"]
     assert not equal(repair.variables["params"], variables["params"])
@@ -139,7 +140,7 @@ def test_any_linen_module_will_do_where_layers_are_named(case: Bench) -> None:
 )
 def test_a_layer_without_a_map_is_told_before_anything_is_trained(case: Bench, layer: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run(case, layers=((layer,), *LAYERS[1:]))
+        run(case, layers=(layer, *NAMES[1:]))
 
 
 def test_a_layer_that_puts_out_no_map_is_told(case: Bench) -> None:
@@ -219,7 +220,7 @@ def test_defaults_are_the_benchmarks() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("teacher_steps", 0), ("betas", ()), ("betas", (1.0, -1.0)), ("layers", (("a",),)), ("learning_rate", 0.0)],
+    [("teacher_steps", 0), ("betas", ()), ("betas", (1.0, -1.0)), ("layers", ("a",)), ("learning_rate", 0.0)],
 )
 def test_a_bad_setting_names_its_field(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"NadConfig.{field} is .*expected"):

@@ -22,7 +22,7 @@ TUNED = dataclasses.asdict(FineTuneConfig(steps=50))
 CYCLIC = dataclasses.asdict(
     SuperFineTuneConfig(steps=50, learning_rate=0.01, peak1=0.25, peak2=0.02, up=5, down=5, first_phase=0.4)
 )
-STEADY = json.loads(json.dumps(dataclasses.asdict(NadConfig(steps=50, layers=(("a", "b"),) * 3))))
+STEADY = json.loads(json.dumps(dataclasses.asdict(NadConfig(steps=50, layers=("a/b",) * 3))))
 SETTINGS = {"finetune": TUNED, "tac": TUNED, "pad_ft": {"learning_rate": 0.01}, "none": None}
 
 

@@ -63,7 +63,8 @@ class D3Config(TuneConfig):
         initialization: where the selected weights start: ``random`` uniform (released), ``near`` unchanged, ``middle``
             zero, ``far`` negated, ``noise`` unchanged plus normal noise of their own standard deviation. Then
             projected.
-        select: paths of the weights measured and projected; the head's kernel by default (released).
+        select: paths of the weights measured and projected, such as ``layer4_1/conv2/kernel`` or, for all under it,
+            ``layer4_1``; the head's kernel by default (released).
         weight_decay: 0 (the released code's file names 5e-4 and does not use it).
     """
 
@@ -71,7 +72,7 @@ class D3Config(TuneConfig):
     penalty: float = 0.5
     epsilon: float = 0.1
     initialization: Initialization = "random"
-    select: Paths | None = None
+    select: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +157,7 @@ def d3(
     Raises:
         UserError: for a selected path under which no parameters lie.
     """
-    select = config.select or ((*classifier.head_path, "kernel"),)
+    select = tuple(tuple(path.split("/")) for path in config.select or ()) or ((*classifier.head_path, "kernel"),)
     origin, others = split_by_path(variables["params"], select)
     init_key, tune_key = jax.random.split(key)
     start = {**variables, "params": merge(initialize(init_key, origin, config.initialization), others)}

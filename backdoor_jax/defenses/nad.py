@@ -55,13 +55,14 @@ class NadConfig(TuneConfig):
         steps: of the student; published 10 epochs of 2,500 images in 256s.
         teacher_steps: of the teacher; likewise.
         betas: weight of each layer's attention, shallow to deep; published 500, 1000 and 1000.
-        layers: paths of the layers, as many as there are betas; by default the network's last stages.
+        layers: paths of the layers, such as ``layer4_1``, as many as there are betas; by default the network's last
+            stages.
     """
 
     steps: int = 100
     teacher_steps: int = 100
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
-    layers: tuple[tuple[str, ...], ...] | None = None
+    layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +130,8 @@ def nad(
     Raises:
         UserError: where the network has no such feature maps, or is no Linen module.
     """
-    layers = config.layers or classifier.map_layers[-len(config.betas) :]
+    named = tuple(tuple(path.split("/")) for path in config.layers or ())
+    layers = named or classifier.map_layers[-len(config.betas) :]
     if len(layers) < len(config.betas):
         raise UserError(
             f"the network names {len(layers)} layers with feature maps and nad compares {len(config.betas)}; give "

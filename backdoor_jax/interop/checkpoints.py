@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import UserError, first_line
 
 
 class Checkpoints:
@@ -67,9 +67,9 @@ def load_tree(folder: Path, like: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder.absolute(), like)
     except Exception as error:  # Orbax and its backends raise many kinds.
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{folder}: does not hold the model expected ({line}); give the model, width and classes it was saved with"
+            f"{folder}: does not hold the model expected ({first_line(error)}); "
+            "give the model, width and classes it was saved with"
         ) from error
     # Orbax pins arrays to a device, which would compile everything once more than for arrays that are not.
     return jax.tree.map(jnp.asarray, jax.device_get(tree))

@@ -107,7 +107,6 @@ def load_torch(
 
     classifier, shapes = _classifier_of(state, model, where)
     expected = {name: (path, leaf.shape) for name, path, leaf in _tensors(classifier.network, shapes)}
-    _require_same_names(set(expected), set(state), model, where)
     leaves = {}
     for name, (path, shape) in expected.items():
         array = _array(state[name], name, where)
