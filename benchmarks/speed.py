@@ -165,7 +165,7 @@ def head_recomputing(size: Size) -> Work:
     data = random_data(images)
     classifier, variables = network(size)
     config = PadFtConfig()
-    augment = Augment(flip=config.flip, brightness=config.brightness, contrast=config.contrast)
+    augment = Augment(flip=bool(config.flip), brightness=config.brightness, contrast=config.contrast)
 
     def loss(variables: Any, batch: Dataset, key: Any, constants: Any) -> Any:
         views = [batch.images, *(augment(one, batch.images) for one in jax.random.split(key, config.views))]

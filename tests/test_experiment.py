@@ -596,6 +596,19 @@ def test_a_relative_data_path_starts_at_the_root_given(tmp_path: Path) -> None:
     assert [row["dataset"] for row in run(experiment, tmp_path / "out", root=tmp_path)] == ["data", "data"]
 
 
+def test_images_are_mirrored_where_the_data_ask_for_it_unless_told(tmp_path: Path) -> None:
+    images, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 10
+    train, test = ({f"{part}_images": images, f"{part}_labels": labels} for part in ("train", "test"))
+    np.savez(tmp_path / "mirrored.npz", **train, **test, flip=np.bool_(True))
+    told = DefenseEntry("told", "finetune", FineTuneConfig(steps=2, flip=False))
+    experiment = dataclasses.replace(
+        SMALL, data=DataConfig(str(tmp_path / "mirrored.npz")), attacks=(BADNETS,), defenses=(FINETUNE, told)
+    )
+    rows = run(experiment, tmp_path / "out")
+    flips = {row["defense"]: row["config"]["defense"]["flip"] for row in rows if row["defense"] != "none"}
+    assert flips == {"finetune": True, "told": False}
+
+
 def test_a_victim_that_diverges_is_an_error_and_never_a_row(tmp_path: Path) -> None:
     experiment = dataclasses.replace(SMALL, victim=TrainConfig(epochs=4, batch_size=16, learning_rate=1e30))
     with pytest.raises(NonFiniteError, match="badnets-0"):

@@ -178,7 +178,7 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
 def test_finetune_defaults_are_the_published_ones() -> None:
     config = FineTuneConfig()
     assert (config.steps, config.batch_size, config.learning_rate) == (1000, 256, 0.01)
-    assert (config.momentum, config.weight_decay, config.crop, config.flip) == (0.9, 5e-4, 4, False)
+    assert (config.momentum, config.weight_decay, config.crop, config.flip) == (0.9, 5e-4, 4, None)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ class DbdConfig(Config):
         mixing: a; published .75.
         unlabelled_weight: lambda_u at the end; published 15.
         crop: zeros padded before a random crop; published 4.
-        flip: mirror half of the images; the benchmark does so for CIFAR-10 only. SimCLR's views are always mirrored.
+        flip: mirror half of the images; by default not, and in an experiment as its data ask for. SimCLR's views are
+            always mirrored.
     """
 
     pretrain_epochs: int = 1000
@@ -112,7 +113,7 @@ class DbdConfig(Config):
     mixing: float = 0.75
     unlabelled_weight: float = 15.0
     crop: int = 4
-    flip: bool = False
+    flip: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,7 +257,7 @@ def dbd(
         name="dbd, encoder",
     )
 
-    augment = Augment(crop=config.crop, flip=config.flip)
+    augment = Augment(crop=config.crop, flip=bool(config.flip))
     constants = numbers(config)
     network, _ = descend(
         warmup_key,

@@ -236,7 +236,7 @@ def i_bau(
     per_epoch, size = batch_shape(len(data), config.batch_size)
     searches = -(-config.search_steps // per_epoch)
     passes = -(-config.steps // (per_epoch * config.rounds))
-    augment = Augment(crop=config.crop, flip=config.flip)
+    augment = Augment(crop=config.crop, flip=bool(config.flip))
     constants = numbers(config)
     search = GradientStep(SearchLoss(classifier), plain_sgd)
     unlearn = GradientStep(UnlearnLoss(classifier, config.terms), adam)

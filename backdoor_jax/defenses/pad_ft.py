@@ -99,7 +99,8 @@ class PadFtConfig(PadConfig):
 
     Attributes:
         views: augmented views of each purified image; 4, ours.
-        flip: mirror half of the views, as the paper; only where a mirrored image keeps its class.
+        flip: mirror half of the views, as the paper; only where a mirrored image keeps its class. By default not, and
+            in an experiment as its data ask for.
         brightness: factor 1 +- that; 0.2, ours.
         contrast: likewise; 0.2, ours.
         consistency: gamma; 1, ours. The distance is between softmax outputs (the paper: "predictions").
@@ -111,7 +112,7 @@ class PadFtConfig(PadConfig):
     """
 
     views: int = 4
-    flip: bool = False
+    flip: bool | None = None
     brightness: float = 0.2
     contrast: float = 0.2
     consistency: float = 1.0
@@ -217,7 +218,7 @@ def view_latents(
     key: jax.Array, classifier: Classifier, variables: Variables, images: jax.Array, config: PadFtConfig
 ) -> jax.Array:
     """Latents of each image and of its augmented views under the frozen network: ``(n, 1 + views, D)``."""
-    augment = Augment(flip=config.flip, brightness=config.brightness, contrast=config.contrast)
+    augment = Augment(flip=bool(config.flip), brightness=config.brightness, contrast=config.contrast)
     views = [images, *(augment(view_key, images) for view_key in jax.random.split(key, config.views))]
     return jnp.stack([latents(classifier, variables, view) for view in views], axis=1)
 

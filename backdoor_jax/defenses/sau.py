@@ -61,6 +61,7 @@ class SauConfig(StepsConfig):
         steps: published 100 rounds of 2,500 images in 256s.
         learning_rate: of AMSGrad, constant; published 1e-4.
         crop: published 0, no augmentation.
+        flip: likewise not.
         bound: epsilon, the largest change of a pixel in [0, 1]; published 0.2.
         search_steps: steps of the search for examples; published 5.
         search_rate: the size of each; published 0.2.
@@ -73,6 +74,7 @@ class SauConfig(StepsConfig):
 
     learning_rate: float = 1e-4
     crop: int = 0
+    flip: bool | None = False
     bound: float = 0.2
     search_steps: int = 5
     search_rate: float = 0.2

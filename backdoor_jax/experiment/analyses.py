@@ -251,7 +251,7 @@ def reinjection(laboratory: Laboratory, subject: Subject) -> Finding:
         laboratory.task.test,
         victim.trigger,
         victim.label_map,
-        dataclasses.replace(REINJECTION, rates=rates),
+        dataclasses.replace(REINJECTION, rates=rates, flip=laboratory.task.flip),
     )
     return {
         "rows": [

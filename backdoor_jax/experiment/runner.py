@@ -234,6 +234,8 @@ def _defend(
     config: Any = defense.config
     if defense.known_target and entry:
         config = dataclasses.replace(config, target=entry.attack.target)
+    if hasattr(config, "flip") and config.flip is None:
+        config = dataclasses.replace(config, flip=task.flip)
 
     name = f"{defense.label} on {victim.label}-{victim.seed}"
     concrete: Any = config
