@@ -155,7 +155,7 @@ def scan(
 
     from backdoor_jax.report.figures import perturbation_figure
 
-    out = out or Path(f"{checkpoint.stem}.scan.png")
+    out = out or Path(f"{checkpoint.name}.scan.png")
     if out.suffix not in FIGURE_SUFFIXES:
         raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
     require_free(out, force, FIGURE_SUFFIXES)

@@ -182,14 +182,12 @@ def test_a_scan_prints_norms_test_and_verdict_and_writes_a_figure(
     assert any(line.startswith("per sample (verdict): class ") and "p = " in line for line in lines)
     assert any(line.startswith("worst case: class ") for line in lines)
     assert lines[-2].startswith(f"{place / form}: ") and "Grubbs" in lines[-2]
-    assert lines[-1] == "model.scan.png: written"
-    with Image.open(tmp_path / "model.scan.png") as figure:
+    assert lines[-1] == f"{form}.scan.png: written"
+    with Image.open(tmp_path / f"{form}.scan.png") as figure:
         assert figure.size[0] > 400
     assert "--force" in refusal("scan", "--checkpoint", place / form, "--data", place / "clean.npz")
-    assert (
-        call("scan", "--checkpoint", place / form, "--data", place / "images", "--force", "--out", "model.scan.png")[0]
-        == 0
-    )
+    again = ("--data", place / "images", "--force", "--out", f"{form}.scan.png")
+    assert call("scan", "--checkpoint", place / form, *again)[0] == 0
 
 
 # Images
