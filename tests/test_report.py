@@ -279,10 +279,11 @@ def test_a_model_scanned_by_several_defences_is_shown_once(rows: list[Row]) -> N
 def test_learning_rates_are_drawn_step_by_step() -> None:
     cyclic = row("badnets", "super_finetune", 0, config={"attack": None, "defense": CYCLIC})
     steady = row("badnets", "nad", 0, config={"attack": None, "defense": STEADY})
-    figure = figures.learning_rates([row("badnets", "finetune", 0), row("badnets", "pad_ft", 0), cyclic, steady])
+    shown = [row("badnets", name, 0) for name in ("finetune", "pad_ft", "tac")]
+    figure = figures.learning_rates([*shown, cyclic, steady])
     assert isinstance(figure, Figure)
     plain, triangular, constant = figure.axes[0].lines
-    assert (plain.get_label(), triangular.get_label()) == ("finetune", "super_finetune")
+    assert (plain.get_label(), triangular.get_label()) == ("finetune\ntac", "super_finetune")
     assert constant.get_ydata() == pytest.approx(np.full(50, 0.01))
     assert len(plain.get_xdata()) == len(triangular.get_xdata()) == 50
     assert plain.get_ydata()[[0, 25]] == pytest.approx([0.01, 0.005], rel=1e-3)

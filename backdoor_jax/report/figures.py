@@ -127,7 +127,7 @@ def perturbation_figure(found: dict[str, Any], name: str) -> Figure:
 
 
 def learning_rates(rows: list[Row]) -> Figure | None:
-    """The learning rate of every defence that has one, step by step."""
+    """The learning rate of every defence that has one, step by step; a line for all that have the same."""
     kinds = [defense.config for defense in DEFENSES.values() if issubclass(defense.config, StepsConfig)]
     by_fields = {frozenset(field.name for field in dataclasses.fields(kind)): kind for kind in kinds}
     configs = {}
@@ -138,12 +138,15 @@ def learning_rates(rows: list[Row]) -> Figure | None:
             configs[row["defense"]] = kind(**settings)
     if not configs:
         return None
-    figure = Figure(figsize=(7.5, 2.8))
-    axes = figure.subplots()
-    for number, (label, config) in enumerate(configs.items()):
+    curves: dict[tuple[float, ...], list[str]] = {}
+    for label, config in configs.items():
         steps = np.arange(config.steps)
         rates = np.broadcast_to(np.maximum(np.asarray(config.schedule()(steps)), 1e-6), steps.shape)
-        axes.plot(steps, rates, color=COLORS[number % len(COLORS)], linewidth=0.9, label=label)
+        curves.setdefault(tuple(rates.tolist()), []).append(label)
+    figure = Figure(figsize=(7.5, 2.8))
+    axes = figure.subplots()
+    for number, (curve, labels) in enumerate(curves.items()):
+        axes.plot(curve, color=COLORS[number % len(COLORS)], linewidth=0.9, label="\n".join(labels))
     axes.set(xlabel="step", ylabel="learning rate")
     logarithmic(axes)
     axes.grid(alpha=0.3)
