@@ -24,3 +24,17 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file, or leaves the old one.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder) / "a.txt", "new")
+        ...     (Path(folder) / "a.txt").read_text()
+        'new'
+    """
+    with whole(path) as place:
+        place.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from backdoor_jax.errors import UserError
-from backdoor_jax.files import whole
+from backdoor_jax.files import write_text
 from backdoor_jax.metrics import Scores, defense_effectiveness
 from backdoor_jax.version import __version__
 
@@ -79,9 +79,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()
     raise TypeError(f"{type(value).__name__} in a results row")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file, or leaves the old one."""
-    with whole(path) as place:
-        place.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from backdoor_jax.data import Task, clean_indices
 from backdoor_jax.defenses import DEFENSES, Repair
 from backdoor_jax.errors import FailedRepairs, UserError
 from backdoor_jax.experiment.analyses import Laboratory
-from backdoor_jax.experiment.rows import Row, judgement, line, read_rows, where, write_rows, write_text
+from backdoor_jax.experiment.rows import Row, judgement, line, read_rows, where, write_rows
 from backdoor_jax.experiment.settings import (
     AttackEntry,
     DataConfig,
@@ -32,6 +32,7 @@ from backdoor_jax.experiment.victims import (
     streams,
     trigger_like,
 )
+from backdoor_jax.files import write_text
 from backdoor_jax.interop.native import DESCRIPTION, describe_folder
 from backdoor_jax.metrics import Scores, evaluate
 from backdoor_jax.models import Classifier

@@ -11,9 +11,9 @@ import numpy as np
 
 from backdoor_jax.attacks import Attack, Planted, Scene
 from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, load_task
-from backdoor_jax.experiment.rows import plain, write_text
+from backdoor_jax.experiment.rows import plain
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
-from backdoor_jax.files import whole
+from backdoor_jax.files import whole, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.native import save_model
 from backdoor_jax.metrics import Scores, evaluate

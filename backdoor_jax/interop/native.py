@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.files import whole
+from backdoor_jax.files import whole, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
@@ -60,13 +60,13 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
     from safetensors import SafetensorError
 
     path = Path(path)
-    described = _described(classifier)
-    arrays = {_text(names): np.asarray(array) for names, array in _leaves(variables)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix in TORCH_SUFFIXES:
             save_torch(path, classifier, variables)
             return
+        described = _described(classifier)
+        arrays = {_text(names): np.asarray(array) for names, array in _leaves(variables)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
@@ -88,8 +88,7 @@ def describe_folder(path: Path, classifier: Classifier, variables: Variables) ->
     """
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
     described = {**_described(classifier), "arrays": shapes, "files": _digests(path / "variables")}
-    with whole(path / DESCRIPTION) as place:
-        place.write_text(json.dumps(described, indent=1), encoding="utf-8")
+    write_text(path / DESCRIPTION, json.dumps(described, indent=1))
 
 
 def load_model(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jinja2
 
-from backdoor_jax.files import whole
+from backdoor_jax.files import write_text
 from backdoor_jax.report import figures
 from backdoor_jax.report.analyses import SECTIONS
 from backdoor_jax.report.table import COLUMNS, Row, cells, summarize
@@ -91,6 +91,5 @@ def render(rows: list[Row], folder: Path) -> str:
 def write_page(rows: list[Row], folder: Path) -> Path:
     """Writes ``report.html`` into an experiment's folder, whole or not at all."""
     path = folder / "report.html"
-    with whole(path) as place:
-        place.write_text(render(rows, folder), encoding="utf-8")
+    write_text(path, render(rows, folder))
     return path
