@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from backdoor_jax.defenses import FineTuneConfig, NadConfig, SuperFineTuneConfig
 from backdoor_jax.report import figures, markdown, print_table, render, summarize, write_page
-from backdoor_jax.report.table import COLUMNS, Row
+from backdoor_jax.report.table import COLUMNS, Row, cells
 
 SEEDS = (0, 1, 2)
 ACC = {"none": (0.95, 0.96, 0.94), "finetune": (0.93, 0.95, 0.94), "tac": (0.90, 0.91, 0.95), "pad_ft": (0.6, 0.7, 0.5)}
@@ -158,6 +158,17 @@ def test_the_printed_table_shows_labels_as_they_are(capsys: pytest.CaptureFixtur
     assert "tac[paper]" in told
     assert "tac[/]" in told
     assert "90.0" in told
+
+
+def test_the_printed_table_is_as_wide_as_its_numbers_need(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [row("badnets_trained_longer", "super_finetune_toolbox", seed) for seed in range(3)]
+    print_table([{**each, "target": seed, "n_used": 16000, "seconds": 12345.6} for seed, each in enumerate(rows)])
+    told = capsys.readouterr().out
+    assert "…" not in told
+    assert all(cell in told for cell in cells(summarize(rows)[0])[:7])
 
 
 def test_the_page_needs_nothing_else(page: str) -> None:

@@ -92,7 +92,7 @@ def cells(summary: Summary) -> tuple[str, ...]:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Prints the table to the terminal."""
+    """Prints the table, wider than the terminal if need be: no number is cut."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -107,7 +107,8 @@ def print_table(rows: list[Row]) -> None:
         last = summary.attack
         table.add_row(*map(Text, cells(summary)))
     console = Console()
-    Console(width=max(console.width, 130)).print(table)
+    needed = console.measure(table, options=console.options.update(max_width=500)).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 def markdown(rows: list[Row]) -> str:
