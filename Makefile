@@ -4,8 +4,9 @@ VENV ?= .venv
 EXTRAS ?= dev
 WORKERS ?= 2
 BIN = $(VENV)/bin
-# A crashed worker is not replaced: --dist loadfile then waits for it for ever.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+# A crashed worker is not replaced: --dist loadfile then waits for it for ever. Files keep their order, in which the
+# doctests, many and small, come last: a long file there would leave the other workers idle.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma = ,
 
