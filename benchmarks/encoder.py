@@ -67,12 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
 def claim(arguments: argparse.Namespace) -> None:
     """Marks the folder as that of a run with these settings, or refuses one that has others; seeds may be added."""
     from backdoor_jax.errors import UserError
+    from backdoor_jax.files import write_text
 
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("seeds", "platform", "out")}
     path = arguments.out / "settings.json"
     if not path.is_file():
         arguments.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        write_text(path, json.dumps(settings, indent=1))
     earlier = json.loads(path.read_text())
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
@@ -152,6 +153,7 @@ def keep(folder: Path, encoder: Any, make: Callable[[], tuple[Any, dict[str, Any
     import jax
 
     from backdoor_jax import load_model, save_model
+    from backdoor_jax.files import write_text
     from backdoor_jax.training import Stopwatch
 
     told = folder / "made.json"
@@ -160,7 +162,7 @@ def keep(folder: Path, encoder: Any, make: Callable[[], tuple[Any, dict[str, Any
             variables, info = make()
             jax.block_until_ready(variables)
         save_model(folder / "model", encoder, variables)
-        told.write_text(json.dumps({**info, "seconds": round(watch.seconds, 1)}))
+        write_text(told, json.dumps({**info, "seconds": round(watch.seconds, 1)}))
     return load_model(folder / "model")[1], json.loads(told.read_text())
 
 
