@@ -201,7 +201,7 @@ def test_a_small_victim_is_repaired_by_the_largest_threshold_and_hardly_by_the_p
     """The backdoor's neurons do get small masks, but at this size not as small as 0.2."""
     small = miniature()
     victim = (small.classifier, small.variables, small.clean)
-    config = AnpConfig(steps=400, batch_size=40, crop=0, threshold="largest")
+    config = AnpConfig(steps=200, batch_size=40, crop=0, threshold="largest")
     repair = anp(jax.random.key(0), *victim, config)
     after = small.scores(repair.variables)
     masks = {name: jnp.asarray(mask) for name, mask in repair.info["masks"].items()}

@@ -218,7 +218,7 @@ def test_the_backdoor_goes_and_each_round_finds_less() -> None:
     # So sure is the miniature victim that a search has hardly a gradient at first; a smaller head decides alike.
     params = case.victim["params"]
     victim = {**case.victim, "params": {**params, "linear": jax.tree.map(lambda w: 0.2 * w, params["linear"])}}
-    config = small(steps=40, rounds=2, batch_size=32, search_steps=10, share=0.3, terms=1)
+    config = small(steps=25, rounds=2, batch_size=32, search_steps=6, share=0.3, terms=1)
     repair = i_bau(jax.random.key(1), case.classifier, victim, case.clean, config)
     before, after = case.scores(victim), case.scores(repair.variables)
     assert before.asr is not None and after.asr is not None

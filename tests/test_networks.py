@@ -118,17 +118,20 @@ def test_logits_statistics_and_gradients_are_those_of_an_independent_pytorch_net
 
     with torch.no_grad():
         assert_near(evaluated(classifier, variables, images)[0], reference.eval()(x))
-    want = reference.train()(x)
+    # In float64: normalising 8 values a channel, as VGG's last layers do, magnifies float32's rounding without limit.
+    want = reference.double().train()(x.double())
     (want * torch.tensor(np.asarray(draw(*want.shape)))).sum().backward()
-    got, new, gradient = trained(classifier, variables, images)
-    assert_near(got, want.detach(), 1e-3)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+        got, new, gradient = trained(classifier, double, images)
+    assert_near(got, want.detach(), 1e-5)
     after = reference.state_dict()
     for key, value in torch_state(torch, {"batch_stats": new["batch_stats"]}).items():
-        assert_near(value, after[key], 1e-3)
+        assert_near(value, after[key], 1e-5)
     gradients = {key: value.grad for key, value in reference.named_parameters()}
     largest = max(float(value.abs().max()) for value in gradients.values())
     for key, value in torch_state(torch, {"params": gradient}).items():
-        np.testing.assert_allclose(value, gradients[key], rtol=0.01, atol=1e-3 * largest)
+        np.testing.assert_allclose(value, gradients[key], rtol=1e-4, atol=1e-6 * largest)
 
 
 def numpy_vit(params: Any, x: np.ndarray, patch: int, heads: int) -> np.ndarray:
@@ -248,9 +251,15 @@ def test_max_pooling_and_its_gradient_are_xlas(size: int, padding: int, shape: t
     np.testing.assert_allclose(ours_pull(draw(*ours.shape))[0], theirs_pull(draw(*ours.shape))[0], atol=1e-6)
 
 
-def test_equal_values_share_the_gradient_of_max_pooling() -> None:
+def test_the_first_of_equal_values_has_the_gradient_of_max_pooling_as_in_pytorch() -> None:
     gradient = jax.grad(lambda x: jnp.sum(max_pool(x, 2)))(jnp.ones((1, 2, 2, 1)))
-    np.testing.assert_array_equal(gradient, np.full((1, 2, 2, 1), 0.25))
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_max_pooling_hides_nothing_that_is_not_a_number(place: int) -> None:
+    pooled = max_pool(jnp.arange(4.0).at[place].set(jnp.nan).reshape(1, 2, 2, 1), 2)
+    assert jnp.isnan(pooled).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 5), (7, 7), (9, 14), (8, 20)])

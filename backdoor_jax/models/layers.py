@@ -95,7 +95,8 @@ def _bounded(layer: nn.Module, x: jax.Array) -> jax.Array:
     mutable, the channel's largest value over the batch, or 0 if that is larger, is written there.
     """
     if layer.has_variable("bounds", "upper"):
-        x = jnp.minimum(x, layer.get_variable("bounds", "upper").astype(x.dtype))
+        upper: jax.Array = layer.get_variable("bounds", "upper").astype(x.dtype)
+        x = jnp.where(x >= upper, upper, x)  # Not `jnp.minimum`, for the reason that `max_pool` gives.
     if layer.is_mutable_collection("activations"):
         largest = jnp.max(x, axis=tuple(range(x.ndim - 1)))
         layer.sow("activations", "upper", largest, reduce_fn=jnp.maximum, init_fn=lambda: jnp.zeros(x.shape[-1]))
@@ -123,9 +124,9 @@ class GELU(nn.Module):
 def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
     """The largest value of every square window of images ``(B, H, W, C)``, at stride 2.
 
-    Written as maxima of strided slices, whose gradient on CPU is 5 times faster than that of XLA's windows. Where
-    values are equal they share the gradient; PyTorch gives it to one of them. Rectified values are equal mostly at
-    zero, where the rectifier stops it anyway.
+    Written as choices between strided slices, whose gradient on CPU is 3 times faster than that of XLA's windows. Where
+    values are equal one of them has the gradient, as in PyTorch. Not `jnp.maximum`, whose gradient compares the result
+    with what went in: a compiler that computes one of them anew, rounded otherwise, loses the gradient.
 
     Example:
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0].tolist()
@@ -134,8 +135,13 @@ def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
     for axis in (1, 2):
         last = x.shape[axis] - size + 1
-        x = reduce(jnp.maximum, [lax.slice_in_dim(x, at, last + at, 2, axis) for at in range(size)])
+        x = reduce(larger, [lax.slice_in_dim(x, at, last + at, 2, axis) for at in range(size)])
     return x
+
+
+def larger(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The larger of two values, NaN if either is; the whole gradient goes to the one that was chosen."""
+    return jnp.where((y > x) | jnp.isnan(y), y, x)
 
 
 def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
