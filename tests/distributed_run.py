@@ -1,8 +1,8 @@
-"""One of several processes that train one network together; `test_distributed.py` starts them.
+"""One of two processes that train one network together; `test_distributed.py` starts them.
 
-    python distributed_run.py PORT PROCESS PROCESSES FOLDER EPOCHS
+    python distributed_run.py PORT PROCESS FOLDER EPOCHS
 
-Process 0 writes the weights to FOLDER/PROCESSES.npz.
+Process 0 writes the weights to FOLDER/trained.npz.
 """
 
 import sys
@@ -18,12 +18,8 @@ from backdoor_jax.data import Augment
 from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, fit
 
 
-def main() -> None:
-    port, process, processes, epochs = (int(sys.argv[number]) for number in (1, 2, 3, 5))
-    folder = Path(sys.argv[4])
-    if processes > 1:
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
-
+def train(folder: Path, epochs: int, devices: list[jax.Device]) -> None:
+    """Trains over these devices, of whatever processes."""
     generator = np.random.default_rng(0)
     labels = np.arange(32) % 4
     images = generator.integers(0, 128, (32, 8, 8, 3), dtype=np.uint8)
@@ -39,13 +35,15 @@ def main() -> None:
         epochs=epochs,
         batch_size=8,
         augment=Augment(crop=1),
-        sharding=NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), PartitionSpec("data")),
-        checkpoints=folder / f"training-{processes}",
+        sharding=NamedSharding(jax.make_mesh((len(devices),), ("data",), devices=devices), PartitionSpec("data")),
+        checkpoints=folder / "training",
     )
-    if process == 0:
+    if jax.process_index() == 0:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.variables)]
-        np.savez(folder / f"{processes}.npz", *leaves, steps=len(history["loss"]))
+        np.savez(folder / "trained.npz", *leaves, steps=len(history["loss"]))
 
 
 if __name__ == "__main__":
-    main()
+    port, process, folder, epochs = sys.argv[1:]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+    train(Path(folder), int(epochs), jax.devices())
