@@ -4,6 +4,8 @@ VENV ?= .venv
 EXTRAS ?= dev
 WORKERS ?= 2
 BIN = $(VENV)/bin
+# Python compiles what it imports; pip would compile every file of every package.
+PIP = $(BIN)/python -m pip install --quiet --no-compile
 # A crashed worker is not replaced: --dist loadfile then waits for it for ever. Files keep their order, in which the
 # doctests, many and small, come last: a long file there would leave the other workers idle.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -23,7 +25,7 @@ test: install torch lint
 # A build for CPUs alone, where pip finds one: the usual one for Linux brings gigabytes of CUDA.
 torch: install
 	@$(BIN)/python -c "import torch" 2>/dev/null || \
-	  $(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' >/dev/null 2>&1 || true
+	  $(PIP) 'torch==2.13.0+cpu' >/dev/null 2>&1 || true
 
 fast: install
 	$(PYTEST) -m "not slow" tests
@@ -39,8 +41,8 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "backdoor_jax needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-# Eight devices for the sharding tests; one thread a program, as there are two workers for two cores; and less work
-# for the compiler, which would take most of the suite's time (later versions do not know the last flag). A later flag
-# wins, so what is set outside stays.
+# Eight devices for the sharding tests, and less work for the compiler, which would take most of the suite's time
+# (later versions do not know the last flag). A later flag wins, so what is set outside stays.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false "
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith(("0.9.", "0.10.")) else "")
     + os.environ.get("XLA_FLAGS", "")
 )
@@ -43,7 +42,7 @@ class Programs:
     def forgotten(cls) -> Iterator[None]:
         yield
         maps = Path("/proc/self/maps")
-        if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        if maps.exists() and maps.read_bytes().count(b"\n") > 50_000:
             jax.clear_caches()
 
 
