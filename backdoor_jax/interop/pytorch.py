@@ -15,14 +15,9 @@ ours                   PyTorch's                     layout
 
 ``num_batches_tracked`` counts steps and matters only where a BatchNorm has no momentum, which ours never lack: it is
 skipped on reading and written as 0. Half precision becomes float32.
-
-A file is data here and never code. ``.safetensors`` holds nothing else. A ``.pt`` file is read by PyTorch's
-weights-only unpickler, which runs nothing; the few NumPy names that the benchmark's ``attack_result.pt`` needs beside
-the weights are let through to a stand-in that takes anything and does nothing.
 """
 
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import UserError
 from backdoor_jax.files import whole
+from backdoor_jax.interop.torch_files import BOUNDS, as_array, import_torch, read, unwrap
 from backdoor_jax.models import (
     MODELS,
     NORMALIZATIONS,
@@ -55,11 +51,6 @@ RENAMED: dict[type[nn.Module], dict[str, str]] = {PreActResNet18: {"stem": "conv
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 COUNTER = "num_batches_tracked"
-PREFIXES = ("module.", "_orig_mod.")
-"""What data-parallel training and compilation put before every name."""
-HOLDERS = ("model", "state_dict")
-"""Where checkpoints that hold more keep the weights."""
-BOUNDS = "bounds"
 STEMS: dict[int, Stem] = {3: "small", 7: "imagenet"}
 
 
@@ -103,13 +94,13 @@ def load_torch(
     if model not in _supported():
         raise UserError(f"model {model!r} has no PyTorch counterpart here; those that do are {', '.join(_supported())}")
     where = "the state dict" if isinstance(source, Mapping) else str(source)
-    state, bounds = _unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
+    state, bounds = unwrap(source if isinstance(source, Mapping) else read(Path(source)), where)
 
     classifier, shapes = _classifier_of(state, model, where)
     expected = {name: (path, leaf.shape) for name, path, leaf in _tensors(classifier.network, shapes)}
     leaves = {}
     for name, (path, shape) in expected.items():
-        array = _array(state[name], name, where)
+        array = as_array(state[name], name, where)
         got, wanted = array.shape, tuple(shape[axis] for axis in _to_torch(len(shape)))
         if got != wanted:
             raise UserError(
@@ -123,7 +114,7 @@ def load_torch(
         if place not in rectifiers:
             there = _few(list(rectifiers))
             raise UserError(f"{where}: a bound is for {place}, where no rectifier is; there are {there}")
-        leaves[BOUNDS, *rectifiers[place]] = _array(upper, place, where)
+        leaves[BOUNDS, *rectifiers[place]] = as_array(upper, place, where)
     # Copies: what was read may go on changing in PyTorch.
     return classifier, jax.tree.map(jnp.array, unflatten_dict(leaves))
 
@@ -157,7 +148,7 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
     state, bounds = torch_state(classifier, variables), _bounds_by_place(classifier, variables)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .pt, .pth or .safetensors")
-    torch = None if path.suffix == ".safetensors" else _torch(path)
+    torch = None if path.suffix == ".safetensors" else import_torch(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as place:
         if torch is None:
@@ -299,7 +290,7 @@ def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Cl
     _require_same_names(set(_names(model)), set(state), model, where)
     network = MODELS[model].build(2, 1)
     first, head = (f"{_dotted(network, path)}.weight" for path in ((FIRST[type(network)],), MODELS[model].head_path))
-    ends = {name: _array(state[name], name, where).shape for name in (first, head)}
+    ends = {name: as_array(state[name], name, where).shape for name in (first, head)}
     stem = STEMS.get(ends[first][-1]) if len(ends[first]) == 4 else None
     if stem is None or len(ends[head]) != 2 or ends[first][1] not in (1, 3):
         raise UserError(
@@ -347,108 +338,3 @@ def _require_same_names(expected: set[str], found: set[str], model: str, where: 
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# Reading
-
-
-def _unwrap(tree: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dict of what was read, without prefixes, and the bounds stored with it."""
-    bounds: dict[str, Any] = {}
-    for holder in HOLDERS:
-        if isinstance(tree, Mapping) and isinstance(tree.get(holder), Mapping):
-            bounds = dict(tree.get(BOUNDS) or {})
-            tree = tree[holder]
-            break
-    if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
-        raise UserError(
-            f"{where}: expected a state dict, or one under {' or '.join(HOLDERS)}, got {type(tree).__name__}; "
-            "save model.state_dict()"
-        )
-    state = dict(tree)
-    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    for name in [name for name in state if name.startswith(f"{BOUNDS}.")]:
-        bounds[name.removeprefix(f"{BOUNDS}.")] = state.pop(name)
-    return state, bounds
-
-
-def _array(value: Any, name: str, where: str) -> np.ndarray:
-    """A tensor or array as NumPy's, in float32 or float64."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
-    if not hasattr(value, "shape"):
-        raise UserError(f"{where}: {name} is a {type(value).__name__}, expected a tensor; save model.state_dict()")
-    array = np.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{where}: {name} holds {array.dtype}, expected floating point; dequantise the model first")
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a state dict as .pt, .pth or .safetensors")
-    if path.suffix != ".safetensors":
-        return _read_pickle(path)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({first_line(error)}); save or copy it again") from error
-
-
-def _torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path}: this needs PyTorch, which is not installed; run pip install 'backdoor_jax[torch]', or use a "
-            ".safetensors file"
-        ) from error
-    return torch
-
-
-class Ignored:
-    """Stands in for NumPy's objects in a checkpoint: takes anything, holds nothing, does nothing."""
-
-    def __new__(cls, *args: Any) -> "Ignored":
-        """Makes one out of whatever the file gives."""
-        del args
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        del args
-
-    def __setstate__(self, state: Any) -> None:
-        del state
-
-
-NUMPY_NAMES = (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    "numpy.ndarray",
-    "numpy.dtype",
-    "_codecs.encode",
-)
-"""What pickled NumPy arrays and scalars are made of: the only names let through, and only to `Ignored`."""
-
-
-def _read_pickle(path: Path) -> Any:
-    torch = _torch(path)
-    try:
-        with torch.serialization.safe_globals([(Ignored, name) for name in NUMPY_NAMES]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch raises many kinds for a damaged file.
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: holds more than weights, {code.group(1)}, which was not run; where you trust it, load it and "
-                "save model.state_dict() alone, or safetensors"
-            ) from error
-        # PyTorch's own advice, to load it with weights_only=False, is not passed on.
-        reason = "no plain tensors" if "Weights only" in str(error) else first_line(error).partition(". ")[0]
-        raise UserError(
-            f"{path}: not a whole file of weights that torch.save wrote ({reason}); copy it, or save "
-            "model.state_dict(), again"
-        ) from error
