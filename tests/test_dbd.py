@@ -153,8 +153,8 @@ def test_a_network_trained_anew_learns_the_classes_and_not_the_trigger() -> None
         pretrain_batch_size=64,
         warmup_epochs=10,
         learning_rate=5e-4,
-        rounds=3,
-        round_steps=40,
+        rounds=2,
+        round_steps=30,
         batch_size=16,
         crop=0,
     )
