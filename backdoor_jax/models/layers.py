@@ -135,11 +135,11 @@ def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
     for axis in (1, 2):
         last = x.shape[axis] - size + 1
-        x = reduce(larger, [lax.slice_in_dim(x, at, last + at, 2, axis) for at in range(size)])
+        x = reduce(_larger, [lax.slice_in_dim(x, at, last + at, 2, axis) for at in range(size)])
     return x
 
 
-def larger(x: jax.Array, y: jax.Array) -> jax.Array:
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
     """The larger of two values, NaN if either is; the whole gradient goes to the one that was chosen."""
     return jnp.where((y > x) | jnp.isnan(y), y, x)
 
