@@ -14,3 +14,7 @@ OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_onednn_custom_call": Tru
 
 jit = partial(jax.jit, compiler_options=OPTIONS)
 """`jax.jit` with these options; what it makes cannot be called inside another compiled function."""
+
+one_program = partial(jax.jit, inline=True)
+"""`jax.jit` for what is also called outside compiled functions: one program there, not one an operation; inside them,
+part of theirs."""

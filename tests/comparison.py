@@ -29,10 +29,10 @@ def random_variables(classifier: Classifier, images: jax.Array) -> Variables:
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path[-1].key == "var":
-            return jnp.asarray(generator.uniform(0.5, 2, leaf.shape), jnp.float32)
+            return jnp.asarray(generator.uniform(0.5, 2, leaf.shape).astype(np.float32))
         spread = (2 / np.prod(leaf.shape[:-1])) ** 0.5 if len(leaf.shape) > 1 else 0.3
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + spread * generator.standard_normal(leaf.shape), jnp.float32)
+        return jnp.asarray((centre + spread * generator.standard_normal(leaf.shape)).astype(np.float32))
 
     shapes = jax.eval_shape(classifier.init, jax.random.key(0), images)
     return jax.tree_util.tree_map_with_path(fill, shapes)

@@ -30,7 +30,7 @@ from backdoor_jax.data import LabelMap
 from backdoor_jax.defenses import DEFENSES
 from backdoor_jax.defenses.clp import channel_bounds
 from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Experiment, ModelConfig, run_experiment
-from backdoor_jax.models import MODELS, Architecture, Variables
+from backdoor_jax.models import MODELS, Architecture, Variables, VisionTransformer
 from backdoor_jax.training import TrainConfig
 
 KEY = jax.random.key(0)
@@ -221,7 +221,7 @@ def test_bounds_are_compiled_once_for_a_shape(wide: tuple[Classifier, Variables]
 
 
 def test_networks_without_such_layers_and_damaged_ones_are_refused(wide: tuple[Classifier, Variables]) -> None:
-    transformer = build_classifier("vit_tiny", 3, width=2)
+    transformer = Classifier(VisionTransformer(3, 2, depth=1), 3, head_path=("heads_head",))
     variables = transformer.init(KEY, jnp.zeros((1, 8, 8, 3), jnp.uint8))
     with pytest.raises(UserError, match="clp prunes channels by the convolution"):
         clp(KEY, transformer, variables, NOTHING)

@@ -51,7 +51,7 @@ class Case(NamedTuple):
 def case() -> Case:
     generator = np.random.default_rng(0)
     data = make_dataset(generator.integers(0, 256, (24, 8, 8, 3)).astype(np.uint8), np.arange(24) % 4, 4)
-    classifier = build_classifier("preact_resnet18", 4, width=2)
+    classifier = build_classifier("small_cnn", 4, width=4)
     return Case(classifier, classifier.init(jax.random.key(0), data.images), data)
 
 

@@ -85,6 +85,5 @@ class AdapBlend(Attack):
         number = self.pieces**2
         order = jax.vmap(lambda k: jax.random.permutation(k, number))(jax.random.split(key, count))
         taken = (order < max(1, round(self.shown * number))).reshape(count, self.pieces, self.pieces)
-        rows = jnp.arange(shape[0]) * self.pieces // shape[0]
-        columns = jnp.arange(shape[1]) * self.pieces // shape[1]
+        rows, columns = (np.arange(size) * self.pieces // size for size in shape[:2])
         return taken[:, rows][:, :, columns][..., None].astype(jnp.float32)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from backdoor_jax.attacks.base import Attack
 from backdoor_jax.attacks.triggers import PatchTrigger
@@ -45,13 +46,13 @@ class BadNets(Attack):
         height, width, channels = shape
         if self.size > min(height, width):
             raise UserError(f"BadNets.size is {self.size}, larger than the {height}x{width} images; make it smaller")
-        rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
+        rows, columns = np.arange(height)[:, None], np.arange(width)[None]
         vertical, horizontal = self.corner.split("_")
         first_row = 0 if vertical == "top" else height - self.size
         first_column = 0 if horizontal == "left" else width - self.size
         inside = (rows >= first_row) & (rows < first_row + self.size)
         inside = inside & (columns >= first_column) & (columns < first_column + self.size)
         even = (rows - first_row + columns - first_column) % 2 == 0
-        light = even if self.style == "checker" else jnp.ones((height, width), bool)
-        pattern = jnp.where(light, 255, 1).astype(jnp.uint8)
-        return PatchTrigger(jnp.broadcast_to(pattern[..., None], (height, width, channels)), inside[..., None])
+        light = even if self.style == "checker" else np.ones((height, width), bool)
+        pattern = np.where(light, 255, 1).astype(np.uint8)[..., None]
+        return PatchTrigger(jnp.asarray(np.tile(pattern, channels)), jnp.asarray(inside[..., None]))

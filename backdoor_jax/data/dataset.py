@@ -27,7 +27,14 @@ class Dataset:
 
     def take(self, indices: jax.Array | np.ndarray | slice) -> "Dataset":
         """The images and labels at ``indices``, in that order."""
-        return Dataset(self.images[indices], self.labels[indices])
+        if isinstance(indices, slice):
+            return Dataset(self.images[indices], self.labels[indices])
+        return _taken(self, jnp.asarray(indices))
+
+
+@jax.jit
+def _taken(data: Dataset, indices: jax.Array) -> Dataset:
+    return Dataset(data.images[indices], data.labels[indices])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,5 +136,9 @@ def poison(
     chosen = data.take(indices)
     # A trigger may be a network: in parts, its memory does not grow with the set.
     parts = [trigger(chosen.images[start : start + CHUNK]) for start in range(0, count, CHUNK)]
-    images = data.images.at[indices].set(jnp.concatenate(parts))
-    return Poisoned(Dataset(images, data.labels.at[indices].set(labels(chosen.labels))), indices)
+    return Poisoned(_replaced(data, indices, jnp.concatenate(parts), labels(chosen.labels)), indices)
+
+
+@jax.jit
+def _replaced(data: Dataset, indices: jax.Array, images: jax.Array, labels: jax.Array) -> Dataset:
+    return Dataset(data.images.at[indices].set(images), data.labels.at[indices].set(labels))

@@ -2,8 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.compiling import one_program
 
 
+@one_program
 def bilinear_sample(images: jax.Array, places: jax.Array) -> jax.Array:
     """Reads images between pixels; outside an image is black.
 
@@ -45,8 +49,8 @@ def pixel_grid(height: int, width: int) -> jax.Array:
         >>> pixel_grid(2, 3)[1, 2].tolist()
         [1.0, 2.0]
     """
-    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    return jnp.stack([rows, columns], -1).astype(jnp.float32)
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    return jnp.asarray(np.stack([rows, columns], -1), jnp.float32)
 
 
 def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:

@@ -192,7 +192,7 @@ def scan(
     """
     latent = latents(classifier, variables, images)
     kernel, bias = classifier.head_weights(variables)
-    if not bool(jnp.all(jnp.isfinite(latent)) & jnp.all(jnp.isfinite(kernel)) & jnp.all(jnp.isfinite(bias))):
+    if not all(np.isfinite(part).all() for part in (latent, kernel, bias)):
         raise NonFiniteError(
             f"{name}: latents or head weights are not finite, so nothing can be scanned; check the checkpoint"
         )

@@ -65,9 +65,10 @@ def judgement(before: Scores, after: Scores) -> Row:
 def where() -> Row:
     """Device and versions, as a row has them."""
     device = jax.devices()[0]
-    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    # Those that this process may use, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "device": f"{device.device_kind}{cores}",
+        "device": f"{device.device_kind}, {cores} cores" if device.platform == "cpu" else device.device_kind,
         "versions": {"backdoor_jax": __version__}
         | {name: version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},

@@ -112,7 +112,7 @@ def evaluate(
     bad = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-        if not bool(jnp.all(jnp.isfinite(leaf)))
+        if not np.isfinite(leaf).all()
     ]
     if bad:
         raise NonFiniteError(

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from backdoor_jax.errors import UserError
@@ -80,8 +81,8 @@ class Classifier:
 
     def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """uint8 images to the network's input: ``(images / 255 - mean) / std``."""
-        scale = 1 / (255 * jnp.asarray(self.std, dtype))
-        shift = jnp.asarray(self.mean, dtype) / jnp.asarray(self.std, dtype)
+        scale = 1 / (255 * np.asarray(self.std, dtype))
+        shift = np.asarray(self.mean, dtype) / np.asarray(self.std, dtype)
         return images.astype(dtype) * scale - shift
 
     def _input(self, variables: Variables, images: jax.Array) -> jax.Array:

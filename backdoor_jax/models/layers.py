@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from backdoor_jax.compiling import one_program
 from backdoor_jax.models.conv import conv_general_dilated
 
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -83,8 +84,15 @@ class BatchNorm(nn.Module):
                 var.value += self.momentum * (batch_var * (n / max(n - 1, 1)) - var.value)
         else:
             batch_mean, batch_var = mean.value, var.value
-        gain = scale * lax.rsqrt(batch_var + self.epsilon)
-        return (x * gain + (bias - batch_mean * gain)).astype(dtype)
+        return _normalized(x, batch_mean, batch_var, scale, bias, self.epsilon).astype(dtype)
+
+
+@one_program
+def _normalized(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    gain = scale * lax.rsqrt(var + epsilon)
+    return x * gain + (bias - mean * gain)
 
 
 def _bounded(layer: nn.Module, x: jax.Array) -> jax.Array:

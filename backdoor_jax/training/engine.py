@@ -242,7 +242,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 def _require_finite(state: Any, name: str) -> None:
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in floats):
+    if not all(np.isfinite(leaf).all() for leaf in floats):
         done = int(np.max(state.step))
         raise NonFiniteError(f"{name}: weights are not finite after step {done}; lower the learning rate")
 
@@ -287,7 +287,7 @@ def fit(
         NonFiniteError: when a loss or the final weights are not finite, naming the run and the step.
     """
     steps, _ = batch_shape(len(data), batch_size)
-    state = jax.tree.map(jnp.copy, state)
+    state = jax.device_put(state, may_alias=False)
     if sharding is not None:
         mesh: Any = sharding.mesh
         sharding = NamedSharding(automatic(mesh), sharding.spec)

@@ -13,7 +13,10 @@ too: a ranking by them is mostly ties. With the margins :math:`m_j = z_j - z_y` 
 import jax
 import jax.numpy as jnp
 
+from backdoor_jax.compiling import one_program
 
+
+@one_program
 def _rivals(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Logarithm of the odds against the labels: of the sum of ``exp(m_j)`` over the other classes."""
     logits = logits.astype(jnp.float32) if logits.dtype != jnp.float64 else logits
