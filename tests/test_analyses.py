@@ -9,6 +9,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 import pytest
+from comparison import random_variables
 from matplotlib.figure import Figure
 
 from backdoor_jax import BadNets, FineTuneConfig, TrainConfig, UserError, build_classifier, digits, load_model
@@ -148,7 +149,7 @@ def test_the_change_of_the_latents_is_that_of_the_victim_on_disk(finished: tuple
 def test_what_writes_the_latents_is_found_by_trial(name: str, found: tuple[str, ...] | None) -> None:
     images = digits().train.images[:2]
     classifier = build_classifier(name, 10, width=2)
-    variables = classifier.init(jax.random.key(0), images)
+    variables = random_variables(classifier, images)
     assert latent_normalization(classifier, variables, images) == found
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import random_variables
 from miniature import miniature
 
 from backdoor_jax import Classifier, Dataset, MmBmConfig, UserError, build_classifier, mm_bm
@@ -71,7 +72,7 @@ def test_the_three_places_are_the_default_and_unknown_ones_are_refused(case: Cas
     with pytest.raises(UserError, match=r"no rectifier at layer1_0/relu1, .* there are relu"):
         mm_bm(jax.random.key(0), *case)
     classifier = build_classifier("preact_resnet18", 3, width=2)
-    variables = classifier.init(jax.random.key(0), tiny_data.images)
+    variables = random_variables(classifier, tiny_data.images)
     repair = mm_bm(jax.random.key(0), classifier, variables, tiny_data, MmBmConfig(bound_epochs=1))
     assert {"/".join((stage, *inner)) for stage, inner in repair.variables["bounds"].items()} == {
         "layer1_0/relu1", "layer2_0/relu1", "layer3_0/relu1",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import random_variables
 from flax import nnx
 from small_victim import CLASSES, TRACES, Bench, bench, equal, leaves_of
 
@@ -108,7 +109,7 @@ def test_our_convolutional_networks_name_a_map_for_every_resolution(model: str, 
 
 def test_the_last_stage_is_what_is_pooled(case: Bench) -> None:
     classifier = build_classifier("preact_resnet18", 4, width=2)
-    variables = classifier.init(jax.random.key(0), case.clean.images)
+    variables = random_variables(classifier, case.clean.images)
     _, maps, _ = classifier.maps(variables, case.clean.images[:4], classifier.map_layers)
     latent, _ = classifier.features(variables, case.clean.images[:4])
     np.testing.assert_allclose(maps[-1].mean((1, 2)), latent, rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import random_variables
 
 from backdoor_jax import (
     Classifier,
@@ -56,7 +57,7 @@ def test_networks_compute_in_bfloat16_and_hand_out_float32(name: str) -> None:
 def test_gradients_and_statistics_are_float32_and_near_those_of_float32() -> None:
     full, half = (build_classifier("preact_resnet18", 10, width=8, dtype=d) for d in ("float32", "bfloat16"))
     images = np.random.default_rng(1).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
-    variables = full.init(jax.random.key(0), images)
+    variables = random_variables(full, images)
     labels = jnp.arange(32) % 10
 
     def gradient(classifier: Classifier) -> tuple:

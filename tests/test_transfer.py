@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import random_variables
 from small_victim import CLASSES, TARGET, bench, equal, made, smooth
 
 from backdoor_jax import (
@@ -24,7 +25,7 @@ from backdoor_jax.scenarios import following, transfer, transplant
 def test_a_transplanted_head_is_fresh_and_nothing_else_is_touched() -> None:
     classifier = build_classifier("preact_resnet18", 43, width=2, normalization="gtsrb")
     images = np.zeros((2, 32, 32, 3), np.uint8)
-    variables = classifier.init(jax.random.key(0), images)
+    variables = random_variables(classifier, images)
     kept = jax.tree.map(np.array, variables)
     other, fresh = transplant(jax.random.key(1), classifier, variables, 10, images)
     assert (other.num_classes, other.network.num_classes, other.std) == (10, 10, classifier.std)
