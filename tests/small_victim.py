@@ -15,7 +15,7 @@ from backdoor_jax.models.layers import BatchNorm, conv
 
 CLASSES, TARGET = 4, 1
 TRACES: list[int] = []
-"""Grows by one whenever the network's Python code runs: once a trace."""
+"""Grows by one whenever the Python code of a network below runs: once a trace."""
 
 
 class SmallNet(nn.Module):
@@ -32,6 +32,26 @@ class SmallNet(nn.Module):
         TRACES.append(1)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = nn.relu(norm(convolution(x), train))
+        return x.reshape(len(x), -1)
+
+    def head(self, latent: jax.Array) -> jax.Array:
+        return self.linear(latent)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.head(self.features(x, train))
+
+
+class Linear(nn.Module):
+    """A linear head on flattened images."""
+
+    num_classes: int
+
+    def setup(self) -> None:
+        self.linear = nn.Dense(self.num_classes)
+
+    def features(self, x: jax.Array, train: bool) -> jax.Array:
+        del train
+        TRACES.append(1)
         return x.reshape(len(x), -1)
 
     def head(self, latent: jax.Array) -> jax.Array:

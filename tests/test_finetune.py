@@ -2,11 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_victim import Linear
 
 from backdoor_jax import Augment, Classifier, Dataset, NonFiniteError, UserError, build_classifier, make_dataset
 from backdoor_jax.config import numbers
@@ -20,25 +20,6 @@ METHODS: dict[str, tuple[Any, type[TuneConfig], dict[str, Any]]] = {
     "super_finetune": (super_finetune, SuperFineTuneConfig, {"up": 2, "down": 2, "peak1": 0.05, "peak2": 0.01}),
 }
 STEPS, BATCH = 4, 12  # 24 images: 2 steps an epoch
-
-
-class Linear(nn.Module):
-    """A linear head on flattened images."""
-
-    num_classes: int
-
-    def setup(self) -> None:
-        self.linear = nn.Dense(self.num_classes)
-
-    def features(self, x: jax.Array, train: bool) -> jax.Array:
-        del train
-        return x.reshape(x.shape[0], -1)
-
-    def head(self, latent: jax.Array) -> jax.Array:
-        return self.linear(latent)
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.head(self.features(x, train))
 
 
 class Case(NamedTuple):

@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_victim import Bench, bench, equal, leaves_of
+from small_victim import TRACES, Bench, Linear, bench, equal, leaves_of
 
 from backdoor_jax import Classifier, Dataset, IBauConfig, UserError, i_bau, make_dataset
 from backdoor_jax.config import numbers
@@ -15,8 +14,6 @@ from backdoor_jax.defenses.i_bau import SearchLoss, UnlearnLoss, at_optimum, pla
 from backdoor_jax.training import GradientStep
 
 CLASSES, SHAPE, IMAGES = 3, (3, 3, 1), 40
-TRACES: list[int] = []
-"""Grows by one whenever the linear network's Python code runs: once a trace."""
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +62,6 @@ def test_the_hypergradient_of_a_quadratic_is_its_closed_form(terms: int) -> None
         np.testing.assert_allclose(slope, problem.d @ w + b.T @ np.linalg.solve(a, away), rtol=1e-3, atol=1e-4)
 
 
-class Linear(nn.Module):
-    """A linear head on flattened images."""
-
-    def setup(self) -> None:
-        self.linear = nn.Dense(CLASSES)
-
-    def features(self, x: jax.Array, train: bool) -> jax.Array:
-        del train
-        TRACES.append(1)
-        return x.reshape(x.shape[0], -1)
-
-    def head(self, latent: jax.Array) -> jax.Array:
-        return self.linear(latent)
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.head(self.features(x, train))
-
-
 class Numpy64:
     """Losses and derivatives of a linear model in float64; `w` holds kernel and bias in one."""
 
@@ -124,7 +103,7 @@ def plain() -> Plain:
     data = make_dataset(
         generator.integers(0, 256, (IMAGES, *SHAPE)).astype(np.uint8), np.arange(IMAGES) % CLASSES, CLASSES
     )
-    classifier, variables = Classifier(Linear(), CLASSES, mean=(0.4,), std=(0.3,)), {"params": {"linear": head}}
+    classifier, variables = Classifier(Linear(CLASSES), CLASSES, mean=(0.4,), std=(0.3,)), {"params": {"linear": head}}
     return Plain(classifier, variables, data, 0.5 * generator.standard_normal(9), Numpy64(classifier, variables, data))
 
 

@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_victim import TRACES, Bench, bench, equal, leaves_of
+from small_victim import TRACES, Bench, Linear, bench, equal, leaves_of
 
 from backdoor_jax import Classifier, Dataset, SauConfig, UserError, make_dataset, sau
 from backdoor_jax.config import numbers
@@ -15,23 +14,6 @@ from backdoor_jax.defenses.sau import SauLoss, jensen_shannon
 from backdoor_jax.training import unlikelihood
 
 CLASSES, SHAPE = 3, (4, 4, 1)
-
-
-class Linear(nn.Module):
-    """A linear head on flattened images."""
-
-    def setup(self) -> None:
-        self.linear = nn.Dense(CLASSES)
-
-    def features(self, x: jax.Array, train: bool) -> jax.Array:
-        del train
-        return x.reshape(x.shape[0], -1)
-
-    def head(self, latent: jax.Array) -> jax.Array:
-        return self.linear(latent)
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.head(self.features(x, train))
 
 
 class Two(NamedTuple):
@@ -52,7 +34,7 @@ def two() -> Two:
         {"params": {"linear": {"kernel": jnp.asarray(kernel + change, jnp.float32), "bias": jnp.asarray(bias)}}}
         for change in (0.4 * generator.standard_normal((16, CLASSES)), 0)
     ]
-    classifier = Classifier(Linear(), CLASSES, mean=(0.4,), std=(0.5,))
+    classifier = Classifier(Linear(CLASSES), CLASSES, mean=(0.4,), std=(0.5,))
     clean = np.asarray(classifier.logits(models[1], jnp.asarray(images))[0]).argmax(1)
     labels = np.where(np.arange(60) % 6 == 0, (clean + 1) % CLASSES, clean)
     return Two(classifier, *models, make_dataset(images, labels, CLASSES))
