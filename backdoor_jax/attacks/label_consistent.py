@@ -6,8 +6,8 @@ Images of the target class are made hard to recognise by projected gradient asce
     \mathrm{CE}(g(x), y)\bigr),
 
 and then get a pattern in all four corners, which is what the victim is to learn in their stead. At test time only the
-pattern is put on. The paper's g is trained against such perturbations; here it is trained as usual, and where all images
-of the class are poisoned, a victim may learn the perturbation instead (`benchmarks/results/attacks_small`).
+pattern is put on. The paper's g is trained against such perturbations; here it is trained as usual, and where all
+images of the class are poisoned, a victim may learn the perturbation instead (`benchmarks/results/attacks_small`).
 
 >>> import jax, jax.numpy as jnp
 >>> trigger = LabelConsistent().trigger(jax.random.key(0), (32, 32, 3))
