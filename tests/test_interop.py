@@ -21,6 +21,7 @@ from backdoor_jax import (
     D3Config,
     Dataset,
     PadFtConfig,
+    SuperFineTuneConfig,
     TacConfig,
     UserError,
     build_classifier,
@@ -30,6 +31,7 @@ from backdoor_jax import (
     pad_ft,
     save_model,
     scan,
+    super_finetune,
     tac,
 )
 from backdoor_jax.interop.checkpoints import save_tree
@@ -169,6 +171,7 @@ def test_defences_repair_own_networks(own: tuple[str, Classifier, Variables], ti
     key = jax.random.key(1)
     repairs = [
         d3(key, classifier, variables, tiny_data, D3Config(**few)),
+        super_finetune(key, classifier, variables, tiny_data, SuperFineTuneConfig(**few)),
         tac(key, classifier, variables, tiny_data, TacConfig(target="smallest", **few)),
     ]
     for repair in repairs:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.compiling import one_program
 from backdoor_jax.errors import UserError
 
 
@@ -27,12 +28,12 @@ class Dataset:
 
     def take(self, indices: jax.Array | np.ndarray | slice) -> "Dataset":
         """The images and labels at ``indices``, in that order."""
-        if isinstance(indices, slice):
+        if isinstance(indices, slice) or indices.dtype == bool:
             return Dataset(self.images[indices], self.labels[indices])
-        return _taken(self, jnp.asarray(indices))
+        return _taken(self, indices)
 
 
-@jax.jit
+@one_program
 def _taken(data: Dataset, indices: jax.Array) -> Dataset:
     return Dataset(data.images[indices], data.labels[indices])
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.compiling import one_program
 from backdoor_jax.data.dataset import Dataset
 from backdoor_jax.errors import UserError
 
@@ -139,6 +140,6 @@ def poison(
     return Poisoned(_replaced(data, indices, jnp.concatenate(parts), labels(chosen.labels)), indices)
 
 
-@jax.jit
+@one_program
 def _replaced(data: Dataset, indices: jax.Array, images: jax.Array, labels: jax.Array) -> Dataset:
     return Dataset(data.images.at[indices].set(images), data.labels.at[indices].set(labels))
