@@ -178,7 +178,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ssba": {"channels": 2, "depth": 1, "epochs": 2, "bits": 4},
     "low_frequency": {"steps": 2, "cutoff": 4},
     "trojan_nn": {"steps": 3},
-    "label_consistent": {"steps": 2, "rate": 0.25},
+    "label_consistent": {"robust_epochs": 1, "steps": 2, "rate": 0.25},
     "adap_blend": {"cover_rate": 0.25, "alpha": 0.5},
 }
 """Settings that make each attack quick on 24 images of 8x8."""

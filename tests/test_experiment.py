@@ -329,7 +329,7 @@ LEARNT = (
     AttackEntry("ssba", SSBA(bits=4, epochs=2, channels=2, depth=1)),
     AttackEntry("trojan_nn", TrojanNN(steps=3, target=2)),
     AttackEntry("covered", AdapBlend(rate=0.1, cover_rate=0.1)),
-    AttackEntry("label_consistent", LabelConsistent(steps=2, rate=0.05, target=1)),
+    AttackEntry("label_consistent", LabelConsistent(robust_epochs=0, steps=2, rate=0.05, target=1)),
     AttackEntry("adaptive", BadNets(target=1), dataclasses.replace(SMALL.victim, sam_radius=1.0)),
 )
 LEARNING = dataclasses.replace(SMALL, attacks=LEARNT, defenses=DEFENSES[:1])

@@ -28,7 +28,7 @@ from backdoor_jax import (
     train,
 )
 from backdoor_jax.attacks import input_aware, lira, ssba
-from backdoor_jax.attacks.label_consistent import perturb
+from backdoor_jax.attacks.label_consistent import RobustLoss, perturb
 from backdoor_jax.attacks.networks import EncoderDecoder
 from backdoor_jax.models import Variables
 from backdoor_jax.models.joint import init, join
@@ -243,7 +243,7 @@ def test_perturbing_is_projected_ascent_on_the_clean_models_loss(
 
 def test_only_images_of_the_target_class_are_perturbed_and_none_is_relabelled(scene: Scene, key: jax.Array) -> None:
     assert scene.clean_model is not None
-    attack = LabelConsistent(rate=0.25, target=1, steps=3, epsilon=8)
+    attack = LabelConsistent(rate=0.25, target=1, steps=3, epsilon=8, robust_epochs=0)
     poisoned, trigger, _ = attack.poison(key, scene)
     assert len(poisoned.indices) == 6 and np.all(np.asarray(scene.data.labels)[poisoned.indices] == 1)
     np.testing.assert_array_equal(poisoned.data.labels, scene.data.labels)
@@ -257,6 +257,28 @@ def test_only_images_of_the_target_class_are_perturbed_and_none_is_relabelled(sc
         scene.classifier, scene.clean_model, scene.data.take(poisoned.indices), jnp.float32(8), jnp.float32(1.5), 3
     )
     np.testing.assert_array_equal(poisoned.data.images[poisoned.indices], trigger(hard))
+
+
+def test_a_robust_network_trains_on_one_step_of_ascent_from_a_random_start(scene: Scene) -> None:
+    assert scene.clean_model is not None
+    key, loss = jax.random.key(3), RobustLoss(scene.classifier)
+    images, labels = np.asarray(scene.data.images, np.float32), scene.data.labels
+
+    def trained_on(pixels: Any) -> jax.Array:
+        logits, _ = scene.classifier.logits(scene.clean_model, pixels, train=True)  # type: ignore[arg-type]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(24), labels])
+
+    for epsilon in (0.0, 20.0):
+        start = np.asarray(jax.random.uniform(key, images.shape, minval=-1, maxval=1)) * epsilon
+        ascent = np.asarray(jax.grad(trained_on)(jnp.asarray(np.clip(images + start, 0, 255))))
+        ascent = ascent * ((images + start >= 0) & (images + start <= 255))
+        change = np.clip(start + 1.25 * epsilon * np.sign(ascent), -epsilon, epsilon)
+        want = trained_on(jnp.asarray(np.clip(images + change, 0, 255)))
+        got, (new, info) = loss(scene.clean_model, scene.data, key, {"robust_epsilon": jnp.float32(epsilon)})
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+        chex.assert_trees_all_equal_structs(new, scene.clean_model)
+        assert 0 <= info["accuracy"] <= 1
+    assert got > 1.1 * trained_on(jnp.asarray(images))
 
 
 def test_label_consistency_with_other_labels_or_without_room_for_corners_is_refused(key: jax.Array) -> None:

@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 from small_victim import SmallNet, smooth
 
-from backdoor_jax import ATTACKS, Attack, BadNets, Blended, Classifier, Dataset, Scene, TrainConfig, predict, train
+from backdoor_jax import (
+    ATTACKS,
+    Attack,
+    BadNets,
+    Blended,
+    Classifier,
+    Dataset,
+    LabelConsistent,
+    Scene,
+    TrainConfig,
+    predict,
+    train,
+)
+from backdoor_jax.attacks.label_consistent import perturb
 
 TARGET = 1
 
@@ -37,7 +50,7 @@ ATTACKERS: dict[str, dict[str, Any]] = {
     "ssba": {"rate": 0.2, "bits": 4, "epochs": 4, "image_weight": 10.0, "channels": 4, "depth": 1},
     "lira": {"epsilon": 0.1, "joint_epochs": 4, "generator_rate": 3e-3, "channels": 4, "depth": 1},
     "trojan_nn": {"steps": 50},
-    "label_consistent": {"rate": 0.24, "steps": 10, "epsilon": 32.0, "step_size": 5.0},
+    "label_consistent": {"robust_epochs": 4, "rate": 0.24, "steps": 10, "epsilon": 32.0, "step_size": 5.0},
     "adap_blend": {"rate": 0.05, "cover_rate": 0.05, "train_alpha": 0.25, "alpha": 0.3},
 }  # fmt: skip
 """Settings under which 80 images of a class and seconds of training are enough; published ones need far more."""
@@ -81,6 +94,18 @@ def assert_obeys(bench: Bench, attack: Attack, training: TrainConfig) -> None:
 def test_a_victim_sends_triggered_images_to_the_target_and_no_others(bench: Bench, name: str) -> None:
     attack = ATTACKS[name](target=TARGET, **ATTACKERS[name])
     assert_obeys(bench, attack, dataclasses.replace(TRAINING, epochs=EPOCHS.get(name, TRAINING.epochs)))
+
+
+def test_label_consistent_hardens_the_network_that_it_perturbs_against(bench: Bench, key: jax.Array) -> None:
+    assert LabelConsistent(robust_epochs=0).harden(key, bench.scene) == (bench.scene, {})
+    hardened, info = LabelConsistent(robust_epochs=4).harden(key, bench.scene)
+    assert info["robust_accuracy"] > 0.95
+    right = []
+    for scene in (bench.scene, hardened):
+        assert scene.clean_model is not None
+        hard = perturb(scene.classifier, scene.clean_model, bench.test, jnp.float32(8), jnp.float32(2), 10)
+        right.append(np.mean(predict(scene.classifier, scene.clean_model, hard) == bench.test.labels))
+    assert right[0] < 0.7 and right[1] > 0.95
 
 
 def test_a_sharpness_aware_victim_does_so_too(bench: Bench) -> None:
