@@ -6,10 +6,12 @@ Images of the target class are made hard to recognise by projected gradient asce
     \mathrm{CE}(g(x), y)\bigr),
 
 and then get a pattern in all four corners, which is what the victim is to learn in their stead. At test time only the
-pattern is put on. g is trained against perturbations itself: those against an ordinary network are alike, and a victim
-learns them rather than the pattern (`benchmarks/results/development.md`). The paper trains g by steps of projected
-ascent; here the clean model goes on training with single ones from a random start (Wong et al., ICLR 2020, arXiv
-2001.03994), which cost one gradient more than usual.
+pattern is put on. g is trained against perturbations itself. The paper does so by steps of projected ascent; here the
+clean model goes on training with single ones from a random start (Wong et al., ICLR 2020, arXiv 2001.03994), which cost
+one gradient more than usual.
+
+Where all images of the class are poisoned, the perturbation tells the class as well as the pattern does, and the victim
+learns that; leave some clean (`benchmarks/results/development.md`).
 
 >>> import jax, jax.numpy as jnp
 >>> trigger = LabelConsistent().trigger(jax.random.key(0), (32, 32, 3))
