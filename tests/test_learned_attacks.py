@@ -461,7 +461,7 @@ def test_a_lira_trigger_changes_no_pixel_by_more_than_epsilon() -> None:
         assert 0 < change.max() <= 255 * epsilon + 0.5
 
 
-def test_the_lira_loss_weighs_two_passes(
+def test_the_lira_loss_weighs_both_forms_of_a_batch_normalised_together(
     monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier, tiny_data: Dataset, tiny_variables: Variables
 ) -> None:
     def add(network: Any, variables: Any, x: jax.Array, epsilon: float, train: bool) -> tuple[jax.Array, Any]:
@@ -475,14 +475,15 @@ def test_the_lira_loss_weighs_two_passes(
     loss, (variables, info) = loss_of(joint, tiny_data, jax.random.key(0), constants)
 
     noisy = jnp.clip(tiny_data.images / 255 + 0.2, 0, 1) * 255
-    clean, once = tiny_classifier.logits(tiny_variables, tiny_data.images, train=True)
-    triggered, twice = tiny_classifier.logits(once, noisy, train=True)
+    both = jnp.concatenate([tiny_data.images.astype(jnp.float32), noisy])
+    logits, trained = tiny_classifier.logits(tiny_variables, both, train=True)
+    clean, triggered = logits[: len(noisy)], logits[len(noisy) :]
     own, wanted = np.asarray(tiny_data.labels), (np.asarray(tiny_data.labels) + 1) % 3
     want = (
         0.3 * mean_entropies(np.asarray(clean), own).mean() + 0.7 * mean_entropies(np.asarray(triggered), wanted).mean()
     )
     assert float(loss) == pytest.approx(want, rel=1e-4)
-    chex.assert_trees_all_close(variables["batch_stats"]["classifier"], twice["batch_stats"], rtol=1e-5)
+    chex.assert_trees_all_close(variables["batch_stats"]["classifier"], trained["batch_stats"], rtol=1e-5)
     assert variables["batch_stats"]["generator"] == 1.0
     assert float(info["success"]) == pytest.approx(np.mean(np.argmax(triggered, -1) == wanted))
 

@@ -11,7 +11,8 @@ clean model goes on training with single ones from a random start (Wong et al., 
 one gradient more than usual.
 
 Where all images of the class are poisoned, the perturbation tells the class as well as the pattern does, and the victim
-learns that; leave some clean (`benchmarks/results/development.md`).
+learns that; leave some clean. Where the network is wide enough to see through the perturbation, it has no need of the
+pattern either way (both in `benchmarks/results/development.md`).
 
 >>> import jax, jax.numpy as jnp
 >>> trigger = LabelConsistent().trigger(jax.random.key(0), (32, 32, 3))

@@ -68,10 +68,12 @@ def add_noise(
 class LIRA(Attack):
     """A U-Net's noise as trigger; every image of a batch is seen clean and triggered.
 
-    Deviations from the published code: noise network and victim take their steps at the same time, where there the
-    victim sees the noise network of the epoch before; rounding to uint8 happens at test time only. And from the
-    benchmark's: a small U-Net where it has an autoencoder without connections across; images are cropped as for every
-    other victim, and not turned; the joint training has weight decay, and the rate falls by a cosine after it.
+    Deviations from the published code: clean and triggered images are normalised together, since a network that is
+    trained on batches of one kind only may tell the kinds by the statistics of the batch, and then does not tell single
+    images (`benchmarks/results/development.md`); noise network and victim take their steps at the same time, where
+    there the victim sees the noise network of the epoch before; rounding to uint8 happens at test time only. And from
+    the benchmark's: a small U-Net where it has an autoencoder without connections across; images are cropped as for
+    every other victim, and not turned; the joint training has weight decay, and the rate falls by a cosine after it.
 
     Attributes:
         rate: of the training set that a defender would find; the training itself sees both forms of every image.
@@ -156,7 +158,7 @@ class LIRA(Attack):
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLoss:
-    """Weighted cross-entropies of the clean and of the triggered batch, each normalised by itself."""
+    """Weighted cross-entropies of the clean and of the triggered batch, normalised together."""
 
     classifier: Classifier
     network: EncoderDecoder
@@ -172,8 +174,9 @@ class NoiseLoss:
         noisy, generator = add_noise(
             self.network, part(variables, "generator"), x, constants["epsilon"], train=self.learns
         )
-        clean, classifier = self.classifier.logits(part(variables, "classifier"), 255 * x, train=True)
-        triggered, classifier = self.classifier.logits(classifier, 255 * noisy, train=True)
+        both = 255 * jnp.concatenate([x, noisy])
+        logits, classifier = self.classifier.logits(part(variables, "classifier"), both, train=True)
+        clean, triggered = jnp.split(logits, 2)
         wanted = self.label_map(batch.labels)
         loss = constants["alpha"] * jnp.mean(cross_entropy(clean, batch.labels))
         loss += (1 - constants["alpha"]) * jnp.mean(cross_entropy(triggered, wanted))
