@@ -1,0 +1,43 @@
+"""Draws an experiment's rows: its table in Markdown on the terminal, its figures as files for the documentation.
+
+python benchmarks/figures.py analyses_small baselines_small
+"""
+
+import argparse
+from pathlib import Path
+
+import measuring
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", help="experiments' folders under --results")
+    parser.add_argument("--results", type=Path, default=measuring.RESULTS, help="where they are")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder for NAME-FIGURE.png")
+    measuring.command(parser, run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from backdoor_jax.errors import UserError
+    from backdoor_jax.experiment import read_rows
+    from backdoor_jax.report.analyses import SECTIONS
+    from backdoor_jax.report.figures import scatter
+    from backdoor_jax.report.table import markdown
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names:
+        path = arguments.results / name / "results.jsonl"
+        rows = read_rows(path)
+        if not rows:
+            raise UserError(f"{path}: no rows; run configs/{name}.yaml first")
+        print(f"{name}\n\n{markdown(rows)}\n")
+        for draw in (scatter, *(draw for _, _, draw in SECTIONS)):
+            figure = draw(rows)
+            if figure is not None:
+                file = arguments.out / f"{name}-{draw.__name__}.png"
+                figure.savefig(file, dpi=110, bbox_inches="tight")
+                print(file)
+
+
+if __name__ == "__main__":
+    main()
