@@ -24,12 +24,12 @@ def run(arguments: argparse.Namespace) -> None:
     from backdoor_jax.report.figures import scatter
     from backdoor_jax.report.table import markdown
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names:
-        path = arguments.results / name / "results.jsonl"
-        rows = read_rows(path)
+    experiments = {name: read_rows(arguments.results / name / "results.jsonl") for name in arguments.names}
+    for name, rows in experiments.items():
         if not rows:
-            raise UserError(f"{path}: no rows; run configs/{name}.yaml first")
+            raise UserError(f"{arguments.results / name}: no results.jsonl with rows; run configs/{name}.yaml first")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in experiments.items():
         print(f"{name}\n\n{markdown(rows)}\n")
         for draw in (scatter, *(draw for _, _, draw in SECTIONS)):
             figure = draw(rows)
