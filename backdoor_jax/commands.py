@@ -153,7 +153,7 @@ def scan(
     from rich.console import Console
     from rich.table import Table
 
-    from backdoor_jax.report.figures import perturbation_figure
+    from backdoor_jax.report.figures import perturbation_figure, save
 
     out = out or Path(f"{checkpoint.name}.scan.png")
     if out.suffix not in FIGURE_SUFFIXES:
@@ -179,7 +179,7 @@ def scan(
     report(f"{checkpoint}: {likely} (one-sided Grubbs test at {settings.alpha})")
     figure = perturbation_figure(summary, str(checkpoint))
     try:
-        figure.savefig(out, dpi=110, bbox_inches="tight")
+        save(figure, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     report(f"{out}: written")

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     from backdoor_jax.errors import UserError
     from backdoor_jax.experiment import read_rows
     from backdoor_jax.report.analyses import SECTIONS
-    from backdoor_jax.report.figures import scatter
+    from backdoor_jax.report.figures import save, scatter
     from backdoor_jax.report.table import markdown
 
     experiments = {name: read_rows(arguments.results / name / "results.jsonl") for name in arguments.names}
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
             figure = draw(rows)
             if figure is not None:
                 file = arguments.out / f"{name}-{draw.__name__}.png"
-                figure.savefig(file, dpi=110, bbox_inches="tight")
+                save(figure, file)
                 print(file)
 
 

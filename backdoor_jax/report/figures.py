@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -24,10 +24,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 matplotlib.rcParams["text.parse_math"] = False
 
 
+def save(figure: Figure, out: Path | BinaryIO) -> None:
+    """Writes a figure, cut to what is drawn: in the form that a path's ending names, else as a PNG."""
+    figure.savefig(out, format=None if isinstance(out, Path) else "png", dpi=110, bbox_inches="tight")
+
+
 def embed(figure: Figure) -> str:
     """A figure as the text of an ``<img src=...>``."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    save(figure, buffer)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
