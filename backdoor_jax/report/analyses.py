@@ -64,30 +64,32 @@ def mean(findings: list[dict[str, Any]], *path: str) -> np.ndarray:
 
 
 def landscape(rows: list[Row]) -> Figure | None:
-    """Losses above and rates below, on the line from the victim (0) to the repair (1) and beyond."""
+    """Losses above, rates below, from the victim (0) to the repair (1) and beyond; an attack a pair of rows."""
     found = findings(rows, "landscape")
     if not found:
         return None
-    columns = models(found)
-    figure = Figure(figsize=(2.7 * len(columns) + 1, 4.4))
-    grid = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
-    for (above, below), (attack, defense, seeds) in zip(grid.T, columns, strict=True):
-        positions = mean(seeds, "positions")
-        for axis, (clean, backdoor) in ((above, ("clean_loss", "backdoor_loss")), (below, ("acc", "asr"))):
-            scale = 100 if axis is below else 1
-            axis.plot(positions, scale * mean(seeds, clean), color=COLORS[0], label=clean.replace("_", " "))
-            axis.plot(positions, scale * mean(seeds, backdoor), color=COLORS[1], label=backdoor.replace("_", " "))
-            for place in (0, 1):
-                axis.axvline(place, color="grey", linewidth=0.7, linestyle=":")
-        logarithmic(above)
-        distance, cosine = (mean(seeds, "head", name) for name in ("distance", "cosine"))
-        moved = f"head: distance {distance:.2f}, cosine {cosine:.2f}"
-        above.set_title(f"{defense} on {attack}\n{moved}", fontsize=8)
-        below.set_xlabel("t", fontsize=8)
-    for axis, unit in zip(grid[:, 0], ("loss", "%"), strict=True):
-        axis.set_ylabel(unit)
-        axis.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    wide = max(map(len, found.values()))
+    figure = Figure(figsize=(2.4 * wide + 0.8, 4.2 * len(found)), layout="constrained")
+    grid = figure.subplots(2 * len(found), wide, sharex=True, sharey="row", squeeze=False)
+    for pair, (attack, of) in zip(grid.reshape(len(found), 2, wide), found.items(), strict=True):
+        for (above, below), (defense, seeds) in zip(pair.T, of.items(), strict=False):
+            positions = mean(seeds, "positions")
+            for axis, (clean, backdoor) in ((above, ("clean_loss", "backdoor_loss")), (below, ("acc", "asr"))):
+                scale = 100 if axis is below else 1
+                axis.plot(positions, scale * mean(seeds, clean), color=COLORS[0], label=clean.replace("_", " "))
+                axis.plot(positions, scale * mean(seeds, backdoor), color=COLORS[1], label=backdoor.replace("_", " "))
+                for place in (0, 1):
+                    axis.axvline(place, color="grey", linewidth=0.7, linestyle=":")
+            logarithmic(above)
+            distance, cosine = (mean(seeds, "head", name) for name in ("distance", "cosine"))
+            moved = f"head: distance {distance:.2f}, cosine {cosine:.2f}"
+            above.set_title(f"{title(attack, defense)}\n{moved}", fontsize=8)
+            below.set_xlabel("t", fontsize=8)
+        for axis in pair[:, len(of) :].flat:
+            axis.axis("off")
+        for axis, unit in zip(pair[:, 0], ("loss", "%"), strict=True):
+            axis.set_ylabel(unit)
+            axis.legend(fontsize=7, frameon=False)
     return figure
 
 
@@ -116,10 +118,9 @@ def neurons(rows: list[Row]) -> Figure | None:
     found = {attack: of["none"] for attack, of in findings(rows, "neurons").items() if "none" in of}
     if not found:
         return None
-    figure = Figure(figsize=(7.5, 2.6 * len(found)))
-    for (left, right), (attack, seeds) in zip(
-        figure.subplots(len(found), 2, squeeze=False), found.items(), strict=True
-    ):
+    figure = Figure(figsize=(8.5, 2.6 * len(found)))
+    grid = figure.subplots(len(found), 2, squeeze=False)
+    for (left, right), (attack, seeds) in zip(grid, found.items(), strict=True):
         left.scatter(seeds[0]["mean"], seeds[0]["vector"], s=8, color=COLORS[0])
         cosine, spearman = (mean(seeds, "signed", name) for name in ("cosine", "spearman"))
         left.set_title(f"{attack}: cosine {cosine:.2f}, rank correlation {spearman:.2f}", fontsize=9)
@@ -132,7 +133,7 @@ def neurons(rows: list[Row]) -> Figure | None:
         right.set_xticks(range(len(names)), names)
         right.set_title(f"agreement with the change's size; precision in the {seeds[0]['k']} largest", fontsize=9)
         right.axhline(0, color="black", linewidth=0.6)
-        right.legend(fontsize=7, frameon=False)
+    grid[0, 1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     return figure
 

@@ -39,8 +39,8 @@ def embed(figure: Figure) -> str:
 def logarithmic(axis: Axes) -> None:
     """A logarithmic y axis whose labels are plain numbers: the usual ones are formulas, which are not parsed here."""
     axis.set_yscale("log")
-    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.5)))
 
 
 def scatter(rows: list[Row]) -> Figure:
