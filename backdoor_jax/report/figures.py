@@ -44,12 +44,17 @@ def logarithmic(axis: Axes) -> None:
 
 
 def scatter(rows: list[Row]) -> Figure:
-    """ACC against ASR: a colour a defence, a marker an attack, bars of one standard deviation."""
+    """ACC against ASR: a colour a defence (hollow the second time round), a marker an attack, bars of one deviation."""
     summaries = [s for s in summarize(rows) if s.asr is not None]
     defenses = list(dict.fromkeys(s.defense for s in summaries))
     attacks = list(dict.fromkeys(s.attack for s in summaries))
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
+
+    def paint(defense: str) -> dict[str, Any]:
+        again, number = divmod(defenses.index(defense), len(COLORS))
+        return {"color": COLORS[number], **({"markerfacecolor": "none"} if again else {})}
+
     for summary in summaries:
         assert summary.acc is not None and summary.asr is not None
         axes.errorbar(
@@ -58,13 +63,13 @@ def scatter(rows: list[Row]) -> Figure:
             xerr=100 * (summary.acc[1] or 0),
             yerr=100 * (summary.asr[1] or 0),
             marker=MARKERS[attacks.index(summary.attack) % len(MARKERS)],
-            color=COLORS[defenses.index(summary.defense) % len(COLORS)],
             markersize=8,
             alpha=0.85,
             linewidth=1,
+            **paint(summary.defense),
         )
     for defense in defenses:
-        axes.plot([], [], "o", color=COLORS[defenses.index(defense) % len(COLORS)], label=defense)
+        axes.plot([], [], "o", label=defense, **paint(defense))
     for attack in attacks:
         axes.plot([], [], MARKERS[attacks.index(attack) % len(MARKERS)], color="grey", mfc="none", label=f"on {attack}")
     axes.set(
