@@ -1,6 +1,6 @@
 """Draws an experiment's rows: its table in Markdown on the terminal, its figures as files for the documentation.
 
-python benchmarks/figures.py analyses_small baselines_small
+python benchmarks/figures.py analyses_small defenses_gtsrb
 """
 
 import argparse
