@@ -1,9 +1,14 @@
 """How programs that run a network are compiled."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import ParamSpec, TypeVar
 
 import jax
 import jaxlib
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _SEEN = ((0, 9), (0, 12))
 """First and last version of jaxlib on which the option was tried; others might refuse it by name."""
@@ -18,3 +23,14 @@ jit = partial(jax.jit, compiler_options=OPTIONS)
 one_program = partial(jax.jit, inline=True)
 """`jax.jit` for what is also called outside compiled functions: one program there, not one an operation; inside them,
 part of theirs."""
+
+
+def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function with matrix products in full float32; GPUs and TPUs by default keep 11 or 8 bits of the factors."""
+
+    @wraps(function)
+    def precise(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return precise

@@ -11,6 +11,7 @@ import pytest
 from scipy import optimize, stats
 
 from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError, make_dataset
+from backdoor_jax.defenses import tac_program
 from backdoor_jax.defenses.tac import TacConfig, scan, smallest_outlier, tac
 from backdoor_jax.defenses.tac_program import Perturbations, class_perturbations, sample_norms
 
@@ -241,6 +242,12 @@ def test_equal_head_columns_leave_only_the_one_of_larger_bias_feasible() -> None
     solution = program.solve()
     assert np.asarray(solution.feasible).tolist() == [False, True, True, True, True]
     assert np.asarray(solution.converged).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("solve", [tac_program._solve, tac_program._certified_infeasible, sample_norms])
+def test_programs_multiply_in_full_float32(solve: Any) -> None:
+    text = str(jax.make_jaxpr(solve)(jnp.ones((4, 4)), jnp.eye(4)))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 def test_sample_norms_equal_programs_of_one_sample() -> None:

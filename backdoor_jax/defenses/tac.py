@@ -198,7 +198,7 @@ def scan(
         )
     perturbations = class_perturbations(latent, kernel, bias, margin)
     worst_case = np.asarray(perturbations.norms)
-    logits = latent @ kernel + bias
+    logits = jnp.matmul(latent, kernel, precision="highest") + bias
     others = jnp.argmax(logits, -1) != jnp.arange(classifier.num_classes)[:, None]
     own = sample_norms(logits, kernel, margin)
     per_sample = np.asarray(jnp.where(others.any(1), jnp.mean(own, axis=1, where=others), jnp.inf))

@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from backdoor_jax.compiling import full_precision
+
 with warnings.catch_warnings():  # It warns that it is no longer maintained; it does what is needed here.
     warnings.simplefilter("ignore", DeprecationWarning)
     from jaxopt import BoxCDQP
@@ -73,6 +75,7 @@ class Perturbations(NamedTuple):
     sweeps: jax.Array
 
 
+@full_precision
 def class_perturbations(
     latent: jax.Array, kernel: jax.Array, bias: jax.Array, margin: jax.Array | float = 0.0
 ) -> Perturbations:
@@ -119,6 +122,7 @@ def constraint_bounds(logits: jax.Array) -> jax.Array:
 
 
 @jax.jit
+@full_precision
 def _solve(kernel: jax.Array, bounds: jax.Array) -> Perturbations:
     gram, rows = _scaled_grams(kernel)
     b, size = _scaled_bounds(bounds, rows)
@@ -142,6 +146,7 @@ def _solve(kernel: jax.Array, bounds: jax.Array) -> Perturbations:
 
 
 @jax.jit
+@full_precision
 def _certified_infeasible(kernel: jax.Array, bounds: jax.Array) -> jax.Array:
     """Whether some ``u >= 0`` bounds the norm from below beyond all measure, per class.
 
@@ -156,6 +161,7 @@ def _certified_infeasible(kernel: jax.Array, bounds: jax.Array) -> jax.Array:
 
 
 @jax.jit
+@full_precision
 def sample_norms(logits: jax.Array, kernel: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
     """Each clean sample's own smallest latent change to each class.
 
