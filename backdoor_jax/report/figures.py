@@ -17,7 +17,7 @@ from backdoor_jax.defenses.base import StepsConfig
 from backdoor_jax.report.table import Row, summarize
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#4d4d4d", "#b5b500", "#7f3fbf")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
 
 # Labels are the user's, and a dollar sign in one is no formula.
