@@ -1,4 +1,4 @@
-"""Draws an experiment's rows: its table in Markdown on the terminal, its figures as files for the documentation.
+"""Draws an experiment's rows: its tables in Markdown on the terminal, its figures as files for the documentation.
 
 python benchmarks/figures.py analyses_small defenses_gtsrb
 """
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     from backdoor_jax.experiment import read_rows
     from backdoor_jax.report.analyses import SECTIONS
     from backdoor_jax.report.figures import save, scatter
-    from backdoor_jax.report.table import markdown
+    from backdoor_jax.report.table import compact, markdown
 
     experiments = {name: read_rows(arguments.results / name / "results.jsonl") for name in arguments.names}
     for name, rows in experiments.items():
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"{arguments.results / name}: no results.jsonl with rows; run configs/{name}.yaml first")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in experiments.items():
-        print(f"{name}\n\n{markdown(rows)}\n")
+        print(f"{name}\n\n{markdown(rows)}\n\nACC / ASR:\n\n{compact(rows)}\n")
         for draw in (scatter, *(draw for _, _, draw in SECTIONS)):
             figure = draw(rows)
             if figure is not None:

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from backdoor_jax.defenses import FineTuneConfig, NadConfig, SuperFineTuneConfig
-from backdoor_jax.report import figures, markdown, print_table, render, summarize, write_page
+from backdoor_jax.report import compact, figures, markdown, print_table, render, summarize, write_page
 from backdoor_jax.report.table import COLUMNS, Row, cells
 
 SEEDS = (0, 1, 2)
@@ -129,6 +129,17 @@ def test_summaries_tell_when_seeds_differ_in_what_was_done() -> None:
     unchanged = row("badnets", "tac", 1, target=None, info={"changed": False})
     (summary,) = summarize([row("badnets", "tac", 0), unchanged])
     assert (summary.changed, summary.target, summary.data) == ("yes, no", "0, -", "70 clean")
+
+
+def test_the_compact_table_has_attacks_down_and_defences_across() -> None:
+    judged = [row("badnets", "none", 0), row("none", "none", 0), row("badnets", "tac", 0), row("badnets", "tac", 1)]
+    judged.append(row("none", "broken", 0, acc=None))
+    assert compact(judged).splitlines() == [
+        "| attack | none | tac | broken |",
+        "| --- | --- | --- | --- |",
+        "| badnets | 95.0 / 100.0 | 90.5 ± 0.7 / 1.0 ± 1.4 | - |",
+        "| none | 95.0 | - | - |",
+    ]
 
 
 def test_markdown_is_a_table_of_per_cent(rows: list[Row]) -> None:

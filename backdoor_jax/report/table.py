@@ -1,7 +1,7 @@
 """Rows to a table: mean and standard deviation over seeds, and the median of seconds."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -111,6 +111,31 @@ def print_table(rows: list[Row]) -> None:
     Console(width=max(console.width, needed)).print(table)
 
 
+def compact(rows: list[Row]) -> str:
+    """ACC / ASR in per cent in Markdown, an attack a line and a defence a column, as papers have it.
+
+    Example:
+        >>> row = {"attack": "badnets", "defense": "d3", "acc": 0.9, "asr": 0.1, "ra": 0.8, "der": 0.9, "seconds": 3.0,
+        ...        "n_used": 70, "data_used": "clean", "target": None, "info": {"changed": True}}
+        >>> print(compact([row, {**row, "attack": "none", "asr": None}, {**row, "defense": "tac"}]))
+        | attack | d3 | tac |
+        | --- | --- | --- |
+        | badnets | 90.0 / 10.0 | 90.0 / 10.0 |
+        | none | 90.0 | - |
+    """
+    found = {(summary.attack, summary.defense): summary for summary in summarize(rows)}
+    attacks, defenses = (list(dict.fromkeys(row[key] for row in rows)) for key in ("attack", "defense"))
+
+    def cell(attack: str, defense: str) -> str:
+        summary = found.get((attack, defense))
+        if summary is None:
+            return "-"
+        return percent(summary.acc) + (f" / {percent(summary.asr)}" if summary.asr else "")
+
+    lines = [(attack, *(cell(attack, defense) for defense in defenses)) for attack in attacks]
+    return _markdown(("attack", *defenses), lines)
+
+
 def markdown(rows: list[Row]) -> str:
     """The table in Markdown.
 
@@ -118,5 +143,9 @@ def markdown(rows: list[Row]) -> str:
         >>> markdown([]).splitlines()[0].startswith("| attack |")
         True
     """
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, summarize(rows))]
+    return _markdown(COLUMNS, [cells(summary) for summary in summarize(rows)])
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    lines = [header, ("---",) * len(header), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
