@@ -12,7 +12,16 @@ import pytest
 from comparison import random_variables
 from matplotlib.figure import Figure
 
-from backdoor_jax import BadNets, FineTuneConfig, TrainConfig, UserError, build_classifier, digits, load_model
+from backdoor_jax import (
+    BadNets,
+    FineTuneConfig,
+    TrainConfig,
+    UserError,
+    build_classifier,
+    digits,
+    load_model,
+    load_task,
+)
 from backdoor_jax.config_files import parse_experiment
 from backdoor_jax.defenses import MmBmConfig, TacConfig
 from backdoor_jax.experiment import (
@@ -110,10 +119,13 @@ def test_members_are_images_that_were_trained_on_unpoisoned(
     run_experiment(small, tmp_path / "out", report=lambda line: None)
     (out, _), task = finished, digits()
     trained = {image.tobytes() for image in np.asarray(task.train.images)}
-    inside, outside = seen[0], seen[1]
+    inside, outside, left_out = seen[0], seen[1], seen[3]
     assert len(inside) == len(outside) == 60
     assert all(image.tobytes() in trained for image in np.asarray(inside.images))
     assert not any(image.tobytes() in trained for image in np.asarray(outside.images))
+    used = load_task("digits", train_size=200, test_size=120)
+    assert used.left_out is not None
+    np.testing.assert_array_equal(left_out.images, used.left_out.images)
     assert out.is_dir()
 
 

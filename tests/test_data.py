@@ -208,6 +208,11 @@ def test_part_of_a_task_is_drawn_by_the_seed_in_the_old_order(tmp_path: Path) ->
     places = [whole.index(np.asarray(image).tobytes()) for image in first.train.images]
     assert places == sorted(set(places))
     np.testing.assert_array_equal(first.train.labels, entries["train_labels"][places])
+    assert first.left_out is not None
+    assert sorted(whole.index(np.asarray(image).tobytes()) for image in first.left_out.images) == sorted(
+        set(range(40)) - set(places)
+    )
+    assert load_task("mine.npz", 40, root=tmp_path).left_out is load_task("mine.npz", root=tmp_path).left_out is None
 
 
 @pytest.mark.parametrize(("sizes", "field"), [((9, None), "train"), ((None, 5), "test"), ((0, None), "train")])

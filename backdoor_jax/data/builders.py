@@ -1,11 +1,11 @@
 """TFDS builders of the benchmark's data sets: official archives in, array_record out, no TensorFlow.
 
 TFDS's own CIFAR builders need TensorFlow to encode an image and to walk through an archive. These open the archives
-themselves (`tarfile`, `zipfile`; nothing is unpacked to disk) and hand over Pillow images, which TFDS stores as PNG, or the
-JPEG files as they are. The official archives lie in TFDS's manual directory, ``<data_dir>/downloads/manual/``; `prepare`
-downloads those that do not. Images keep the official order.
+themselves (`tarfile`, `zipfile`; nothing is unpacked to disk) and hand over Pillow images, which TFDS stores as PNG, or
+the JPEG files as they are. The official archives lie in TFDS's manual directory, ``<data_dir>/downloads/manual/``;
+`prepare` downloads those that do not. Images keep the official order.
 
-They are called ``backdoor_jax_cifar10`` and so on, so that TFDS's own builders and what those prepared stay what they were.
+They are called ``backdoor_jax_cifar10`` and so on, so that TFDS's own builders and what they prepared stay as is.
 Any program with TFDS reads what they wrote: ``tfds.data_source("backdoor_jax_cifar10", split="train")``.
 
 Example:
@@ -229,9 +229,7 @@ class Cifar10(Cifar):
     """CIFAR-10 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009): 32x32, 10 classes."""
 
     name = "backdoor_jax_cifar10"
-    archives = (
-        Archive("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
-    )
+    archives = (Archive("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),)
     images: ClassVar = {"train": 50_000, "test": 10_000}
     folder = "cifar-10-batches-py"
     batches: ClassVar = {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)}
@@ -341,7 +339,7 @@ def prepare(name: str, data_dir: Path | None = None) -> Official:
 
     Args:
         name: of the data set, in `BUILDERS`.
-        data_dir: where TFDS keeps data; TFDS's own choice by default (``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``).
+        data_dir: where TFDS keeps data; by default ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Returns:
         The builder, prepared; ``as_data_source`` reads.

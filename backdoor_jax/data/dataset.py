@@ -49,6 +49,7 @@ class Task:
         num_classes: the number of classes C.
         normalization: the name of the input normalisation, from `backdoor_jax.models.NORMALIZATIONS`.
         flip: whether a mirrored image keeps its class, so that training may flip.
+        left_out: images from the same source as `train` that nothing trains on, where only some of them are used.
     """
 
     name: str
@@ -57,9 +58,12 @@ class Task:
     num_classes: int
     normalization: str = "none"
     flip: bool = False
+    left_out: Dataset | None = None
 
 
-def make_dataset(images: np.ndarray, labels: np.ndarray, num_classes: int | None = None, where: str = "data") -> Dataset:
+def make_dataset(
+    images: np.ndarray, labels: np.ndarray, num_classes: int | None = None, where: str = "data"
+) -> Dataset:
     """Checks arrays and puts them on the device.
 
     Args:
@@ -78,13 +82,15 @@ def make_dataset(images: np.ndarray, labels: np.ndarray, num_classes: int | None
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8:
         raise UserError(
-            f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; scale them and cast with .astype('uint8')"
+            f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; scale them and cast with "
+            ".astype('uint8')"
         )
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(f"{where}: images have shape {images.shape}, expected (N, height, width, 1 or 3)")
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{where}: labels are {labels.dtype} {labels.shape}, expected integers of shape {images.shape[:1]}, one an image"
+            f"{where}: labels are {labels.dtype} {labels.shape}, expected integers of shape {images.shape[:1]}, one "
+            "an image"
         )
     if not len(labels):
         raise UserError(f"{where}: there are no images")
@@ -125,12 +131,15 @@ def clean_indices(
     if not stratified:
         count = round(ratio * len(labels))
         if not count:
-            raise UserError(f"clean ratio {ratio} of {len(labels)} images leaves none; take at least {1 / len(labels):.2g}")
+            raise UserError(
+                f"clean ratio {ratio} of {len(labels)} images leaves none; take at least {1 / len(labels):.2g}"
+            )
         return np.sort(order[:count])
     counts = np.bincount(labels, minlength=num_classes)
     if not counts.all():
         raise UserError(
-            f"class {int(np.argmin(counts))} has no images, so a stratified subset cannot be drawn; set stratified to false"
+            f"class {int(np.argmin(counts))} has no images, so a stratified subset cannot be drawn; set "
+            "stratified to false"
         )
     taken = [order[labels[order] == c][: max(1, round(ratio * counts[c]))] for c in range(num_classes)]
     return np.sort(np.concatenate(taken))

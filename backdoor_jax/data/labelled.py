@@ -50,7 +50,9 @@ def load_labelled(source: str, num_classes: int, channels: int = 3) -> Labelled:
     if source == "digits" or source.startswith("tfds:"):
         task = load_task(source)
         if task.num_classes != num_classes:
-            raise UserError(f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes")
+            raise UserError(
+                f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes"
+            )
         return Labelled(task.train, task.test)
     if path.is_dir():
         return Labelled(_folder(path, num_classes, channels))

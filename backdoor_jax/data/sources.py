@@ -1,11 +1,12 @@
 """Where images come from: the embedded digits, plain .npz files, and TFDS data sets."""
 
+import dataclasses
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
-from backdoor_jax.data.dataset import Task, make_dataset
+from backdoor_jax.data.dataset import Dataset, Task, make_dataset
 from backdoor_jax.data.tfds_sets import TFDS_SETS, tfds_task
 from backdoor_jax.errors import UserError
 
@@ -28,7 +29,7 @@ def load_task(
 
     Args:
         source: ``digits``, the path of a ``.npz`` file (relative to `root`), or ``tfds:NAME``; see `SOURCES`.
-        train_size: keep that many training images, drawn with `seed`; all of them by default.
+        train_size: keep that many training images, drawn with `seed`, and the others as `left_out`; all by default.
         test_size: likewise for the test set.
         seed: of the draw.
         root: where relative paths start.
@@ -49,14 +50,20 @@ def load_task(
     else:
         raise UserError(f"unknown data {source!r}; give 'digits', the path of a .npz file, or 'tfds:NAME'")
     generator = np.random.default_rng(seed)
-    parts = {}
-    for part, size in (("train", train_size), ("test", test_size)):
-        whole = getattr(task, part)
-        if size is not None and not 0 < size <= len(whole):
+
+    def drawn(part: str, size: int) -> tuple[Dataset, Dataset | None]:
+        whole: Dataset = getattr(task, part)
+        if not 0 < size <= len(whole):
             raise UserError(f"{source}: {size} {part} images wanted, there are {len(whole)}; lower {part}_size")
-        keep = slice(None) if size is None else np.sort(generator.permutation(len(whole))[:size])
-        parts[part] = whole.take(keep)
-    return Task(task.name, parts["train"], parts["test"], task.num_classes, task.normalization, task.flip)
+        kept, rest = np.split(generator.permutation(len(whole)), [size])
+        return whole.take(np.sort(kept)), whole.take(np.sort(rest)) if len(rest) else None
+
+    if train_size is not None:
+        train, left_out = drawn("train", train_size)
+        task = dataclasses.replace(task, train=train, left_out=left_out)
+    if test_size is not None:
+        task = dataclasses.replace(task, test=drawn("test", test_size)[0])
+    return task
 
 
 def digits() -> Task:
@@ -95,7 +102,9 @@ def npz_task(path: Path) -> Task:
     if "class_names" in arrays:
         classes = len(arrays["class_names"])
     else:
-        labels = [arrays[key] for key in ("train_labels", "test_labels") if np.issubdtype(arrays[key].dtype, np.integer)]
+        labels = [
+            arrays[key] for key in ("train_labels", "test_labels") if np.issubdtype(arrays[key].dtype, np.integer)
+        ]
         classes = int(max((part.max(initial=0) for part in labels), default=0)) + 1
     return Task(
         path.stem,

@@ -31,7 +31,7 @@ def tfds_task(name: str, data_dir: Path | None = None) -> Task:
 
     Args:
         name: in `TFDS_SETS`, or as `tfds.builder` takes it.
-        data_dir: where TFDS keeps data; TFDS's own choice by default (``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``).
+        data_dir: where TFDS keeps data; by default ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Raises:
         UserError: for a set that is not there and cannot be prepared, or that holds something else.
@@ -39,7 +39,9 @@ def tfds_task(name: str, data_dir: Path | None = None) -> Task:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise UserError(f"tfds:{name} needs the package tensorflow-datasets; pip install tensorflow-datasets") from error
+        raise UserError(
+            f"tfds:{name} needs the package tensorflow-datasets; pip install tensorflow-datasets"
+        ) from error
 
     mend = f"prepare it as array_record: {_command(name)}"
     try:
@@ -76,8 +78,8 @@ def _require_readable(name: str, builder: Any) -> None:
         raise UserError(f"tfds:{name} is not in {builder.data_dir}; prepare it as array_record: {_command(name)}")
     if not builder.info.available_file_formats() & FileFormat.with_random_access():
         raise UserError(
-            f"tfds:{name} is prepared in {builder.data_dir} as {builder.info.file_format.value}, which needs TensorFlow "
-            f"to be read; delete that folder and prepare it as array_record: {_command(name)}"
+            f"tfds:{name} is prepared in {builder.data_dir} as {builder.info.file_format.value}, which needs "
+            f"TensorFlow to be read; delete that folder and prepare it as array_record: {_command(name)}"
         )
     missing = [key for key in ("image", "label") if key not in builder.info.features]
     missing += [split for split in SPLITS if split not in builder.info.splits]
@@ -90,7 +92,9 @@ def _require_readable(name: str, builder: Any) -> None:
 def _decoded(name: str, builder: Any) -> dict[str, np.ndarray]:
     """Images and labels of both splits, from the cache beside the records while that is of these records."""
     folder = Path(builder.data_dir)
-    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if not path.name.startswith(Path(CACHE).stem)]
+    files = [
+        (path.name, path.stat()) for path in sorted(folder.iterdir()) if not path.name.startswith(Path(CACHE).stem)
+    ]
     records = np.str_([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     try:
         with np.load(folder / CACHE) as cache:
@@ -102,9 +106,9 @@ def _decoded(name: str, builder: Any) -> dict[str, np.ndarray]:
     arrays = {}
     for split in SPLITS:
         arrays |= _decode(name, split, builder.as_data_source(split=split))
-    with contextlib.suppress(OSError):  # A folder that cannot be written costs the decoding next time, and no more.
-        with whole(folder / CACHE) as place, place.open("wb") as file:
-            np.savez(file, records=records, **arrays)
+    # A folder that cannot be written costs the decoding next time, and no more.
+    with contextlib.suppress(OSError), whole(folder / CACHE) as place, place.open("wb") as file:
+        np.savez(file, records=records, **arrays)
     return arrays
 
 

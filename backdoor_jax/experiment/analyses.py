@@ -210,7 +210,11 @@ def latent_normalization(classifier: Classifier, variables: Variables, images: j
 
 
 def members(laboratory: Laboratory, subject: Subject) -> Finding:
-    """Three membership attacks: unpoisoned training images against the test set's second half."""
+    """Three membership attacks: unpoisoned training images against the test set's second half.
+
+    A test set from elsewhere can be told by that alone. So where training images were left out, the loss is also judged
+    against those.
+    """
     classifier, victim, test = laboratory.classifier, subject.victim, laboratory.test
     outside = test.take(slice(len(test) // 2, len(test)))
     clean = np.setdiff1d(np.arange(len(victim.training_set)), victim.poisoned)
@@ -221,12 +225,16 @@ def members(laboratory: Laboratory, subject: Subject) -> Finding:
         return shadow_signal(classifier, laboratory.shadow, variables, data)
 
     found = {}
+
+    def judge(name: str, key: jax.Array, signal: Callable[..., Any], others: Dataset) -> None:
+        told = membership(key, *(jnp.asarray(signal(classifier, subject.variables, part)) for part in (inside, others)))
+        found[name] = {measure: list(interval) for measure, interval in told._asdict().items()}
+
     signals = {"loss": loss_signal, "confidence": confidence_signal, "shadow": shadowed}
     for key, (name, signal) in zip(keys, signals.items(), strict=True):
-        told = membership(
-            key, *(jnp.asarray(signal(classifier, subject.variables, part)) for part in (inside, outside))
-        )
-        found[name] = {measure: list(interval) for measure, interval in told._asdict().items()}
+        judge(name, key, signal, outside)
+    if (left_out := laboratory.task.left_out) is not None:
+        judge("loss, left-out images", laboratory.key("left_out"), loss_signal, left_out)
     return found
 
 
