@@ -1,7 +1,10 @@
 """Attacks that learn, look into a clean model or poison in a way of their own, against their definitions in NumPy."""
 
+import dataclasses
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import chex
 import jax
@@ -29,6 +32,7 @@ from backdoor_jax import (
 )
 from backdoor_jax.attacks import input_aware, lira, ssba
 from backdoor_jax.attacks.label_consistent import RobustLoss, perturb
+from backdoor_jax.attacks.low_frequency import smooth_pattern
 from backdoor_jax.attacks.networks import EncoderDecoder
 from backdoor_jax.models import Variables
 from backdoor_jax.models.joint import init, join
@@ -59,6 +63,57 @@ def mean_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(labels)), labels]
 
 
+# The parts of networks in SciPy, on one image or its maps ``(H, W, channels)``
+
+
+def convolved(variables: Variables, name: str, maps: np.ndarray, stride: int = 1) -> np.ndarray:
+    kernel = np.asarray(variables["params"][name]["kernel"], np.float64)
+    filters = [
+        sum(ndimage.correlate(maps[..., c], kernel[..., c, f], mode="constant") for c in range(kernel.shape[2]))
+        for f in range(kernel.shape[3])
+    ]
+    return np.stack(filters, -1)[::stride, ::stride]
+
+
+def block_apart(variables: Variables, conv: str, norm: str, maps: np.ndarray, stride: int = 1) -> np.ndarray:
+    """Convolution, normalisation by the running statistics, rectifier."""
+    found = variables["params"][norm] | variables["batch_stats"][norm]
+    by = {name: np.asarray(leaf, np.float64) for name, leaf in found.items()}
+    maps = (convolved(variables, conv, maps, stride) - by["mean"]) / np.sqrt(by["var"] + 1e-5)
+    return np.maximum(maps * by["scale"] + by["bias"], 0)
+
+
+def resized(maps: np.ndarray, height: int, width: int, order: int) -> np.ndarray:
+    """The nearest pixel (order 0), or bilinearly between the centres of pixels (1)."""
+    sizes = zip((height, width), maps.shape, strict=False)
+    places = np.meshgrid(*[(np.arange(new) + 0.5) * old / new - 0.5 for new, old in sizes], indexing="ij")
+    return np.stack(
+        [ndimage.map_coordinates(m, places, order=order, mode="nearest") for m in np.moveaxis(maps, -1, 0)], -1
+    )
+
+
+def u_net_apart(variables: Variables, maps: np.ndarray, depth: int) -> np.ndarray:
+    numbers = itertools.count()
+
+    def block(maps: np.ndarray, stride: int = 1) -> np.ndarray:
+        number = next(numbers)
+        return block_apart(variables, f"Conv_{number}", f"BatchNorm_{number}", maps, stride)
+
+    levels = []
+    for _ in range(depth):
+        levels.append(block(maps))
+        maps = block(levels[-1], 2)
+    maps = block(maps)
+    for across in reversed(levels):
+        maps = block(np.concatenate([resized(maps, *across.shape[:2], order=1), across], -1))
+    return convolved(variables, f"Conv_{next(numbers)}", maps)
+
+
+def dense_apart(variables: Variables, inputs: np.ndarray) -> np.ndarray:
+    layer = {name: np.asarray(leaf, np.float64) for name, leaf in variables["params"]["Dense_0"].items()}
+    return inputs @ layer["kernel"] + layer["bias"]
+
+
 # What looks into a clean model
 
 
@@ -87,6 +142,23 @@ def test_a_low_frequency_pattern_has_no_cosine_beyond_its_cutoff(shape: tuple[in
     assert pattern.shape == shape and pattern.min() >= 0 and pattern.max() <= 40
 
 
+@pytest.mark.parametrize("size", [0.01, 3.0])
+@pytest.mark.parametrize(("shape", "cutoff"), [((8, 12, 3), 4), ((5, 7, 1), 5)])
+def test_a_low_frequency_pattern_is_the_inverse_cosine_transform_of_its_coefficients(
+    shape: tuple[int, int, int], cutoff: int, size: float
+) -> None:
+    coefficients = size * np.random.default_rng(0).standard_normal((cutoff, cutoff, shape[2]))
+    spectrum = np.zeros(shape)
+    spectrum[:cutoff, :cutoff] = coefficients
+    # SciPy's transform counts every cosine but the constant one twice.
+    spectrum[1:] /= 2
+    spectrum[:, 1:] /= 2
+    wave = fft.dctn(spectrum, type=3, axes=(0, 1))
+    assert (np.abs(wave).max() > 1) == (size > 1)
+    want = 40 / 2 + 40 / 2 * wave / max(1, np.abs(wave).max())
+    np.testing.assert_allclose(smooth_pattern(jnp.asarray(coefficients), shape, 40), want, atol=1e-4)
+
+
 def test_the_low_frequency_pattern_solved_for_makes_the_clean_model_see_the_target(scene: Scene) -> None:
     attack = LowFrequency(amplitude=60, cutoff=3, steps=60, batch_size=24, target=2)
     trigger, info = attack.learn(jax.random.key(0), scene)
@@ -103,6 +175,10 @@ def test_the_low_frequency_pattern_solved_for_makes_the_clean_model_see_the_targ
     ]
     assert solved < 1.2 * min(flat)
     assert solved < 0.6 * losses(scene, images, wanted).mean()
+    start = attack.trigger(jax.random.split(jax.random.key(0))[0], (8, 8, 3)).pattern
+    for when, added in (("before", np.asarray(start)), ("after", pattern)):
+        want = losses(scene, np.clip(images + added, 0, 255), wanted).mean()
+        assert info[f"loss_{when}"] == pytest.approx(want, rel=1e-4)
     assert info["loss_after"] < info["loss_before"]
 
 
@@ -139,19 +215,8 @@ def test_a_pattern_that_cannot_be_used_is_refused(tmp_path: Path, key: jax.Array
 
 
 def features_apart(variables: Variables, image: np.ndarray) -> np.ndarray:
-    """The tiny network's latent of one image of grey levels, in SciPy."""
-    params, stats = variables["params"], variables["batch_stats"]
-    kernel = np.asarray(params["conv"]["kernel"], np.float64)
-    maps = np.stack(
-        [
-            sum(ndimage.correlate(image[..., c] / 255, kernel[..., c, f], mode="constant") for c in range(3))
-            for f in range(kernel.shape[-1])
-        ],
-        -1,
-    )
-    norm = {name: np.asarray(leaf) for name, leaf in (params["bn"] | stats["bn"]).items()}
-    maps = (maps - norm["mean"]) / np.sqrt(norm["var"] + 1e-5) * norm["scale"] + norm["bias"]
-    return np.maximum(maps, 0).mean((0, 1))
+    """The tiny network's latent of one image of grey levels."""
+    return block_apart(variables, "conv", "bn", image / 255).mean((0, 1))
 
 
 @pytest.mark.parametrize("neurons", [1, 2])
@@ -184,8 +249,9 @@ def test_a_trojan_patch_never_gets_worse_than_it_was(scene: Scene) -> None:
         assert np.mean((after - activation) ** 2) <= np.mean((before - activation) ** 2)
 
 
-def test_a_trojan_patch_is_added_to_images(scene: Scene) -> None:
-    trigger, _ = TrojanNN(steps=3).learn(jax.random.key(0), scene)
+@pytest.mark.parametrize("attack", [TrojanNN(steps=3), LowFrequency(steps=3, cutoff=3)])
+def test_a_pattern_is_added_to_images_clipped_and_truncated(scene: Scene, attack: TrojanNN | LowFrequency) -> None:
+    trigger, _ = attack.learn(jax.random.key(0), scene)
     images = noise(3, 8, 8, 3)
     want = np.clip(images + np.asarray(trigger.pattern, np.float32), 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(trigger(jnp.asarray(images)), want)
@@ -461,6 +527,28 @@ def test_a_lira_trigger_changes_no_pixel_by_more_than_epsilon() -> None:
         assert 0 < change.max() <= 255 * epsilon + 0.5
 
 
+@pytest.mark.parametrize(("shape", "depth"), [((8, 8, 3), 1), ((9, 7, 1), 2)])
+def test_a_lira_trigger_adds_epsilon_times_the_tanh_of_its_network(shape: tuple[int, int, int], depth: int) -> None:
+    drawn = np.random.default_rng(0)
+    trigger = LIRA(channels=2, depth=depth, epsilon=0.2).trigger(jax.random.key(0), shape)
+    # Statistics and normalisation other than those at the start, so that a slip in any of them shows.
+    trigger = dataclasses.replace(
+        trigger,
+        generator=jax.tree.map(
+            lambda leaf: leaf + drawn.uniform(-0.3, 0.3, leaf.shape).astype(np.float32), trigger.generator
+        ),
+    )
+    images = np.concatenate([noise(2, *shape), np.zeros((1, *shape), np.uint8), np.full((1, *shape), 255, np.uint8)])
+    exact = np.stack([x + 0.2 * np.tanh(u_net_apart(trigger.generator, x, depth)) for x in images / 255])
+    assert exact.min() < 0 and exact.max() > 1 and np.std(exact - images / 255) > 0.02
+    network, x = trigger.network(shape[2]), jnp.asarray(images / 255)
+    made, _ = lira.add_noise(network, trigger.generator, x, trigger.epsilon, train=False)
+    np.testing.assert_allclose(made, np.clip(exact, 0, 1), atol=1e-4)
+    out = trigger(jnp.asarray(images))
+    assert out.dtype == jnp.uint8
+    assert np.abs(np.asarray(out) - 255 * np.clip(exact, 0, 1)).max() <= 0.5 + 1e-2
+
+
 def test_the_lira_loss_weighs_both_forms_of_a_batch_normalised_together(
     monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier, tiny_data: Dataset, tiny_variables: Variables
 ) -> None:
@@ -491,33 +579,81 @@ def test_the_lira_loss_weighs_both_forms_of_a_batch_normalised_together(
 # SSBA
 
 
+class Hidden(NamedTuple):
+    """A trained encoder, what the attack says of it, the decoder trained with it, and its variables."""
+
+    trigger: ssba.EncoderTrigger
+    info: dict[str, Any]
+    decoder: ssba.Decoder
+    variables: Variables
+
+
 @pytest.fixture(scope="module")
-def hidden(tiny_data: Dataset, tiny_classifier: Classifier) -> tuple[ssba.EncoderTrigger, dict[str, Any]]:
+def hidden(tiny_data: Dataset, tiny_classifier: Classifier) -> Hidden:
     attack = SSBA(bits=4, channels=8, depth=1, epochs=25, batch_size=8, image_weight=2.0, generator_rate=0.01)
-    return attack.learn(jax.random.key(0), Scene(tiny_classifier, tiny_data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssba, "_read_back", kept := Mock(wraps=ssba._read_back))
+        learnt = attack.learn(jax.random.key(0), Scene(tiny_classifier, tiny_data))
+    return Hidden(*learnt, *kept.call_args.args[1:3])
 
 
-def test_the_decoder_learns_to_read_the_string(hidden: tuple[ssba.EncoderTrigger, dict[str, Any]]) -> None:
-    assert hidden[1]["decoding_accuracy"] > 0.8
-
-
-def test_the_signal_to_noise_ratio_is_that_of_the_triggered_images(
-    hidden: tuple[ssba.EncoderTrigger, dict[str, Any]], tiny_data: Dataset
+@pytest.mark.parametrize("shape", [(8, 8, 3), (9, 13, 3)])
+def test_an_ssba_trigger_adds_what_the_encoder_makes_of_image_and_string(
+    hidden: Hidden, shape: tuple[int, int, int]
 ) -> None:
-    trigger, info = hidden
+    trigger = hidden.trigger
+    images = np.concatenate([noise(3, *shape), np.zeros((1, *shape), np.uint8), np.full((1, *shape), 255, np.uint8)])
+    u_net = {kind: layers["EncoderDecoder_0"] for kind, layers in trigger.encoder.items()}
+    spread = np.maximum(dense_apart(trigger.encoder, np.asarray(trigger.secret) - 0.5), 0).reshape(8, 8, 3)
+    spread = resized(spread, *shape[:2], order=0)
+    exact = np.stack([x + u_net_apart(u_net, np.concatenate([x - 0.5, spread], -1), depth=1) for x in images / 255])
+    assert exact.min() < 0 and exact.max() > 1 and np.abs(exact - images / 255).max() > 0.02
+    inputs = (jnp.asarray(images / 255), jnp.tile(trigger.secret, (5, 1)))
+    made = ssba.Encoder(trigger.channels, trigger.depth).apply(trigger.encoder, inputs, train=False)
+    np.testing.assert_allclose(made, np.clip(exact, 0, 1), atol=1e-4)
+    out = trigger(jnp.asarray(images))
+    assert out.dtype == jnp.uint8
+    assert np.abs(np.asarray(out) - 255 * np.clip(exact, 0, 1)).max() <= 0.5 + 1e-2
+
+
+def test_the_decoding_accuracy_is_the_share_of_bits_read_off_triggered_images(
+    hidden: Hidden, tiny_data: Dataset
+) -> None:
+    trigger, info, decoder, variables = hidden
+
+    def rightly(images: np.ndarray) -> np.ndarray:
+        shares = []
+        for image in np.asarray(trigger(jnp.asarray(images))):
+            maps = block_apart(variables, "Conv_0", "BatchNorm_0", image / 255 - 0.5)
+            maps = block_apart(variables, "Conv_1", "BatchNorm_1", maps, 2)
+            bits = dense_apart(variables, maps.ravel()) > 0
+            shares.append(np.mean(bits == np.asarray(trigger.secret)))
+        return np.array(shares)
+
+    assert info["decoding_accuracy"] == pytest.approx(rightly(np.asarray(tiny_data.images)).mean())
+    assert info["decoding_accuracy"] > 0.8
+    # On images unlike those that it was trained on, it misses some.
+    strange = noise(24, 8, 8, 3)
+    shares, _ = ssba._read_back(trigger, decoder, variables, jnp.asarray(strange))
+    assert 0 < rightly(strange).mean() < 1
+    np.testing.assert_allclose(shares, rightly(strange))
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_triggered_images(hidden: Hidden, tiny_data: Dataset) -> None:
+    trigger, info, *_ = hidden
     images = np.asarray(tiny_data.images, np.float64)
     error = np.mean((np.asarray(trigger(tiny_data.images), np.float64) - images) ** 2)
     assert info["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.05)
     assert info["psnr"] > 10
 
 
-def test_the_string_is_the_keys_and_makes_the_trigger(hidden: tuple[ssba.EncoderTrigger, dict[str, Any]]) -> None:
+def test_the_string_is_the_keys_and_makes_the_trigger(hidden: Hidden) -> None:
     attack = SSBA(bits=64, channels=2, depth=1)
     strings = [np.asarray(attack.trigger(jax.random.key(seed), (8, 8, 3)).secret) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(strings[0], strings[1])
     assert 10 < np.sum(strings[0] != strings[2]) < 54
     assert set(np.unique(strings[0])) == {0.0, 1.0}
-    trigger, images = hidden[0], jnp.asarray(noise(3, 8, 8, 3))
+    trigger, images = hidden.trigger, jnp.asarray(noise(3, 8, 8, 3))
     other = ssba.EncoderTrigger(trigger.encoder, 1 - trigger.secret, trigger.channels, trigger.depth)
     assert np.any(np.asarray(trigger(images)) != np.asarray(other(images)))
 

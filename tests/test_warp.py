@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from backdoor_jax import Classifier, Dataset, LabelMap, Scene, TrainConfig, UserError, WaNet
+from backdoor_jax import Classifier, Dataset, InputAware, LabelMap, Scene, TrainConfig, UserError, WaNet
 from backdoor_jax.attacks.wanet import WarpLoss, WarpTrigger
 from backdoor_jax.data import bilinear_sample, pixel_grid, rotate
 from backdoor_jax.models import Variables
@@ -259,10 +259,15 @@ def test_its_own_augmentation_takes_the_published_shares(
 # Settings
 
 
-def test_shares_of_a_batch_that_exceed_it_are_refused() -> None:
-    assert WaNet(rate=0.5, cross_ratio=1.0).rate == 0.5
-    with pytest.raises(UserError, match=r"WaNet\.rate is 0\.5, expected at most 1 / \(1 \+ cross_ratio\)"):
-        WaNet(rate=0.5, cross_ratio=2.0)
+@pytest.mark.parametrize("kind", [WaNet, InputAware])
+@pytest.mark.parametrize(("cross_ratio", "largest"), [(1.0, "0.5"), (2.0, "0.333333"), (6.0, "0.142857")])
+def test_shares_of_a_batch_that_exceed_it_are_refused_with_the_largest_rate_there_is(
+    kind: type[WaNet | InputAware], cross_ratio: float, largest: str
+) -> None:
+    assert kind(rate=float(largest), cross_ratio=cross_ratio).rate == float(largest)
+    expected = rf"{kind.__name__}\.rate is 0\.50001, expected at most {largest} where cross_ratio is {cross_ratio}$"
+    with pytest.raises(UserError, match=expected):
+        kind(rate=0.50001, cross_ratio=cross_ratio)
 
 
 def test_a_victim_learns_the_warp_that_its_training_set_shows(

@@ -25,6 +25,9 @@ Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
 class BadNets(Attack):
     """A square patch; the published benchmark's is 3x3, white, in the bottom right corner of a 32x32 image.
 
+    Deviation from the benchmark: on images of another size the patch keeps its `size` in pixels, where the benchmark
+    resizes a 32x32 mask to the image. For as large a share of 64x64 images give 6.
+
     Attributes:
         size: side of the patch in pixels; published 3.
         style: ``white`` (published), or ``checker``: 255 and 1 by turns from the patch's own corner, the benchmark's

@@ -85,6 +85,16 @@ class Planted(NamedTuple):
     info: dict[str, Any]
 
 
+def at_most(share: float) -> str:
+    """The largest share there is, for errors: rounded down, so that it is allowed itself.
+
+    Example:
+        >>> at_most(2 / 3)
+        'at most 0.666666'
+    """
+    return f"at most {np.floor(share * 1e6) / 1e6:g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Attack(Config):
     """Base of the attacks: a configuration with the methods that carry it out.
@@ -134,11 +144,10 @@ class Attack(Config):
         labels = np.asarray(labels)
         allowed = np.flatnonzero(labels == self.target) if self.labels == "clean_label" else np.arange(len(labels))
         if poison_count(self.rate, len(labels)) > len(allowed):
-            largest = np.floor(len(allowed) / len(labels) * 1e6) / 1e6
             raise UserError(
                 f"{type(self).__name__}.rate is {self.rate}, but with clean labels only the {len(allowed)} of "
                 f"{len(labels)} images in target class {self.target} can be poisoned; "
-                + (f"give at most {largest:g}" if len(allowed) else "choose another target")
+                + (f"give {at_most(len(allowed) / len(labels))}" if len(allowed) else "choose another target")
             )
         return allowed
 

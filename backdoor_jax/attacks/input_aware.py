@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backdoor_jax.attacks.base import Attack, Planted, Scene
+from backdoor_jax.attacks.base import Attack, Planted, Scene, at_most
 from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, LabelMap
@@ -88,8 +88,10 @@ class InputAware(Attack):
     Deviations from the published code: the second images of a batch are the batch's own in another order, not those of
     a second loader; the networks stride where the published ones pool, have one convolution a level on the way up and
     end in a bare one; the generator's gradient is that of the batch, where there it is never set back; rates of victim
-    and generator fall by a cosine, where there they are constant; triggered images are rounded at test time only; where
-    r times the batch is no whole number, its fraction is drawn.
+    and generator fall by a cosine, where there they are constant; generator and mask network see pixels in [0, 1],
+    where there they see normalised ones; triggered images are rounded at test time only, and crossed ones never: they
+    are made in training alone, where the benchmark's poisoned set has them too; where r times the batch is no whole
+    number, its fraction is drawn.
 
     Attributes:
         mask_epochs: passes that train the mask network alone; published 25, with a tenth of the rate after two fifths
@@ -122,7 +124,8 @@ class InputAware(Attack):
         self.require(0 <= self.mask_density < 1, "mask_density", "a value in [0, 1)")
         self.require(self.generator_rate > 0, "generator_rate", "a positive number")
         self.require(self.cross_ratio >= 0, "cross_ratio", "0 or more")
-        self.require(self.rate * (1 + self.cross_ratio) <= 1, "rate", "at most 1 / (1 + cross_ratio)")
+        largest = f"{at_most(1 / (1 + self.cross_ratio))} where cross_ratio is {self.cross_ratio}"
+        self.require(self.rate * (1 + self.cross_ratio) <= 1, "rate", largest)
         self.require(self.channels > 0 and self.depth > 0, "channels", "at least 1, and so the depth")
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> InputAwareTrigger:

@@ -71,12 +71,15 @@ class LIRA(Attack):
     Deviations from the published code: clean and triggered images are normalised together, since a network that is
     trained on batches of one kind only may tell the kinds by the statistics of the batch, and then does not tell single
     images (`benchmarks/results/development.md`); noise network and victim take their steps at the same time, where
-    there the victim sees the noise network of the epoch before; rounding to uint8 happens at test time only. And from
-    the benchmark's: a small U-Net where it has an autoencoder without connections across; images are cropped as for
-    every other victim, and not turned; the joint training has weight decay, and the rate falls by a cosine after it.
+    there the victim sees the noise network of the epoch before; the noise network sees and epsilon bounds pixels in
+    [0, 1], where there both are of normalised ones, whose bound on CIFAR-10 is a quarter of ours; rounding to uint8
+    happens at test time only. And from the benchmark's: a small U-Net where it has an autoencoder without connections
+    across; images are cropped as for every other victim, and not turned; the joint training has weight decay, and the
+    rate falls by a cosine after it.
 
     Attributes:
-        rate: of the training set that a defender would find; the training itself sees both forms of every image.
+        rate: of the training set that a defender would find, and of nothing else: the training sees both forms of every
+            image, as published, where there is no rate.
         epsilon: largest change of a pixel, of 1; published 0.01.
         generator_rate: Adam's learning rate for the noise network; published 1e-4.
         alpha: weight of the clean loss; published 0.5.

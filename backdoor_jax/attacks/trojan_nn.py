@@ -29,11 +29,14 @@ from backdoor_jax.models import Classifier, Variables
 class TrojanNN(Attack):
     """A patch optimised against latent units of a clean model.
 
-    The published mask is the outline of a logo; ours is a disc in the middle of the image, as large.
+    The published mask is the outline of a logo; ours is a disc in the middle of the image, as large. Of all patterns
+    that the steps come by the best is kept, where the published benchmark keeps the last. Sums with an image are
+    clipped, where the benchmark casts them to uint8 first.
 
     Attributes:
         neurons: units chosen, n; published 2.
-        activation: the value they are driven to, a; published 100.
+        activation: the value they are driven to, a; published 100. Bounded pixels need not get there: info gives the
+            values reached.
         steps: signed gradient steps; published 1000.
         step_size: of pixels in [0, 1]; published 0.1.
         epsilon: the largest value of a pixel of the pattern, of 1; published 0.3, as the largest change from the logo's
@@ -72,7 +75,7 @@ class TrojanNN(Attack):
         return (rows**2 + columns**2 <= (self.radius * min(height, width)) ** 2)[..., None]
 
     def learn(self, key: jax.Array, scene: Scene) -> tuple[AdditiveTrigger, dict[str, Any]]:
-        """Excites the chosen units; info names them, with their values before and after."""
+        """Excites the chosen units; info names them, with their values before and after, to set beside `activation`."""
         assert scene.clean_model is not None
         kernel, _ = scene.classifier.head_weights(scene.clean_model)
         units = jax.lax.top_k(jnp.abs(kernel).sum(1), min(self.neurons, len(kernel)))[1]

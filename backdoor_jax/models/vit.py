@@ -59,7 +59,9 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer for square images of one size, that of the images it is initialised with.
+    """A vision transformer for square images of one size.
+
+    The size is no argument but that of the images it is initialised with; others are then refused, with both sizes.
 
     Args:
         num_classes: columns of the head.
