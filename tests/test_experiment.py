@@ -48,6 +48,7 @@ from backdoor_jax.experiment import (
     line,
     read_rows,
     run_experiment,
+    runner,
     victims,
 )
 from backdoor_jax.models import MODELS, Architecture
@@ -211,6 +212,27 @@ def test_a_defence_that_comes_to_the_same_settings_shares_the_repair(tmp_path: P
     assert second["info"]["same_repair_as"] == "finetune"
     assert [second[name] for name in RATES] == [first[name] for name in RATES]
     assert second["seconds"] == first["seconds"]
+
+
+class BlocksOf7:
+    """A stopwatch for which any block takes 7 seconds."""
+
+    seconds, compile_seconds = 7.0, 0.0
+
+    def __enter__(self) -> "BlocksOf7":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_scan_counts_once_in_a_repairs_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Stopwatch", BlocksOf7)
+    rows = run(dataclasses.replace(SMALL, defenses=DEFENSES[2:4]), tmp_path / "out")
+    assert {row["defense"]: row["seconds"] for row in rows if row["defense"] != "none"} == {
+        "tac_detected": 7.0,
+        "tac_smallest": 7.0,
+    }
 
 
 def test_rows_survive_json(done: Path, rows: list[Row], no_training: None) -> None:

@@ -245,7 +245,7 @@ def _defend(
         if method.choose is not None:
             concrete, found = method.choose(classifier, victim.variables, data, config)
     if concrete is None:
-        done = Repaired(defense.label, Repair(victim.variables, {}), 0.0, 0.0, victim.scores, {})
+        done = Repaired(defense.label, Repair(victim.variables, {}), choosing.seconds, 0.0, victim.scores, {})
     elif (defense.defense, concrete) in repairs:
         done = repairs[defense.defense, concrete]
         found["same_repair_as"] = done.label
@@ -269,7 +269,8 @@ def _defend(
         "n_used": len(data),
         **judgement(victim.scores, done.scores),
         "target": info.get("target"),
-        "seconds": round(done.seconds + choosing.seconds, 3),
+        # A repair makes its choice itself, so that the one above is not to be counted again.
+        "seconds": round(done.seconds, 3),
         "compile_seconds": round(done.compile_seconds + choosing.compile_seconds, 3),
         **where(),
         "config": {

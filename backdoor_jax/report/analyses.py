@@ -41,9 +41,11 @@ def title(attack: str, defense: str) -> str:
     """What a figure calls a model.
 
     Example:
-        >>> title("badnets", "none"), title("badnets", "d3")
-        ('victim, badnets', 'd3, badnets')
+        >>> title("badnets", "none"), title("badnets", "d3"), title("none", "none"), title("none", "d3")
+        ('victim, badnets', 'd3, badnets', 'twin', 'd3, twin')
     """
+    if attack == "none":
+        return "twin" if defense == "none" else f"{defense}, twin"
     return f"{'victim' if defense == 'none' else defense}, {attack}"
 
 
@@ -70,7 +72,7 @@ def landscape(rows: list[Row]) -> Figure | None:
         return None
     wide = max(map(len, found.values()))
     figure = Figure(figsize=(2.4 * wide + 0.8, 4.2 * len(found)), layout="constrained")
-    grid = figure.subplots(2 * len(found), wide, sharex=True, sharey="row", squeeze=False)
+    grid = figure.subplots(2 * len(found), wide, sharey="row", squeeze=False)
     for pair, (attack, of) in zip(grid.reshape(len(found), 2, wide), found.items(), strict=True):
         for (above, below), (defense, seeds) in zip(pair.T, of.items(), strict=False):
             positions = mean(seeds, "positions")
@@ -81,6 +83,8 @@ def landscape(rows: list[Row]) -> Figure | None:
                 for place in (0, 1):
                     axis.axvline(place, color="grey", linewidth=0.7, linestyle=":")
             logarithmic(above)
+            for axis in (above, below):
+                axis.tick_params(labelsize=7)
             distance, cosine = (mean(seeds, "head", name) for name in ("distance", "cosine"))
             moved = f"head: distance {distance:.2f}, cosine {cosine:.2f}"
             above.set_title(f"{title(attack, defense)}\n{moved}", fontsize=8)
@@ -94,7 +98,7 @@ def landscape(rows: list[Row]) -> Figure | None:
 
 
 def plane(rows: list[Row]) -> Figure | None:
-    """Latents in the plane: a colour a class, triggered images as black crosses."""
+    """Latents in the plane: a colour a class, neighbours alike, triggered images as black crosses."""
     found = findings(rows, "latents")
     if not found:
         return None
@@ -106,7 +110,7 @@ def plane(rows: list[Row]) -> Figure | None:
     for axes, (attack, of) in zip(grid, found.items(), strict=True):
         for axis, (defense, seeds) in zip(axes, of.items(), strict=False):
             points = {name: np.asarray(seeds[0][name]) for name in ("clean", "triggered", "labels")}
-            axis.scatter(*points["clean"].T, c=points["labels"], cmap="tab20", s=5, linewidths=0)
+            axis.scatter(*points["clean"].T, c=points["labels"], cmap="turbo", s=5, linewidths=0)
             axis.scatter(*points["triggered"].T, c="black", marker="x", s=6, linewidths=0.5)
             axis.set_title(title(attack, defense), fontsize=8)
     figure.tight_layout()
@@ -118,12 +122,12 @@ def neurons(rows: list[Row]) -> Figure | None:
     found = {attack: of["none"] for attack, of in findings(rows, "neurons").items() if "none" in of}
     if not found:
         return None
-    figure = Figure(figsize=(8.5, 2.6 * len(found)))
+    figure = Figure(figsize=(9.5, 3.0 * len(found)))
     grid = figure.subplots(len(found), 2, squeeze=False)
     for (left, right), (attack, seeds) in zip(grid, found.items(), strict=True):
         left.scatter(seeds[0]["mean"], seeds[0]["vector"], s=8, color=COLORS[0])
         cosine, spearman = (mean(seeds, "signed", name) for name in ("cosine", "spearman"))
-        left.set_title(f"{attack}: cosine {cosine:.2f}, rank correlation {spearman:.2f}", fontsize=9)
+        left.set_title(f"{attack}: cosine {cosine:.2f}, rank correlation {spearman:.2f}", fontsize=8)
         left.set_xlabel("true change under the trigger", fontsize=8)
         left.set_ylabel("TAC's perturbation", fontsize=8)
         names, measures = list(seeds[0]["agreement"]), ("cosine", "spearman", "precision")
@@ -131,7 +135,9 @@ def neurons(rows: list[Row]) -> Figure | None:
             heights = [float(mean(seeds, "agreement", name, measure)) for name in names]
             right.bar(np.arange(len(names)) + 0.27 * (number - 1), heights, 0.25, color=COLORS[number], label=measure)
         right.set_xticks(range(len(names)), names)
-        right.set_title(f"agreement with the change's size; precision in the {seeds[0]['k']} largest", fontsize=9)
+        right.set_title(
+            f"{attack}: agreement with the change's size\nprecision among its {seeds[0]['k']} largest", fontsize=8
+        )
         right.axhline(0, color="black", linewidth=0.6)
     grid[0, 1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
@@ -144,15 +150,16 @@ def membership(rows: list[Row]) -> Figure | None:
     if not found:
         return None
     judged = models(found)
-    figure = Figure(figsize=(7.5, 0.8 + 0.28 * len(judged)))
+    figure = Figure(figsize=(7.5, 0.8 + 0.32 * len(judged)))
     axis: Axes = figure.subplots()
     places = np.arange(len(judged))
-    for number, signal in enumerate(judged[0][2][0]):
+    signals = list(judged[0][2][0])
+    for number, signal in enumerate(signals):
         intervals = np.array([mean(seeds, signal, "auc") for _, _, seeds in judged])
         value, low, high = intervals.T
         axis.errorbar(
             value,
-            places + 0.22 * (number - 1),
+            places + 0.2 * (number - (len(signals) - 1) / 2),
             xerr=np.maximum([value - low, high - value], 0),
             fmt="o",
             markersize=4,
@@ -205,13 +212,13 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Row]], Figure | None]], ...] = (
     (
         "Along the line of a repair",
         "Losses and rates from the victim (0) to the repaired model (1) and as far beyond. A repair in the victim's "
-        "own valley keeps both losses low on the way; one that left it crosses a ridge.",
+        "own valley keeps both losses low on the way; where a ridge of clean loss lies between, it left that valley.",
         landscape,
     ),
     (
         "Latents in the plane",
-        "Test images on the two principal components of each model's latents, a colour a class; crosses are the same "
-        "images triggered. An obeyed trigger draws the crosses together.",
+        "Test images on the two principal components of each model's latents, a colour a class (neighbours of "
+        "many look alike); crosses are the same images triggered. An obeyed trigger draws the crosses together.",
         plane,
     ),
     (
@@ -222,7 +229,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Row]], Figure | None]], ...] = (
     ),
     (
         "Membership inference",
-        "How well an attacker tells training images from others, before and after a repair. The protocol is ours.",
+        "How well an attacker tells training images from test images, before and after a repair, and from images "
+        "of the training set's own source that were left out of it, where there are some. The protocol is ours.",
         membership,
     ),
     (

@@ -44,7 +44,9 @@ def logarithmic(axis: Axes) -> None:
 
 
 def scatter(rows: list[Row]) -> Figure:
-    """ACC against ASR: a colour a defence (hollow the second time round), a marker an attack, bars of one deviation."""
+    """ACC against ASR: a colour a defence (with a black edge the second time round), a marker an attack, bars of one
+    deviation.
+    """
     summaries = [s for s in summarize(rows) if s.asr is not None]
     defenses = list(dict.fromkeys(s.defense for s in summaries))
     attacks = list(dict.fromkeys(s.attack for s in summaries))
@@ -53,7 +55,7 @@ def scatter(rows: list[Row]) -> Figure:
 
     def paint(defense: str) -> dict[str, Any]:
         again, number = divmod(defenses.index(defense), len(COLORS))
-        return {"color": COLORS[number], **({"markerfacecolor": "none"} if again else {})}
+        return {"color": COLORS[number], **({"markeredgecolor": "black", "markeredgewidth": 1.5} if again else {})}
 
     for summary in summaries:
         assert summary.acc is not None and summary.asr is not None
