@@ -20,6 +20,7 @@ from backdoor_jax.defenses.anp import (
     largest_threshold,
     learn_masks,
     normalizations,
+    oracle_threshold,
     perturbed,
     prune_by_mask,
 )
@@ -152,6 +153,31 @@ def test_the_largest_threshold_is_what_trying_each_comes_to(tolerance: float) ->
     want = max(t for t, acc in zip(THRESHOLDS, after, strict=True) if 1 - acc < tolerance)
     assert largest_threshold(classifier, variables, masks, data, tolerance) == want
     assert len(set(after)) >= 3
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.4, 2.0])
+def test_the_oracle_takes_the_lowest_attack_success_within_the_tolerance(tolerance: float) -> None:
+    generator = np.random.default_rng(1)
+    tint = generator.integers(0, 128, (120, 1, 1, 3))
+    images = jnp.asarray((tint + generator.integers(0, 128, (120, 8, 8, 3))).astype(np.uint8))
+    classifier = Classifier(TinyNet(3, width=6), 3)
+    variables = classifier.init(jax.random.key(2), images)
+
+    def predict(variables: Variables) -> np.ndarray:
+        return np.argmax(np.asarray(classifier.logits(variables, images)[0]), -1)
+
+    own = predict(variables)
+    target = int(np.bincount(own).argmax())
+    test = Dataset(images[:60], jnp.asarray(own[:60], jnp.int32))
+    triggered = Dataset(images[60:], jnp.full(60, target, jnp.int32))
+    masks = {"bn": jnp.array([0.07, 0.33, 0.62, 0.88, 0.52, 0.11])}
+    tried = {t: predict(prune_by_mask(variables, masks, t)) for t in THRESHOLDS}
+    acc = {t: np.mean(seen[:60] == own[:60]) for t, seen in tried.items()}
+    asr = {t: np.mean(seen[60:] == target) for t, seen in tried.items()}
+    within = [t for t in THRESHOLDS if 1 - acc[t] < tolerance]
+    want = min(within, key=lambda t: (asr[t], t))
+    assert oracle_threshold(classifier, variables, masks, test, triggered, tolerance) == want
+    assert len(set(asr.values())) >= 3
 
 
 # A repair

@@ -15,7 +15,7 @@ from backdoor_jax.defenses import pad_ft as _pad_ft
 from backdoor_jax.defenses import sau as _sau
 from backdoor_jax.defenses import super_finetune as _super_finetune
 from backdoor_jax.defenses import tac as _tac
-from backdoor_jax.defenses.anp import AnpConfig, anp, learn_masks, prune_by_mask
+from backdoor_jax.defenses.anp import AnpConfig, anp, learn_masks, oracle_threshold, prune_by_mask
 from backdoor_jax.defenses.base import Defense, Repair, StepsConfig, TuneConfig
 from backdoor_jax.defenses.bounds import BoundConfig, bound_activations
 from backdoor_jax.defenses.clp import ClpConfig, clp
@@ -91,6 +91,7 @@ __all__ = [
     "learn_masks",
     "mm_bm",
     "nad",
+    "oracle_threshold",
     "pad",
     "pad_ft",
     "prune_by_mask",
