@@ -1,4 +1,4 @@
-"""MM-BD: margins against linear programmes, the test against SciPy and under its null, and a small victim."""
+"""MM-BD: margins against linear programmes, the test against SciPy and under its null, and what is flagged."""
 
 from typing import Any
 
@@ -6,11 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from miniature import miniature
 from scipy import stats
 from scipy.optimize import linprog
 
-from backdoor_jax import Classifier, MarginConfig, NonFiniteError, UserError, maximum_margins, mm_bd
+from backdoor_jax import (
+    BadNets,
+    Classifier,
+    LabelMap,
+    MarginConfig,
+    NonFiniteError,
+    Scene,
+    TrainConfig,
+    UserError,
+    build_classifier,
+    digits,
+    evaluate,
+    maximum_margins,
+    mm_bd,
+    train,
+)
 from backdoor_jax.metrics.detection import _ascend, largest_margin
 from backdoor_jax.models import Variables
 
@@ -159,11 +173,33 @@ def test_what_cannot_be_used_is_refused() -> None:
             MarginConfig(**{field: value})
 
 
+# End to end
+
+
+def test_a_class_of_much_larger_margin_is_flagged_and_without_one_none_is() -> None:
+    """Every class has a pixel of its own, whose weight is the margin that it can reach."""
+    classifier, _ = linear(10)
+    weights = np.linspace(4, 6, 10)
+    for margins, flagged in ((weights, None), (np.where(np.arange(10) == 7, 12, weights), 7)):
+        variables = {"params": {"out": {"kernel": jnp.asarray(np.eye(12, 10) * margins), "bias": jnp.zeros(10)}}}
+        found = mm_bd(jax.random.key(0), classifier, variables, SHAPE)
+        np.testing.assert_allclose(found.margins, margins, rtol=1e-5)
+        assert found.flagged() == flagged
+        assert (found.mad_score > 3.5) == (flagged is not None)
+
+
 @pytest.mark.slow
-def test_a_small_victims_target_has_the_largest_margin_by_far() -> None:
-    small = miniature()
-    config = MarginConfig(starts=5, steps=100)
-    found = mm_bd(jax.random.key(1), small.classifier, small.variables, (16, 16, 3), config)
-    assert found.target == small.label_map.target
-    assert found.mad_score > 3.5
-    assert found.p_value is None
+def test_a_small_victim_is_flagged_with_its_target_and_its_unpoisoned_twin_is_not() -> None:
+    task, classifier = digits(), build_classifier("small_cnn", 10, width=16)
+    training = TrainConfig(epochs=12, batch_size=64, learning_rate=0.05, crop=0)
+    key, train_key = jax.random.key(1), jax.random.key(101)
+    planted = BadNets(target=3).plant(key, train_key, Scene(classifier, task.train, training))
+    twin, _ = train(train_key, classifier, task.train, training)
+    scores = evaluate(classifier, planted.variables, task.test, planted.trigger, LabelMap("all_to_one", 10, 3))
+    assert scores.acc > 0.9 and scores.asr is not None and scores.asr > 0.9
+    victims, twins = (
+        mm_bd(jax.random.key(1), classifier, variables, (16, 16, 3), MarginConfig(starts=3))
+        for variables in (planted.variables, twin)
+    )
+    assert victims.flagged(0.001) == 3 and victims.mad_score > 10
+    assert twins.flagged() is None and twins.mad_score < 3.5
