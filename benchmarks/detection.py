@@ -11,6 +11,7 @@ model and test. Run again, it goes on where it was. Victims that are not there y
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from backdoor_jax.config_files import load_experiment
-    from backdoor_jax.data import Dataset, clean_indices
+    from backdoor_jax.data import Dataset
     from backdoor_jax.defenses import scan
     from backdoor_jax.errors import UserError
     from backdoor_jax.experiment import read_rows, run_experiment, write_rows
     from backdoor_jax.experiment.rows import where
-    from backdoor_jax.experiment.victims import prepare_task, prepare_victim, streams
+    from backdoor_jax.experiment.victims import clean_subset, prepare_task, prepare_victim, streams
     from backdoor_jax.metrics import MarginConfig, evaluate, mm_bd
     from backdoor_jax.models import Variables
     from backdoor_jax.training import Stopwatch, train
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     labels = np.asarray(task.train.labels)
     mistakes: dict[str, tuple[np.ndarray, int, int]] = {}
     for name in arguments.mislabelled:
+        if not re.fullmatch(r"(any|\d+):\d+:\d+", name):
+            raise UserError(f"--mislabelled {name}: expected FROM:TO:COUNT, classes from 0 or any, such as any:0:160")
         source, to, count = name.split(":")
         pool = np.flatnonzero(labels != int(to) if source == "any" else labels == int(source))
         if int(count) > len(pool):
@@ -78,19 +81,20 @@ def run(arguments: argparse.Namespace) -> None:
                         **{"seconds": round(watch.seconds, 3), **where()},
                     }
                 )
-                print(f"{name} seed {seed}: {statistic} class {target}, p = {p_value:.2g}", flush=True)
+                told = "too few classes" if p_value is None else f"p = {p_value:.2g}"
+                print(f"{name} seed {seed}: {statistic} class {target}, {told}", flush=True)
         write_rows(path, rows)
 
     for seed in experiment.seeds:
-        clean = np.asarray(
-            clean_indices(
-                streams(seed, "none")["clean"], labels, experiment.clean_ratio, task.num_classes, experiment.stratified
-            )
-        )
+        clean = clean_subset(experiment, task, seed)
         seen = {row["model"] for row in rows if row["seed"] == seed}
         twin = prepare_victim(experiment, task, classifier, None, seed, arguments.out)
-        for entry in (None, *experiment.attacks):
-            victim = prepare_victim(experiment, task, classifier, entry, seed, arguments.out, twin.variables)
+        victims = (
+            prepare_victim(experiment, task, classifier, entry, seed, arguments.out, twin.variables)
+            for entry in experiment.attacks
+            if entry.label not in seen
+        )
+        for victim in (twin, *victims):
             if victim.label not in seen:
                 look(victim.label, seed, victim.variables, clean, {"acc": victim.scores.acc, "asr": victim.scores.asr})
         for name, (pool, to, count) in mistakes.items():

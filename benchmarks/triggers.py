@@ -20,8 +20,6 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from matplotlib.gridspec import GridSpec
-
     from backdoor_jax.attacks import (
         LIRA,
         SIG,
@@ -62,15 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         run_experiment(experiment, Path(folder))
-        figure = triggers(Path(folder) / "examples")
+        figure = triggers(Path(folder) / "examples", side_by_side=2)
     assert figure is not None
-    half = -(-len(attacks) // 2)
-    figure.set_size_inches(13.2, 2.2 * half)
-    side_by_side = GridSpec(half, 6, figure)
-    for number, axis in enumerate(figure.axes):
-        row, column = divmod(number, 3)
-        axis.set_subplotspec(side_by_side[row % half, column + 3 * (row // half)])
-    figure.tight_layout()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save(figure, arguments.out)
     print(arguments.out)

@@ -164,7 +164,7 @@ def test_members_are_images_that_were_trained_on_unpoisoned(monkeypatch: pytest.
     run_experiment(small, tmp_path / "out", report=lambda line: None)
     task = digits()
     trained = {image.tobytes() for image in np.asarray(task.train.images)}
-    inside, outside, left_out = seen[0], seen[1], seen[3]
+    inside, outside, left_out = seen[:3]
     assert len(inside) == len(outside) == 60
     assert all(image.tobytes() in trained for image in np.asarray(inside.images))
     assert not any(image.tobytes() in trained for image in np.asarray(outside.images))

@@ -136,47 +136,51 @@ def test_neurons_up_to_the_threshold_lose_their_scale_and_nothing_else(case: Cas
     assert {path for path in before if before[path] != after[path]} == {"['params']['bn']['scale']"}
 
 
+class Tinted(NamedTuple):
+    """A victim of its own whose pruning by these masks shows, images of all its classes, and what it sees in them."""
+
+    classifier: Classifier
+    variables: Variables
+    masks: Any
+    images: jax.Array
+
+    def predict(self, threshold: float = -1) -> np.ndarray:
+        pruned = prune_by_mask(self.variables, self.masks, threshold)
+        return np.argmax(np.asarray(self.classifier.logits(pruned, self.images)[0]), -1)
+
+
+def tinted(count: int) -> Tinted:
+    generator = np.random.default_rng(1)
+    tint = generator.integers(0, 128, (count, 1, 1, 3))
+    images = jnp.asarray((tint + generator.integers(0, 128, (count, 8, 8, 3))).astype(np.uint8))
+    classifier = Classifier(TinyNet(3, width=6), 3)
+    masks = {"bn": jnp.array([0.07, 0.33, 0.62, 0.88, 0.52, 0.11])}
+    return Tinted(classifier, classifier.init(jax.random.key(2), images), masks, images)
+
+
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.4, 2.0])
 def test_the_largest_threshold_is_what_trying_each_comes_to(tolerance: float) -> None:
-    generator = np.random.default_rng(1)
-    tint = generator.integers(0, 128, (60, 1, 1, 3))
-    images = jnp.asarray((tint + generator.integers(0, 128, (60, 8, 8, 3))).astype(np.uint8))
-    classifier = Classifier(TinyNet(3, width=6), 3)
-    variables = classifier.init(jax.random.key(2), images)
-
-    def predict(variables: Variables) -> np.ndarray:
-        return np.argmax(np.asarray(classifier.logits(variables, images)[0]), -1)
-
-    data = Dataset(images, jnp.asarray(predict(variables), jnp.int32))
-    masks = {"bn": jnp.array([0.07, 0.33, 0.62, 0.88, 0.52, 0.11])}
-    after = [float(np.mean(predict(prune_by_mask(variables, masks, t)) == data.labels)) for t in THRESHOLDS]
+    victim = tinted(60)
+    data = Dataset(victim.images, jnp.asarray(victim.predict(), jnp.int32))
+    after = [float(np.mean(victim.predict(t) == data.labels)) for t in THRESHOLDS]
     want = max(t for t, acc in zip(THRESHOLDS, after, strict=True) if 1 - acc < tolerance)
-    assert largest_threshold(classifier, variables, masks, data, tolerance) == want
+    assert largest_threshold(victim.classifier, victim.variables, victim.masks, data, tolerance) == want
     assert len(set(after)) >= 3
 
 
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.4, 2.0])
 def test_the_oracle_takes_the_lowest_attack_success_within_the_tolerance(tolerance: float) -> None:
-    generator = np.random.default_rng(1)
-    tint = generator.integers(0, 128, (120, 1, 1, 3))
-    images = jnp.asarray((tint + generator.integers(0, 128, (120, 8, 8, 3))).astype(np.uint8))
-    classifier = Classifier(TinyNet(3, width=6), 3)
-    variables = classifier.init(jax.random.key(2), images)
-
-    def predict(variables: Variables) -> np.ndarray:
-        return np.argmax(np.asarray(classifier.logits(variables, images)[0]), -1)
-
-    own = predict(variables)
+    victim = tinted(120)
+    own = victim.predict()
     target = int(np.bincount(own).argmax())
-    test = Dataset(images[:60], jnp.asarray(own[:60], jnp.int32))
-    triggered = Dataset(images[60:], jnp.full(60, target, jnp.int32))
-    masks = {"bn": jnp.array([0.07, 0.33, 0.62, 0.88, 0.52, 0.11])}
-    tried = {t: predict(prune_by_mask(variables, masks, t)) for t in THRESHOLDS}
+    test = Dataset(victim.images[:60], jnp.asarray(own[:60], jnp.int32))
+    triggered = Dataset(victim.images[60:], jnp.full(60, target, jnp.int32))
+    tried = {t: victim.predict(t) for t in THRESHOLDS}
     acc = {t: np.mean(seen[:60] == own[:60]) for t, seen in tried.items()}
     asr = {t: np.mean(seen[60:] == target) for t, seen in tried.items()}
     within = [t for t in THRESHOLDS if 1 - acc[t] < tolerance]
     want = min(within, key=lambda t: (asr[t], t))
-    assert oracle_threshold(classifier, variables, masks, test, triggered, tolerance) == want
+    assert oracle_threshold(victim.classifier, victim.variables, victim.masks, test, triggered, tolerance) == want
     assert len(set(asr.values())) >= 3
 
 

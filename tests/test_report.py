@@ -329,6 +329,15 @@ def test_triggers_are_shown_with_what_they_change(tmp_path: Path, channels: int)
     assert (difference[-1, -1] == 254).all()
 
 
+def test_triggers_side_by_side_go_on_downwards_first(tmp_path: Path) -> None:
+    for name in "abc":
+        example(tmp_path, name)
+    figure = figures.triggers(tmp_path / "examples", side_by_side=2)
+    assert isinstance(figure, Figure)
+    names = [axes.get_title() if axes.images else None for axes in figure.axes]
+    assert names[::3] == ["a", "c", "b", None]
+
+
 def test_the_page_is_written_whole(rows: list[Row], tmp_path: Path) -> None:
     path = write_page(rows[:2], tmp_path)
     assert path == tmp_path / "report.html"

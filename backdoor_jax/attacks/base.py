@@ -135,6 +135,12 @@ class Attack(Config):
         """Where the attacker sends triggered images at test time."""
         return LabelMap("all_to_all" if self.labels == "all_to_all" else "all_to_one", num_classes, self.target)
 
+    def require_shares(self, cross_ratio: float) -> None:
+        """Checks that poison and `cross_ratio` times as many images in noise mode fit into a batch."""
+        self.require(cross_ratio >= 0, "cross_ratio", "0 or more")
+        largest = f"{at_most(1 / (1 + cross_ratio))} where cross_ratio is {cross_ratio}"
+        self.require(self.rate * (1 + cross_ratio) <= 1, "rate", largest)
+
     def candidates(self, labels: jax.Array | np.ndarray) -> np.ndarray:
         """Indices of the training images that may be poisoned: all, or under clean labels those of the target class.
 

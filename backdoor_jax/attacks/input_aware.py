@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backdoor_jax.attacks.base import Attack, Planted, Scene, at_most
+from backdoor_jax.attacks.base import Attack, Planted, Scene
 from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together
 from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset, LabelMap
@@ -123,9 +123,7 @@ class InputAware(Attack):
         self.require(self.mask_epochs > 0, "mask_epochs", "at least 1")
         self.require(0 <= self.mask_density < 1, "mask_density", "a value in [0, 1)")
         self.require(self.generator_rate > 0, "generator_rate", "a positive number")
-        self.require(self.cross_ratio >= 0, "cross_ratio", "0 or more")
-        largest = f"{at_most(1 / (1 + self.cross_ratio))} where cross_ratio is {self.cross_ratio}"
-        self.require(self.rate * (1 + self.cross_ratio) <= 1, "rate", largest)
+        self.require_shares(self.cross_ratio)
         self.require(self.channels > 0 and self.depth > 0, "channels", "at least 1, and so the depth")
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> InputAwareTrigger:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.attacks.base import Attack, Planted, Scene, at_most
+from backdoor_jax.attacks.base import Attack, Planted, Scene
 from backdoor_jax.data import Dataset, LabelMap, bilinear_sample, pixel_grid, random_crop, random_flip, rotate
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Constants, Info, SupervisedLoss, train
@@ -70,11 +70,9 @@ class WaNet(Attack):
         self.require(self.labels != "clean_label", "labels", "all_to_one or all_to_all")
         self.require(self.grid > 1, "grid", "at least 2")
         self.require(self.strength > 0, "strength", "a positive number")
-        self.require(self.cross_ratio >= 0, "cross_ratio", "0 or more")
+        self.require_shares(self.cross_ratio)
         self.require(self.crop >= 0, "crop", "0 or more pixels")
         self.require(self.rotation >= 0, "rotation", "0 or more degrees")
-        largest = f"{at_most(1 / (1 + self.cross_ratio))} where cross_ratio is {self.cross_ratio}"
-        self.require(self.rate * (1 + self.cross_ratio) <= 1, "rate", largest)
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> WarpTrigger:
         """The warp for images of this shape."""

@@ -216,14 +216,24 @@ def _accuracies(
     return jax.lax.map(one, thresholds)
 
 
+def _tried(classifier: Classifier, variables: Variables, masks: Any, data: Dataset) -> tuple[float, dict[float, float]]:
+    """The victim's accuracy, and by threshold that of what is pruned."""
+    thresholds = jnp.asarray([-1.0, *THRESHOLDS])  # No mask is below 0, so the first is the victim.
+    before, *after = np.asarray(_accuracies(classifier, variables, masks, data, thresholds))
+    return before, dict(zip(THRESHOLDS, after, strict=True))
+
+
+def _allowed(classifier: Classifier, variables: Variables, masks: Any, data: Dataset, tolerance: float) -> list[float]:
+    """Those of `THRESHOLDS` with which the accuracy on these images falls by less than a share."""
+    before, after = _tried(classifier, variables, masks, data)
+    return [threshold for threshold, acc in after.items() if before - acc < tolerance * before]
+
+
 def largest_threshold(
     classifier: Classifier, variables: Variables, masks: Any, data: Dataset, tolerance: float = 0.1
 ) -> float:
     """The largest of `THRESHOLDS` with which the accuracy on these images falls by less than a share, else 0."""
-    thresholds = np.array([-1.0, *THRESHOLDS])  # No mask is below 0, so the first is the victim.
-    before, *after = np.asarray(_accuracies(classifier, variables, masks, data, jnp.asarray(thresholds)))
-    within = [threshold for threshold, acc in zip(THRESHOLDS, after, strict=True) if before - acc < tolerance * before]
-    return max(within, default=0.0)
+    return max(_allowed(classifier, variables, masks, data, tolerance), default=0.0)
 
 
 def oracle_threshold(
@@ -247,10 +257,9 @@ def oracle_threshold(
         triggered: test images with the trigger that are not of their target class, labelled with it.
         tolerance: the share; the benchmark's 0.1.
     """
-    thresholds = jnp.asarray([-1.0, *THRESHOLDS])
-    acc, asr = (np.asarray(_accuracies(classifier, variables, masks, data, thresholds)) for data in (test, triggered))
-    within = np.flatnonzero(acc[0] - acc[1:] < tolerance * acc[0])
-    return THRESHOLDS[within[np.argmin(asr[1:][within])]] if len(within) else 0.0
+    _, asr = _tried(classifier, variables, masks, triggered)
+    # Thresholds ascend, and of equals `min` takes the first.
+    return min(_allowed(classifier, variables, masks, test, tolerance), key=asr.__getitem__, default=0.0)
 
 
 def anp(

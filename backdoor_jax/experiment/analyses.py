@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from backdoor_jax.data import Dataset, Task, clean_indices
+from backdoor_jax.data import Dataset, Task
 from backdoor_jax.defenses.anp import AnpConfig, learn_masks
 from backdoor_jax.defenses.base import replaced
 from backdoor_jax.defenses.clp import channel_bounds
 from backdoor_jax.defenses.tac import scan
 from backdoor_jax.experiment.settings import Experiment
-from backdoor_jax.experiment.victims import Victim, prepare_victim, streams
+from backdoor_jax.experiment.victims import Victim, clean_subset, prepare_victim, streams
 from backdoor_jax.metrics import (
     ReinjectConfig,
     agreement,
@@ -76,9 +76,7 @@ class Laboratory:
     @cached_property
     def clean(self) -> Dataset:
         """The defender's images."""
-        experiment, labels = self.experiment, self.task.train.labels
-        key, classes = streams(self.seed, "none")["clean"], self.task.num_classes
-        return self.task.train.take(clean_indices(key, labels, experiment.clean_ratio, classes, experiment.stratified))
+        return self.task.train.take(clean_subset(self.experiment, self.task, self.seed))
 
     @cached_property
     def test(self) -> Dataset:
@@ -224,18 +222,18 @@ def members(laboratory: Laboratory, subject: Subject) -> Finding:
     def shadowed(classifier: Classifier, variables: Variables, data: Dataset) -> np.ndarray:
         return shadow_signal(classifier, laboratory.shadow, variables, data)
 
-    found = {}
-
-    def judge(name: str, key: jax.Array, signal: Callable[..., Any], others: Dataset) -> None:
-        told = membership(key, *(jnp.asarray(signal(classifier, subject.variables, part)) for part in (inside, others)))
-        found[name] = {measure: list(interval) for measure, interval in told._asdict().items()}
-
     signals = {"loss": loss_signal, "confidence": confidence_signal, "shadow": shadowed}
-    for key, (name, signal) in zip(keys, signals.items(), strict=True):
-        judge(name, key, signal, outside)
+    pairs = {
+        name: tuple(jnp.asarray(signal(classifier, subject.variables, part)) for part in (inside, outside))
+        for name, signal in signals.items()
+    }
     if (left_out := laboratory.task.left_out) is not None:
-        judge("loss, left-out images", laboratory.key("left_out"), loss_signal, left_out)
-    return found
+        pairs["loss, left-out images"] = pairs["loss"][0], loss_signal(classifier, subject.variables, left_out)
+        keys.append(laboratory.key("left_out"))
+    return {
+        name: {measure: list(interval) for measure, interval in membership(key, *pair)._asdict().items()}
+        for key, (name, pair) in zip(keys, pairs.items(), strict=True)
+    }
 
 
 def reinjection(laboratory: Laboratory, subject: Subject) -> Finding:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from backdoor_jax.attacks import Attack, Planted, Scene
-from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, load_task
+from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_indices, load_task
 from backdoor_jax.experiment.rows import plain
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
 from backdoor_jax.files import whole, write_text
@@ -48,6 +48,12 @@ def streams(seed: int, label: str) -> dict[str, jax.Array]:
     for name in ("poison", "defense", "analysis"):
         streams[name] = jax.random.fold_in(streams[name], zlib.crc32(label.encode()))
     return streams
+
+
+def clean_subset(experiment: Experiment, task: Task, seed: int) -> np.ndarray:
+    """Which training images the defender has, whatever the attack."""
+    key, labels = streams(seed, "none")["clean"], task.train.labels
+    return np.asarray(clean_indices(key, labels, experiment.clean_ratio, task.num_classes, experiment.stratified))
 
 
 def prepare_task(experiment: Experiment, root: Path = Path()) -> tuple[Task, Classifier]:

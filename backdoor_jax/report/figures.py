@@ -83,14 +83,23 @@ def scatter(rows: list[Row]) -> Figure:
     return figure
 
 
-def triggers(folder: Path) -> Figure | None:
-    """Clean image, triggered image and their amplified difference for each attack; None where no example was kept."""
+def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
+    """Clean image, triggered image and their amplified difference for each attack; None where no example was kept.
+
+    Args:
+        folder: holds the examples.
+        side_by_side: attacks beside each other; they go on downwards first.
+    """
     examples = sorted(path for path in folder.glob("*.npz") if not path.stem.endswith(".partial"))
     if not examples:
         return None
-    figure = Figure(figsize=(6.6, 2.2 * len(examples)))
-    grid = figure.subplots(len(examples), 3, squeeze=False)
-    for axes, path in zip(grid, examples, strict=True):
+    high = -(-len(examples) // side_by_side)
+    figure = Figure(figsize=(6.6 * side_by_side, 2.2 * high))
+    grid = figure.subplots(high, 3 * side_by_side, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    downwards = np.concatenate(np.split(grid, side_by_side, axis=1))
+    for axes, path in zip(downwards, examples, strict=False):
         with np.load(path) as arrays:
             clean, triggered = arrays["clean"].astype(int), arrays["triggered"].astype(int)
         difference = triggered - clean
@@ -99,7 +108,6 @@ def triggers(folder: Path) -> Figure | None:
         for axis, image, title in zip(axes, (clean, triggered, 127 + gain * difference), titles, strict=True):
             axis.imshow(np.clip(image, 0, 255).astype(np.uint8).squeeze(), cmap="gray", interpolation="nearest")
             axis.set_title(title, fontsize=9)
-            axis.axis("off")
     figure.tight_layout()
     return figure
 
