@@ -1,167 +1,69 @@
-"""Removes backdoors from image classifiers after training, in JAX, and measures how well it did.
+"""Detects and removes backdoors in trained image classifiers, in JAX, and measures how well it did.
 
 >>> import jax
 >>> import backdoor_jax as bj
 >>> task = bj.digits()
 >>> classifier = bj.build_classifier("small_cnn", task.num_classes, width=2)
 >>> suspect = classifier.init(jax.random.key(0), task.train.images)
->>> repair = bj.d3(jax.random.key(1), classifier, suspect, task.train.take(slice(70)), bj.D3Config(steps=2))
->>> repair.info["changed"]
+>>> repair = bj.D3(steps=2).repair(jax.random.key(1), classifier, suspect, task.train.take(slice(70)))
+>>> repair.changed
 True
+
+The names below are those one usually needs. The rest are in `backdoor_jax.attacks`, `backdoor_jax.defenses`,
+`backdoor_jax.metrics`, `backdoor_jax.models`, `backdoor_jax.data` and `backdoor_jax.training`.
 """
 
-from backdoor_jax.attacks import (
-    ATTACKS,
-    LIRA,
-    SIG,
-    SSBA,
-    AdapBlend,
-    Attack,
-    BadNets,
-    Blended,
-    InputAware,
-    LabelConsistent,
-    LowFrequency,
-    Planted,
-    Scene,
-    TrojanNN,
-    WaNet,
-)
-from backdoor_jax.config import Config
-from backdoor_jax.data import Augment, Dataset, LabelMap, Task, clean_indices, digits, load_task, make_dataset, poison
-from backdoor_jax.defenses import (
-    DEFENSES,
-    AnpConfig,
-    ClpConfig,
-    D3Config,
-    DbdConfig,
-    FinePruningConfig,
-    FineTuneConfig,
-    FstConfig,
-    FtSamConfig,
-    IBauConfig,
-    MmBmConfig,
-    NadConfig,
-    PadConfig,
-    PadFtConfig,
-    Repair,
-    SauConfig,
-    SuperFineTuneConfig,
-    TacConfig,
-    anp,
-    clp,
-    d3,
-    dbd,
-    fine_pruning,
-    finetune,
-    fst,
-    ft_sam,
-    i_bau,
-    mm_bm,
-    nad,
-    pad,
-    pad_ft,
-    sau,
-    scan,
-    super_finetune,
-    tac,
-)
+from backdoor_jax import attacks, data, defenses, metrics, models, training
+from backdoor_jax.attacks import ATTACKS, BadNets, Blended, Victim
+from backdoor_jax.data import Dataset, Task, digits, load, make_dataset
+from backdoor_jax.defenses import D3, DEFENSES, PADFT, TAC, FineTune, Repair, SuperFineTune, scan
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop import load_torch, save_torch
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import load_model, save_model
-from backdoor_jax.metrics import (
-    MarginConfig,
-    Scores,
-    defense_effectiveness,
-    evaluate,
-    maximum_margins,
-    mm_bd,
-    predict,
-)
+from backdoor_jax.metrics import evaluate, mm_bd, predict
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
 from backdoor_jax.version import __version__
 
 __all__ = [
     "ATTACKS",
+    "D3",
     "DEFENSES",
-    "LIRA",
     "MODELS",
-    "SIG",
-    "SSBA",
-    "AdapBlend",
-    "AnpConfig",
-    "Attack",
-    "Augment",
+    "PADFT",
+    "TAC",
     "BadNets",
     "Blended",
     "Classifier",
-    "ClpConfig",
-    "Config",
-    "D3Config",
     "Dataset",
-    "DbdConfig",
-    "FinePruningConfig",
-    "FineTuneConfig",
-    "FstConfig",
-    "FtSamConfig",
-    "IBauConfig",
-    "InputAware",
-    "LabelConsistent",
-    "LabelMap",
-    "LowFrequency",
-    "MarginConfig",
-    "MmBmConfig",
-    "NadConfig",
+    "FineTune",
     "NonFiniteError",
-    "PadConfig",
-    "PadFtConfig",
-    "Planted",
     "Repair",
-    "SauConfig",
-    "Scene",
-    "Scores",
-    "SuperFineTuneConfig",
-    "TacConfig",
+    "SuperFineTune",
     "Task",
     "TrainConfig",
-    "TrojanNN",
     "UserError",
-    "WaNet",
+    "Victim",
     "__version__",
-    "anp",
+    "attacks",
     "build_classifier",
-    "clean_indices",
-    "clp",
-    "d3",
-    "dbd",
-    "defense_effectiveness",
+    "data",
+    "defenses",
     "digits",
     "evaluate",
     "export_model",
-    "fine_pruning",
-    "finetune",
-    "fst",
-    "ft_sam",
-    "i_bau",
+    "load",
     "load_model",
-    "load_task",
     "load_torch",
     "make_dataset",
-    "maximum_margins",
+    "metrics",
     "mm_bd",
-    "mm_bm",
-    "nad",
-    "pad",
-    "pad_ft",
-    "poison",
+    "models",
     "predict",
-    "sau",
     "save_model",
     "save_torch",
     "scan",
-    "super_finetune",
-    "tac",
     "train",
+    "training",
 ]

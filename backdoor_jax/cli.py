@@ -1,21 +1,26 @@
-"""The command line; it parses, calls and prints."""
+"""The command line: parses arguments, calls, and prints."""
 
 import argparse
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backdoor_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from backdoor_jax.analyses.base import Row
+    from backdoor_jax.app import ScanResult, Suspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, or 2 with one line on stderr for what the user can mend.
+        0, or 2 with one line on stderr for what the user can fix.
 
     Example:
         >>> main(["run", "nowhere.yaml"])
@@ -26,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and (
         parsed.command not in (_run, _defend) or any(text.startswith("-") or "=" not in text for text in rest)
     ):
-        parser.error(f"unknown arguments {' '.join(rest)}; settings are given as key=value to run and defend")
+        parser.error(f"unknown arguments {' '.join(rest)}; only run and defend take settings, as key=value")
     parsed.overrides = tuple(rest)
-    _keep_programs()
+    _enable_compilation_cache()
     try:
         parsed.command(parsed)
     except UserError as error:
@@ -37,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, where JAX's own settings do not say where, or not to."""
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX's own settings name one or turn it off."""
     import jax
     from platformdirs import user_cache_path
 
@@ -53,19 +58,19 @@ def _keep_programs() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="backdoor-jax", description="Removes backdoors from image classifiers and measures how well it did."
+        prog="backdoor-jax", description="Detects and removes backdoors in image classifiers, and measures how well."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="six defences on the embedded digits: a table and a page, a few minutes")
+    demo = commands.add_parser("demo", help="six defenses on the embedded digits: a table and a page, a few minutes")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for results (default: demo)")
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser(
         "run",
-        help="an experiment; run again, it goes on where it was",
+        help="run an experiment; re-running resumes it",
         usage="backdoor-jax run CONFIG.yaml [--out DIR] [key=value ...]",
-        description="key=value changes a setting, with dots for what lies deeper: victim.epochs=2 seeds=[0]",
+        description="key=value changes a setting, with dots for nested keys: victim.epochs=2 seeds=[0]",
     )
     run.add_argument("config", type=Path, help="experiment in YAML, such as configs/gtsrb_small.yaml")
     run.add_argument("--out", type=Path, help="folder for results (default: runs/ and the file's name)")
@@ -73,33 +78,33 @@ def _parser() -> argparse.ArgumentParser:
 
     defend = commands.add_parser(
         "defend",
-        help="repair a model of your own",
+        help="repair your own model",
         usage="backdoor-jax defend --checkpoint IN --data CLEAN --defense NAME --out OUT [options] [key=value ...]",
-        description="key=value changes a setting of the defence, such as steps=500",
+        description="key=value changes a setting of the defense, such as steps=500",
     )
-    _suspect(defend)
+    _add_model_options(defend)
     defend.add_argument("--defense", required=True, metavar="NAME", help="see list")
-    defend.add_argument("--preset", metavar="NAME", help="named settings of the defence")
-    defend.add_argument("--test", metavar="DATA", help="images to judge on (default: test images of --data, or all)")
-    defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defence that needs it")
-    defend.add_argument("--seed", type=int, default=0, help="of the defence (default: 0)")
+    defend.add_argument("--preset", metavar="NAME", help="named settings of the defense")
+    defend.add_argument("--test", metavar="DATA", help="images to evaluate on (default: test images of --data, or all)")
+    defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defense that needs it")
+    defend.add_argument("--seed", type=int, default=0, help="of the defense (default: 0)")
     defend.add_argument(
         "--out", type=Path, required=True, help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax)"
     )
     defend.set_defaults(command=_defend)
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
-    _suspect(scan)
+    _add_model_options(scan)
     scan.add_argument("--out", type=Path, help="the figure (default: the checkpoint's name and .scan.png)")
-    scan.set_defaults(command=_scan)
+    scan.set_defaults(command=_scan, test=None)
 
-    listing = commands.add_parser("list", help="the attacks, defences, models and data sets, with a line each")
+    listing = commands.add_parser("list", help="the attacks, defenses, models and data sets, one line each")
     listing.set_defaults(command=_list)
     return parser
 
 
-def _suspect(command: argparse.ArgumentParser) -> None:
-    """What a command on a model of one's own takes."""
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options of a command on your own model."""
     command.add_argument(
         "--checkpoint", type=Path, required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder"
     )
@@ -117,21 +122,101 @@ def _suspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace what is at --out")
 
 
-def _given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
-    shared = ("checkpoint", "data", "model", "normalize", "classes", "out", "force")
-    return {name: getattr(parsed, name) for name in (*shared, *names)}
+def parse_normalization(text: str | None) -> dict[str, Any]:
+    """The normalization of pixels in [0, 1], as `backdoor_jax.load_model` takes it.
+
+    Args:
+        text: a name in `backdoor_jax.models.NORMALIZATIONS`, ``none`` for [0, 1] as they are, or means and standard
+            deviations of the channels as ``0.49,0.48,0.45/0.25,0.24,0.26``; None for the default.
+
+    Raises:
+        UserError: for other text.
+
+    Example:
+        >>> parse_normalization("0.5/0.25"), parse_normalization("gtsrb")
+        ({'mean': (0.5,), 'std': (0.25,)}, {'normalization': 'gtsrb'})
+    """
+    from backdoor_jax.models import NORMALIZATIONS
+
+    if text is None:
+        return {}
+    if text in NORMALIZATIONS:
+        return {"normalization": text}
+    try:
+        mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
+    except ValueError as error:
+        raise UserError(
+            f"--normalize {text!r} is neither {', '.join(sorted(NORMALIZATIONS))} nor MEAN/STD, such as "
+            "0.49,0.48,0.45/0.25,0.24,0.26"
+        ) from error
+    return {"mean": mean, "std": std}
+
+
+def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
+    """Loads the model of a command and prints its accuracy."""
+    from backdoor_jax.app import load_suspect
+
+    suspect = load_suspect(
+        parsed.checkpoint,
+        parsed.data,
+        test=parsed.test,
+        model=parsed.model,
+        classes=parsed.classes,
+        **parse_normalization(parsed.normalize),
+    )
+    images = "test images" if suspect.held_out else "images"
+    print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {len(suspect.test)} {images} classified correctly")
+    return suspect
 
 
 def _defend(parsed: argparse.Namespace) -> None:
-    from backdoor_jax.commands import defend
+    from backdoor_jax.app import repair_model
+    from backdoor_jax.config_files import make_defense
 
-    defend(**_given(parsed, "defense", "preset", "test", "training_set", "seed", "overrides"))
+    defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
+    suspect = _load_suspect(parsed)
+    result = repair_model(
+        suspect, defense, parsed.out, training_set=parsed.training_set, seed=parsed.seed, force=parsed.force
+    )
+    repair, name = result.repair, defense.name
+    if repair.target is not None:
+        print(f"{name}: repaired class {repair.target}")
+    if not repair.changed:
+        print(f"{name}: changed nothing ({repair.why or 'nothing to repair'})")
+    print(f"{name}: {100 * result.accuracy:.1f} % classified correctly, {100 * suspect.accuracy:.1f} % before")
+    if not result.held_out:
+        print(f"{name}: these are the images it repaired with; give others (--test) to see what the repair costs")
+    print(f"{result.out}: written")
 
 
 def _scan(parsed: argparse.Namespace) -> None:
-    from backdoor_jax.commands import scan
+    from backdoor_jax.app import scan_model
 
-    scan(**_given(parsed))
+    suspect = _load_suspect(parsed)
+    result = scan_model(suspect, parsed.out or Path(f"{parsed.checkpoint.name}.scan.png"), force=parsed.force)
+    _print_scan(suspect, result)
+    print(f"{result.figure}: written")
+
+
+def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
+    """Prints the norms of all classes, the tests and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary, tests = result.summary, result.scan.tests
+    table = Table("class", "per sample", "worst case", title="smallest latent change towards each class")
+    for number, norms in enumerate(zip(summary["per_sample"], summary["worst_case"], strict=True)):
+        shown = ["-" if norm is None else f"{norm:.3g}" for norm in norms]
+        smallest = number == tests[summary["statistic"]].smallest
+        table.add_row(str(number), *shown, style="bold" if smallest else None)
+    Console(soft_wrap=True).print(table)
+    for name, test in tests.items():
+        p_value = "too few classes" if test.p_value is None else f"p = {test.p_value:.2g}"
+        used = " (verdict)" if name == summary["statistic"] else ""
+        print(f"{name.replace('_', ' ')}{used}: class {test.smallest} is smallest, {p_value}")
+    flagged = result.flagged
+    likely = f"likely backdoored towards class {flagged}" if flagged is not None else summary["verdict"]
+    print(f"{suspect.name}: {likely} (one-sided Grubbs test at {summary['alpha']})")
 
 
 def _demo(parsed: argparse.Namespace) -> None:
@@ -144,11 +229,11 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    """Runs an experiment, and prints its rows, their table and where the page is."""
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.errors import FailedRepairs
-    from backdoor_jax.experiment import run_experiment
-    from backdoor_jax.experiment.rows import read_rows
-    from backdoor_jax.report import print_table, write_page
+    from backdoor_jax.experiment import read_rows, run_experiment
+    from backdoor_jax.report import write_page
 
     experiment, failed = load_experiment(config, overrides), None
     try:
@@ -162,6 +247,28 @@ def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
         raise failed
 
 
+def print_table(rows: "list[Row]") -> None:
+    """Prints the table of an experiment, wider than the terminal if necessary, so that no number is truncated."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from backdoor_jax.report.table import COLUMNS, cells, summarize
+
+    table = Table(title="What each defense did to each model")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("attack", "defense", "data") else "right", no_wrap=True)
+    last = None
+    for summary in summarize(rows):
+        if last not in (None, summary.attack):
+            table.add_section()
+        last = summary.attack
+        table.add_row(*map(Text, cells(summary)))
+    console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=500)).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
 def _list(parsed: argparse.Namespace) -> None:
     del parsed
     from rich.console import Console
@@ -173,11 +280,11 @@ def _list(parsed: argparse.Namespace) -> None:
     from backdoor_jax.models import MODELS
 
     def first_line(thing: object) -> str:
-        return (thing.__doc__ or "").strip().splitlines()[0]
+        return (inspect.getdoc(thing) or "").splitlines()[0]
 
     sections = {
         "attacks": [(name, first_line(attack)) for name, attack in ATTACKS.items()],
-        "defences": [(name, f"{d.summary} (needs: {d.needs.replace('_', ' ')})") for name, d in DEFENSES.items()],
+        "defenses": [(name, f"{d.summary} (needs: {d.needs.replace('_', ' ')})") for name, d in DEFENSES.items()],
         "models": [(name, model.summary) for name, model in MODELS.items()],
         "data": list(SOURCES.items()),
     }

@@ -11,22 +11,27 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _SEEN = ((0, 9), (0, 12))
-"""First and last version of jaxlib on which the option was tried; others might refuse it by name."""
+"""First and last version of jaxlib on which the option was tried; others might not know it."""
 _TRIED = _SEEN[0] <= jaxlib.version.__version_info__[:2] <= _SEEN[1]
 
 OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_onednn_custom_call": True} if _TRIED else {}
-"""On a CPU oneDNN then computes what it can: 12 % faster training and 18 % faster inference on jaxlib 0.12."""
+"""Lets oneDNN compute what it can on a CPU: 12 % faster training and 18 % faster inference on jaxlib 0.12."""
 
 jit = partial(jax.jit, compiler_options=OPTIONS)
-"""`jax.jit` with these options; what it makes cannot be called inside another compiled function."""
+"""`jax.jit` with these options; its result cannot be called inside another compiled function."""
 
 one_program = partial(jax.jit, inline=True)
-"""`jax.jit` for what is also called outside compiled functions: one program there, not one an operation; inside them,
-part of theirs."""
+"""`jax.jit` for functions that are called inside and outside compiled functions.
+
+Inside they become part of the surrounding program; outside they are one program, not one for each operation.
+"""
 
 
 def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function with matrix products in full float32; GPUs and TPUs by default keep 11 or 8 bits of the factors."""
+    """The function with matrix products in full float32.
+
+    By default GPUs and TPUs keep 11 or 8 bits of the factors.
+    """
 
     @wraps(function)
     def precise(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -1,35 +1,77 @@
-"""Frozen, validated configurations, and the split between what is compiled in and what is traced."""
+"""Configurations: frozen, validated on construction, and pytrees.
+
+A configuration is equal and hashable by value. As a pytree its float fields and nested configurations are children,
+so they are traced: compiled code takes another learning rate without compiling again, and `jax.vmap` over stacked
+configurations is a sweep. Every other field is static and part of what a program is compiled for.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Example(Config):
+    ...     rate: Positive = 0.5
+    ...     steps: Count = 10
+    >>> jax.tree.leaves(Example(rate=2)), jax.tree.map(lambda rate: rate / 4, Example(rate=2))
+    ([2.0], Example(rate=0.5, steps=10))
+    >>> Example(rate=-1.0)
+    Traceback (most recent call last):
+    ...
+    backdoor_jax.errors.UserError: Example.rate is -1.0, expected a value greater than 0
+"""
 
 import dataclasses
+import functools
+import math
 import typing
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar
 
-import jax.numpy as jnp
+import jax
+import numpy as np
+import pydantic
+from annotated_types import Ge, Gt, Le
 
 from backdoor_jax.errors import UserError
 
-Kind = TypeVar("Kind", bound="Config")
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Gt(0), Le(1)]
+"""A share in (0, 1]."""
+Fraction = Annotated[float, Ge(0), Le(1)]
+"""A share in [0, 1]."""
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+"""A whole number from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of all configurations: frozen, hashable, equal by value, and never a pytree.
+    """Base of all configurations; see the module.
 
-    A subclass declares typed fields with defaults and checks them in ``__post_init__`` through `require`. Fields of
-    type float are what one would sweep: `numbers` hands them to compiled code as traced arrays.
+    A subclass is a frozen dataclass whose fields have defaults and types that say what is allowed, such as `Positive`.
+    They are checked on construction. Checks across fields go into ``__post_init__``, through `require`. A float field
+    also takes an array, for sweeps inside compiled code; arrays are not checked.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
+
     def __post_init__(self) -> None:
-        """Checks the fields that take one of a few names."""
-        for field in dataclasses.fields(self):
-            kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if typing.get_origin(kind) is Literal]
-            names = [name for kind in kinds for name in typing.get_args(kind)]
-            value = getattr(self, field.name)
-            if names and (isinstance(value, str) or field.type in kinds):
-                self.require(value in names, field.name, f"one of {', '.join(map(repr, names))}")
+        """Checks every field against its type.
+
+        Raises:
+            UserError: for a field of the wrong type or out of range, naming it and what it should be.
+        """
+        kind: Any = type(self)
+        for name, adapter in _adapters(kind).items():
+            value = getattr(self, name)
+            if isinstance(value, jax.Array):
+                continue
+            try:
+                checked = adapter.validate_python(value.item() if isinstance(value, np.generic) else value, strict=True)
+            except pydantic.ValidationError as errors:
+                self.require(False, name, _expected(errors))
+            self.require(not isinstance(checked, float) or math.isfinite(checked), name, "a finite number")
+            object.__setattr__(self, name, checked)
 
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Raises a `UserError` naming the field where a condition does not hold."""
@@ -37,40 +79,49 @@ class Config:
             raise UserError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}, expected {expected}")
 
 
-def from_preset(
-    kind: type[Kind], method: str, presets: Mapping[str, Mapping[str, Any]], name: str, changes: Mapping[str, Any]
-) -> Kind:
-    """A configuration with the settings of a preset, and changes to them.
-
-    Raises:
-        UserError: for an unknown name, naming the method and the presets that it has.
-
-    Example:
-        >>> @dataclasses.dataclass(frozen=True)
-        ... class Example(Config):
-        ...     rate: float = 0.5
-        ...     steps: int = 10
-        >>> from_preset(Example, "example", {"fast": {"rate": 2.0}}, "fast", {"steps": 3})
-        Example(rate=2.0, steps=3)
-    """
-    if name not in presets:
-        raise UserError(f"unknown {method} preset {name!r}; known are {', '.join(presets)}")
-    return kind(**{**presets[name], **changes})
+def _expected(errors: pydantic.ValidationError) -> str:
+    """What pydantic says a value should be, as the end of a sentence."""
+    expected = errors.errors()[0]["msg"].removeprefix("Input should be ")
+    return f"a value {expected}" if expected.startswith(("greater", "less")) else expected
 
 
-def numbers(config: Config) -> dict[str, Any]:
-    """The float fields of a configuration as traced scalars, weakly typed: they take the precision of what they meet.
+@functools.cache
+def _adapters(cls: type[Config]) -> dict[str, pydantic.TypeAdapter[Any]]:
+    """The check of each field."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: pydantic.TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
 
-    Example:
-        >>> @dataclasses.dataclass(frozen=True)
-        ... class Example(Config):
-        ...     rate: float = 0.5
-        ...     steps: int = 10
-        >>> numbers(Example())
-        {'rate': Array(0.5, dtype=float32, weak_type=True)}
-    """
-    return {
-        field.name: jnp.asarray(float(getattr(config, field.name)))
-        for field in dataclasses.fields(config)
-        if field.type is float
-    }
+
+@functools.cache
+def _split(cls: type[Config]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the traced fields and of the static ones."""
+    hints = typing.get_type_hints(cls)
+
+    def traced(name: str) -> bool:
+        kind = hints[name]
+        return kind is float or (isinstance(kind, type) and issubclass(kind, Config))
+
+    names = [field.name for field in dataclasses.fields(cls)]
+    return tuple(filter(traced, names)), tuple(name for name in names if not traced(name))
+
+
+def _flatten(config: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    kind: Any = type(config)
+    traced, static = _split(kind)
+    return [getattr(config, name) for name in traced], tuple(getattr(config, name) for name in static)
+
+
+def _flatten_with_keys(config: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    children, static = _flatten(config)
+    kind: Any = type(config)
+    keys = map(jax.tree_util.GetAttrKey, _split(kind)[0])
+    return list(zip(keys, children, strict=True)), static
+
+
+def _unflatten(cls: Any, static_values: tuple[Any, ...], children: Any) -> Config:
+    """A configuration without its checks: JAX unflattens with tracers and with placeholders."""
+    config: Config = object.__new__(cls)
+    traced, static = _split(cls)
+    for name, value in (*zip(traced, children, strict=True), *zip(static, static_values, strict=True)):
+        object.__setattr__(config, name, value)
+    return config

@@ -8,31 +8,33 @@
     defenses:
       - {name: d3, label: d3_paper, preset: paper}
 
-An attack's entry holds its ``name``, a ``label`` (the name by default), its settings, and where its victims are trained
-otherwise than the others, the settings that differ under ``victim``. A defence's holds these and,
-where the method has them, ``preset`` and ``known_target``. Types are checked by pydantic; an unknown key, a wrong type
-or an unknown name is one line.
+An attack's entry holds its ``name``, a ``label`` (the name by default), its settings, and under ``victim`` the settings
+in which its victims' training differs from that of the others. A defense's entry holds the same except ``victim``, and
+where the method has them ``preset`` and ``known_target``. pydantic checks types and ranges; an unknown key, a wrong
+value and an unknown name are one line each.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from backdoor_jax.attacks import ATTACKS
-from backdoor_jax.defenses import DEFENSES
+from backdoor_jax.config import Config, _expected
+from backdoor_jax.defenses import DEFENSES, Defense
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Experiment, ModelConfig
 from backdoor_jax.training import TrainConfig
 
 
-def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads an experiment.
 
     Args:
         path: a YAML file.
-        overrides: ``key=value`` with dots for what lies deeper, such as ``victim.epochs=2`` or ``seeds=[0]``; the
-            value is YAML.
+        overrides: ``key=value``, with dots for nested keys, such as ``victim.epochs=2`` or ``seeds=[0]``; the value is
+            YAML.
 
     Raises:
         UserError: for anything that cannot be used, naming file and key.
@@ -56,14 +58,18 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
 def parse_experiment(document: dict[str, Any], where: str = "experiment") -> Experiment:
     """Turns plain values into an `Experiment`.
 
+    Args:
+        document: what the YAML holds.
+        where: what errors call it.
+
     Raises:
         UserError: for anything that cannot be used, naming ``where`` and the key.
 
     Example:
-        >>> parse_experiment({"name": "x", "attacks": [{"name": "badnets", "rate": "much"}], "defenses": []}, "x.yaml")
+        >>> parse_experiment({"name": "x", "attacks": [{"name": "badnets", "rate": 2}], "defenses": []}, "x.yaml")
         Traceback (most recent call last):
         ...
-        backdoor_jax.errors.UserError: x.yaml: attacks[0].rate: Input should be a valid number, ... (got 'much')
+        backdoor_jax.errors.UserError: x.yaml: attacks[0].rate is 2, expected a value less than or equal to 1
     """
     fields: dict[str, Any] = dict(document)
     for part, kind in (("data", DataConfig), ("model", ModelConfig), ("victim", TrainConfig)):
@@ -82,7 +88,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """The name and the value, which is YAML, of a ``key=value``.
 
     Raises:
-        UserError: where it is none.
+        UserError: for any other text.
 
     Example:
         >>> parse_override("victim.epochs=2")
@@ -99,31 +105,45 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"override {override!r}: the value is not YAML ({' '.join(str(error).split())})") from error
 
 
-def defense_config(name: str, preset: Any, settings: dict[str, Any], where: str) -> Any:
-    """A defence's configuration: a preset's, where one is named, with these settings.
+def make_defense(name: str, preset: str | None = None, overrides: Sequence[str] = ()) -> Defense:
+    """The defense of a name and a preset, with settings as ``key=value``.
 
     Raises:
-        UserError: for a preset or a setting that the defence does not have.
+        UserError: for an unknown name or preset, or a setting that cannot be used.
 
     Example:
-        >>> defense_config("d3", "paper", {"steps": 5}, "here").penalty
+        >>> make_defense("d3", "paper", ["steps=5"]).penalty
         10.0
     """
-    kind = DEFENSES[name].config
+    if name not in DEFENSES:
+        raise UserError(f"unknown defense {name!r}; known are {', '.join(DEFENSES)}")
+    return check_defense(name, preset, dict(map(parse_override, overrides)), name)
+
+
+def check_defense(name: str, preset: Any, settings: dict[str, Any], where: str) -> Defense:
+    """The defense of a known name, from the settings of a preset, where there is one, and further settings.
+
+    Raises:
+        UserError: for an unknown preset, or a setting that cannot be used.
+    """
+    defense = DEFENSES[name]
     if preset is not None:
         if not isinstance(preset, str):
             raise UserError(f"{where}: preset {preset!r} must be a name")
-        if not hasattr(kind, "preset"):
-            raise UserError(f"{where}: {name} has no presets; leave the key out")
         try:
-            settings = {**dataclasses.asdict(kind.preset(preset)), **settings}
+            defense.preset(preset)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-    return check(kind, settings, where)
+        settings = {**defense.presets[preset], **settings}
+    return check(defense, settings, where)
 
 
 def check(kind: type[Any], values: Any, where: str) -> Any:
-    """Makes a configuration of plain values, with every type checked."""
+    """The configuration of a type from plain values, such as YAML holds.
+
+    Raises:
+        UserError: for an unknown or missing key, or a value of the wrong type or out of range.
+    """
     import pydantic
 
     if not isinstance(values, dict):
@@ -131,19 +151,23 @@ def check(kind: type[Any], values: Any, where: str) -> Any:
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as errors:
-        first = errors.errors()[0]
-        if isinstance(first.get("ctx", {}).get("error"), UserError):
-            raise UserError(f"{where}: {first['ctx']['error']}") from errors
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = ", ".join(field.name for field in dataclasses.fields(kind))
-            raise UserError(f"{where}: unknown key {key!r}; known are {known}") from errors
-        if first["type"] in ("missing", "missing_argument"):
-            raise UserError(f"{where}: {key}: missing; give it a value") from errors
-        joint = "." if ": " in where else ": "
-        raise UserError(f"{where}{joint}{key}: {first['msg']} (got {first['input']!r})") from errors
+        raise UserError(f"{where}{_explain(errors, kind, values, where)}") from errors
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _explain(errors: Any, kind: type[Config], values: dict[str, Any], where: str) -> str:
+    """What is wrong with values, after the place where they are."""
+    first = errors.errors()[0]
+    if isinstance(first.get("ctx", {}).get("error"), UserError):
+        return f": {first['ctx']['error']}"
+    key = first["loc"][0] if first["loc"] else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        return f": unknown key {key!r}; known are {known}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f": {key}: missing; give it a value"
+    return f"{'.' if ': ' in where else ': '}{key} is {values.get(key)!r}, expected {_expected(errors)}"
 
 
 def _attack(entry: Any, where: str, victim: TrainConfig) -> AttackEntry:
@@ -158,15 +182,15 @@ def _attack(entry: Any, where: str, victim: TrainConfig) -> AttackEntry:
 
 def _defense(entry: Any, where: str) -> DefenseEntry:
     name, label, settings = _named(entry, where, DEFENSES)
-    kind = DEFENSES[name].config
     known_target = settings.pop("known_target", False)
-    if known_target not in (True, False) or (known_target and not hasattr(kind(), "target")):
-        raise UserError(f"{where}: known_target must be true or false, and only a method with a target takes it")
-    config = defense_config(name, settings.pop("preset", None), settings, where)
-    return DefenseEntry(label, name, config, bool(known_target))
+    if known_target not in (True, False) or (known_target and not DEFENSES[name].targeted):
+        raise UserError(f"{where}: known_target must be true or false, and true only for a method with a target")
+    defense = check_defense(name, settings.pop("preset", None), settings, where)
+    return DefenseEntry(label, defense, bool(known_target))
 
 
 def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Name, label and settings of an entry."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{where}: expected a name and settings, such as {{name: {next(iter(known))}}}")
     settings = dict(entry)
@@ -180,6 +204,7 @@ def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dic
 
 
 def _override(document: dict[str, Any], path: list[str], value: Any, shown: str) -> None:
+    """Sets a value of a document of nested keys."""
     for part in path[:-1]:
         document = document.setdefault(part, {})
         if not isinstance(document, dict):

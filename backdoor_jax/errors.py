@@ -1,27 +1,27 @@
-"""The errors a user can mend.
+"""Errors that users can fix.
 
-Every message says what was wrong, what was expected and how to mend it; the command line prints it in one line and
-leaves with exit code 2.
+Every message says what was wrong, what was expected and how to fix it. The command line prints it in one line and
+exits with code 2.
 """
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message names the mend."""
+    """Something the user gave cannot be used; the message says how to fix it."""
 
 
 class NonFiniteError(UserError):
     """A model's weights or logits are not finite.
 
-    It is an error and never a rate, since the argmax of NaN is class 0, which would read as an attack success of 1.
+    It is an error and never a rate: the argmax of NaN is class 0, which would read as an attack success rate of 1.
     """
 
 
 class FailedRepairs(UserError):
-    """Some repairs of an experiment could not be made; the others were, and have their rows."""
+    """Some repairs of an experiment failed; the others succeeded and have their rows."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in one line, or its kind where it says nothing.
+    """The first line of an error's message, or its type where the message is empty.
 
     Example:
         >>> first_line(OSError("no room\\nat all")), first_line(EOFError())

@@ -1,12 +1,12 @@
-"""Detection: TAC's scan and MM-BD on an experiment's victims and twins, and on models trained on mislabelled images.
+"""Detection: TAC's scan and MM-BD on an experiment's victims and clean models, and on models with mislabeled images.
 
     backdoor-jax run configs/super_finetune05_small.yaml --out runs/super_finetune05_small
     python benchmarks/detection.py configs/super_finetune05_small.yaml --out runs/super_finetune05_small \
-        --mislabelled any:0:160 1:2:160
+        --mislabeled any:0:160 1:2:160
 
-``--mislabelled FROM:TO:COUNT`` trains a model on the unpoisoned images, COUNT of which (of class FROM, or of any class)
-have the label TO, without any trigger: a mistake such as annotators make. Writes OUT/detection.jsonl, a row for each
-model and test. Run again, it goes on where it was. Victims that are not there yet are trained first.
+``--mislabeled FROM:TO:COUNT`` trains a model on the clean images, COUNT of which (of class FROM, or of any class) have
+the label TO, without any trigger: a mistake such as annotators make. Writes OUT/detection.jsonl, a row for each model
+and test. Re-running resumes. Missing victims are trained first.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import measuring
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="the experiment whose victims are looked at")
+    parser.add_argument("config", type=Path, help="the experiment whose victims are tested")
     parser.add_argument("--out", type=Path, required=True, help="its folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--starts", type=int, default=30, help="MM-BD's starts for a class (default: 30, as published)")
-    parser.add_argument("--mislabelled", nargs="*", default=[], metavar="FROM:TO:COUNT", help="models to train besides")
+    parser.add_argument("--mislabeled", nargs="*", default=[], metavar="FROM:TO:COUNT", help="further models to train")
     measuring.command(parser, run)
 
 
@@ -36,30 +36,38 @@ def run(arguments: argparse.Namespace) -> None:
     from backdoor_jax.data import Dataset
     from backdoor_jax.defenses import scan
     from backdoor_jax.errors import UserError
-    from backdoor_jax.experiment import read_rows, run_experiment, write_rows
-    from backdoor_jax.experiment.rows import where
-    from backdoor_jax.experiment.victims import clean_subset, prepare_task, prepare_victim, streams
+    from backdoor_jax.experiment import (
+        append_row,
+        clean_subset,
+        make_workspace,
+        prepare_model,
+        read_rows,
+        run_experiment,
+        streams,
+    )
+    from backdoor_jax.experiment.rows import environment
     from backdoor_jax.metrics import MarginConfig, evaluate, mm_bd
     from backdoor_jax.models import Variables
     from backdoor_jax.training import Stopwatch, train
 
     experiment = dataclasses.replace(load_experiment(arguments.config), seeds=tuple(arguments.seeds), defenses=())
-    task, classifier = prepare_task(experiment)
+    workspace = make_workspace(experiment, arguments.out)
+    task, classifier = workspace.task, workspace.classifier
     labels = np.asarray(task.train.labels)
     mistakes: dict[str, tuple[np.ndarray, int, int]] = {}
-    for name in arguments.mislabelled:
+    for name in arguments.mislabeled:
         if not re.fullmatch(r"(any|\d+):\d+:\d+", name):
-            raise UserError(f"--mislabelled {name}: expected FROM:TO:COUNT, classes from 0 or any, such as any:0:160")
+            raise UserError(f"--mislabeled {name}: expected FROM:TO:COUNT, classes from 0 or any, such as any:0:160")
         source, to, count = name.split(":")
         pool = np.flatnonzero(labels != int(to) if source == "any" else labels == int(source))
         if int(count) > len(pool):
-            raise UserError(f"--mislabelled {name}: there are {len(pool)} such images; lower the last number")
+            raise UserError(f"--mislabeled {name}: there are {len(pool)} such images; lower the last number")
         mistakes[name] = pool, int(to), int(count)
     run_experiment(experiment, arguments.out)
     path = arguments.out / "detection.jsonl"
     rows = read_rows(path)
 
-    def look(name: str, seed: int, variables: Variables, clean: np.ndarray, known: dict[str, Any]) -> None:
+    def detect(name: str, seed: int, variables: Variables, clean: np.ndarray, known: dict[str, Any]) -> None:
         def by_scan() -> dict[str, Any]:
             tests = scan(classifier, variables, task.train.images[clean]).tests
             return {key: (test.smallest, test.p_value) for key, test in tests.items()}
@@ -74,40 +82,38 @@ def run(arguments: argparse.Namespace) -> None:
             with Stopwatch() as watch:
                 found = test()
             for statistic, (target, p_value) in found.items():
-                rows.append(
-                    {
-                        **{"model": name, "seed": seed, **known, "statistic": statistic},
-                        **{"target": int(target), "p_value": p_value, "clean": len(clean)},
-                        **{"seconds": round(watch.seconds, 3), **where()},
-                    }
-                )
+                row = {
+                    **{"model": name, "seed": seed, **known, "statistic": statistic},
+                    **{"target": int(target), "p_value": p_value, "clean": len(clean)},
+                    **{"seconds": round(watch.seconds, 3), **environment()},
+                }
+                append_row(path, row)
                 told = "too few classes" if p_value is None else f"p = {p_value:.2g}"
                 print(f"{name} seed {seed}: {statistic} class {target}, {told}", flush=True)
-        write_rows(path, rows)
 
     for seed in experiment.seeds:
-        clean = clean_subset(experiment, task, seed)
+        clean = clean_subset(workspace, seed)
         seen = {row["model"] for row in rows if row["seed"] == seed}
-        twin = prepare_victim(experiment, task, classifier, None, seed, arguments.out)
+        clean_model = prepare_model(workspace, None, seed)
         victims = (
-            prepare_victim(experiment, task, classifier, entry, seed, arguments.out, twin.variables)
+            prepare_model(workspace, entry, seed, clean_model.variables)
             for entry in experiment.attacks
             if entry.label not in seen
         )
-        for victim in (twin, *victims):
-            if victim.label not in seen:
-                look(victim.label, seed, victim.variables, clean, {"acc": victim.scores.acc, "asr": victim.scores.asr})
+        for model in (clean_model, *victims):
+            if model.label not in seen:
+                detect(model.label, seed, model.variables, clean, {"acc": model.scores.acc, "asr": model.scores.asr})
         for name, (pool, to, count) in mistakes.items():
             if name in seen:
                 continue
             draw_key, train_key = jax.random.split(streams(seed, f"mislabelled {name}")["analysis"])
             wrong = np.asarray(jax.random.permutation(draw_key, pool))[:count]
             training_set = Dataset(task.train.images, task.train.labels.at[wrong].set(to))
-            variables, _ = train(
+            variables = train(
                 train_key, classifier, training_set, experiment.training(None), flip=task.flip, name=name
-            )
+            ).variables
             known = {"acc": evaluate(classifier, variables, task.test).acc, "of_class": int((labels == to).sum())}
-            look(name, seed, variables, np.setdiff1d(clean, wrong), known)
+            detect(name, seed, variables, np.setdiff1d(clean, wrong), known)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     python benchmarks/prepare_data.py --source FOLDER --out data --only cifar10 gtsrb_half
     python benchmarks/encoder.py --pretrain data/cifar10.npz --downstream data/gtsrb_half.npz --out runs/encoder
 
-For each seed an encoder is pre-trained without labels, a backdoor is planted in a copy, and on either a downstream
-classifier is built: its head alone is trained (`classifier`), then the whole model is tuned (`whole`). ACC, ASR and
-seconds of each go to OUT/encoder.jsonl; encoders are kept in OUT/encoders, so that a stopped run goes on. The claim to
-be checked is the super-fine-tuning paper's: tuning the whole model removes the backdoor, tuning the classifier alone
-does not. BadEncoder's settings are the released code's but for what is given here. It can only reach a target whose
-references the downstream classifier itself takes for it; the rows say how many it does (`references_right`).
+For each seed an encoder is pre-trained without labels and a copy of it is backdoored. On each of the two a downstream
+classifier is built: first its head alone is trained (`classifier`), then the whole model is tuned (`whole`). ACC, ASR
+and seconds of each go to OUT/encoder.jsonl; encoders are stored in OUT/encoders. Re-running resumes. The claim under
+test is the super-fine-tuning paper's: tuning the whole model removes the backdoor, tuning the head alone does not.
+BadEncoder's settings are the released code's except for those given here. It can only reach a target class whose
+references the downstream classifier classifies correctly; the rows say how many it does (`references_right`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrain", required=True, help="images to pre-train on: digits, a plain .npz or tfds:NAME")
     parser.add_argument("--pretrain-size", type=int, help="so many of them (default: all)")
-    parser.add_argument("--downstream", required=True, help="the downstream task, likewise")
+    parser.add_argument("--downstream", required=True, help="the downstream task: digits, a plain .npz or tfds:NAME")
     parser.add_argument("--train", type=int, help="so many of its training images (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and encoders")
     parser.add_argument(
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1000, help="of SimCLR (default: 1000, the published)")
     parser.add_argument("--attack-epochs", type=int, default=200, help="of BadEncoder (default: 200, the published)")
     parser.add_argument("--steps", type=int, default=1000, help="of tuning the whole model (default: 1000)")
-    parser.add_argument("--target", type=int, default=0, help="downstream class that triggered images shall go to")
+    parser.add_argument(
+        "--target", type=int, default=0, help="downstream class that triggered images should be classified as"
+    )
     parser.add_argument("--references", type=int, default=3, help="of the attacker, of that class (default: 3, ours)")
     parser.add_argument("--trigger-size", type=int, default=10, help="pixels of the square (default: 10)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -43,13 +45,13 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """All seeds that are not done yet."""
-    from backdoor_jax import build_classifier, load_task
+    """Runs all seeds that are not done."""
+    from backdoor_jax import build_classifier, load
     from backdoor_jax.errors import UserError
-    from backdoor_jax.experiment import read_rows, write_rows
+    from backdoor_jax.experiment import append_row, read_rows
 
-    images = load_task(arguments.pretrain, arguments.pretrain_size).train
-    task = load_task(arguments.downstream, arguments.train)
+    images = load(arguments.pretrain, arguments.pretrain_size).train
+    task = load(arguments.downstream, arguments.train)
     if images.images.shape[1:] != task.train.images.shape[1:]:
         raise UserError(
             f"images to pre-train on have shape {images.images.shape[1:]}, the downstream task's "
@@ -61,8 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     claim(arguments)
     for seed in arguments.seeds:
         if not any(row["seed"] == seed for row in rows):
-            rows += one_seed(arguments, encoder, images, task, seed)
-            write_rows(path, rows)
+            for row in one_seed(arguments, encoder, images, task, seed):
+                append_row(path, row)
 
 
 def claim(arguments: argparse.Namespace) -> None:
@@ -88,8 +90,8 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
     """Both encoders of a seed, and the rows of what is built on them."""
     import jax
 
-    from backdoor_jax import BadNets, FineTuneConfig, evaluate, finetune
-    from backdoor_jax.experiment.rows import where
+    from backdoor_jax import BadNets, FineTune, evaluate
+    from backdoor_jax.experiment.rows import environment
     from backdoor_jax.metrics import predict
     from backdoor_jax.scenarios import BadEncoderConfig, bad_encoder, probe
     from backdoor_jax.training import SimCLRConfig, Stopwatch, pretrain
@@ -100,7 +102,7 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
     references = task.train.images[task.train.labels == arguments.target][: arguments.references]
     simclr = SimCLRConfig(epochs=arguments.epochs)
     planting = BadEncoderConfig(epochs=arguments.attack_epochs)
-    tuning = FineTuneConfig(steps=arguments.steps, flip=task.flip)
+    tuning = FineTune(steps=arguments.steps, flip=task.flip)
 
     def kept(name: str, make: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
         return keep(arguments.out / "encoders" / f"{name}-{seed}", encoder, make)
@@ -115,7 +117,7 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
             classifier, probed = probe(head_key, encoder, variables, task.train, task.num_classes)
             jax.block_until_ready(probed)
         with Stopwatch() as together:
-            whole = finetune(whole_key, classifier, probed, task.train, tuning).variables
+            whole = tuning.repair(whole_key, classifier, probed, task.train).variables
             jax.block_until_ready(whole)
         for trained, model, watch in (("classifier", probed, alone), ("whole", whole, together)):
             scores = evaluate(classifier, model, task.test, trigger, label_map)
@@ -131,7 +133,7 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
                     **scores._asdict(),
                     "references_right": float(seen),
                     "seconds": round(watch.seconds, 3),
-                    **where(),
+                    **environment(),
                     "encoder_seconds": info["seconds"],
                     "last_epoch": info["last_epoch"],
                     "config": {

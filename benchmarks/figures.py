@@ -18,10 +18,11 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from backdoor_jax.analyses import ANALYSES
+    from backdoor_jax.drawing import save_figure
     from backdoor_jax.errors import UserError
     from backdoor_jax.experiment import read_rows
-    from backdoor_jax.report.analyses import SECTIONS
-    from backdoor_jax.report.figures import save, scatter
+    from backdoor_jax.report.figures import scatter
     from backdoor_jax.report.table import compact, markdown
 
     experiments = {name: read_rows(arguments.results / name / "results.jsonl") for name in arguments.names}
@@ -31,11 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in experiments.items():
         print(f"{name}\n\n{markdown(rows)}\n\nACC / ASR:\n\n{compact(rows)}\n")
-        for draw in (scatter, *(draw for _, _, draw in SECTIONS)):
-            figure = draw(rows)
+        figures = {"scatter": scatter(rows), **{key: analysis.draw(rows) for key, analysis in ANALYSES.items()}}
+        for key, figure in figures.items():
             if figure is not None:
-                file = arguments.out / f"{name}-{draw.__name__}.png"
-                save(figure, file)
+                file = arguments.out / f"{name}-{key}.png"
+                save_figure(figure, file)
                 print(file)
 
 

@@ -81,7 +81,7 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Floating-point operations of one call, counted by XLA before it optimises for a CPU; for a GPU it counts none."""
+    """Floating-point operations of one call, counted by XLA before it optimizes for a CPU; for a GPU it counts none."""
     import jax
 
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arguments)
@@ -187,7 +187,7 @@ def in_a_process(script: str, *words: str) -> dict[str, Any]:
 
 
 def write(arguments: argparse.Namespace, name: str, content: dict[str, Any]) -> Path:
-    """One JSON file for this run: ``NAME-DEVICE.json``; what is quick or but a part never replaces the whole."""
+    """One JSON file for this run: ``NAME-DEVICE.json``; a quick or partial run never replaces a complete one."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     name += ("-quick" if arguments.quick else "") + ("-part" if arguments.only else "")
     kind = content["about"]["device"].lower().replace(" ", "_")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backdoor_jax.files import whole
+from backdoor_jax.files import atomic_write
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
 SETS = {
@@ -44,7 +44,7 @@ def main() -> None:
         arrays = unpack.load_cifar10() if name == "cifar10" else unpack.load(arguments.source / f"{name}.npz")
         normalization, flip = SETS[name]
         target = arguments.out / f"{name}.npz"
-        with whole(target) as place:
+        with atomic_write(target) as place:
             np.savez(
                 place, **{key: arrays[key] for key in KEYS}, normalization=np.str_(normalization), flip=np.bool_(flip)
             )

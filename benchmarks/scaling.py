@@ -42,16 +42,16 @@ def victims(point: int, how: str, width: int) -> Callable[[], Any]:
     from backdoor_jax.compiling import jit
     from backdoor_jax.training import epoch, fit, fit_many, mesh_for, stack
 
-    step, state, data, key, constants = epoch_of(width, 256)
+    step, state, data, key = epoch_of(width, 256)
     options: dict[str, Any] = {"epochs": 1, "batch_size": 64}
     if how == "one by one":
-        return lambda: [fit(key, step, state, data, constants, **options)[0] for _ in range(point)]
-    keys, states, sets, many = stack([(key, state, data, constants)] * point)
+        return lambda: [fit(key, step, state, data, **options).state for _ in range(point)]
+    keys, steps, states, sets = stack([(key, step, state, data)] * point)
     if how == "vmap":
-        each = jit(jax.vmap(lambda *own: epoch(*own, step=step, batch_size=64)))
-        return lambda: each(states, sets, keys, many)
+        each = jit(jax.vmap(lambda *run: epoch(*run, batch_size=64)))
+        return lambda: each(states, sets, keys, steps)
     mesh = mesh_for(point, jax.devices()[: point if how == "sharded" else 1])
-    return lambda: fit_many(keys, step, states, sets, many, **options, mesh=mesh)[0]
+    return lambda: fit_many(keys, steps, states, sets, **options, mesh=mesh).state
 
 
 def devices(point: int, how: str, width: int) -> Callable[[], Any]:
@@ -62,24 +62,22 @@ def devices(point: int, how: str, width: int) -> Callable[[], Any]:
 
     from backdoor_jax.training import fit
 
-    step, state, data, key, constants = epoch_of(width, 256)
+    step, state, data, key = epoch_of(width, 256)
     mesh = Mesh(np.array(jax.devices()[:point]), ("batch",))
     sharding = NamedSharding(mesh, PartitionSpec("batch"))
-    return lambda: fit(key, step, state, data, constants, epochs=1, batch_size=64, sharding=sharding)[0]
+    return lambda: fit(key, step, state, data, epochs=1, batch_size=64, sharding=sharding).state
 
 
-def epoch_of(width: int, count: int) -> tuple[Any, Any, Any, Any, Any]:
-    """A supervised step, its first state, random data, a key and constants."""
+def epoch_of(width: int, count: int) -> tuple[Any, Any, Any, Any]:
+    """A supervised step, its first state, random data and a key."""
     import jax
 
-    import backdoor_jax as bj
-    from backdoor_jax.config import numbers
-    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss
+    from backdoor_jax.training import SGD, Cosine, GradientStep, supervised_loss
 
     classifier, variables = network(Size(width, 0, 0))
-    step = GradientStep(SupervisedLoss(classifier), CosineSGD(100))
-    constants = numbers(bj.TrainConfig())
-    return step, step.init(variables, constants), random_data(count), jax.random.key(1), constants
+    loss = jax.tree_util.Partial(supervised_loss, classifier)
+    step = GradientStep(loss, SGD(schedule=Cosine(100), momentum=0.9, weight_decay=5e-4))
+    return step, step.init(variables), random_data(count), jax.random.key(1)
 
 
 SCALES: dict[str, tuple[Callable[[int, str, int], Callable[[], Any]], tuple[str, ...], tuple[int, ...]]] = {

@@ -46,14 +46,13 @@ def tuning(size: Size, name: str) -> Work:
     """Victim training, FT, D3, super-fine-tuning, TAC's fine-tuning: ``steps`` gradient steps."""
     import jax
     import jax.numpy as jnp
+    from jax.tree_util import Partial
 
     import backdoor_jax as bj
-    from backdoor_jax.config import numbers
     from backdoor_jax.data import Augment
     from backdoor_jax.defenses import DEFENSES
-    from backdoor_jax.defenses.base import tune
-    from backdoor_jax.defenses.tac import TacLoss
-    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, batch_shape, cross_entropy, fit
+    from backdoor_jax.defenses.tac import tac_loss
+    from backdoor_jax.training import GradientStep, batch_shape, cross_entropy, fit, supervised_loss
 
     batch = 128 if name == "victim" else 250
     data = random_data(10 * batch)
@@ -62,30 +61,27 @@ def tuning(size: Size, name: str) -> Work:
     steps, epochs = 10 * -(-size.steps // 10), -(-size.steps // 10)
     if name == "victim":
         training = bj.TrainConfig(epochs=epochs, batch_size=batch)
-        step = GradientStep(SupervisedLoss(classifier), CosineSGD(steps, epochs))
-        constants = numbers(training)
-        state = step.init(variables, constants)
+        step = GradientStep(Partial(supervised_loss, classifier), training.optimizer(len(data)))
+        state = step.init(variables)
 
         def run() -> Any:
             augment = Augment(crop=4, flip=True)
-            return fit(key, step, state, data, constants, epochs=epochs, batch_size=batch, augment=augment)[0]
+            return fit(key, step, state, data, epochs=epochs, batch_size=batch, augment=augment).state
     elif name == "tac_tuning":
-        tac = bj.TacConfig(steps=steps, flip=True)
-        moved = GradientStep(TacLoss(classifier), CosineSGD(steps))
+        tac = bj.TAC(steps=steps, flip=True)
         latent = classifier.features(variables, data.images[:1], train=False)[0]
-        constants = {**numbers(tac), "perturbation": jnp.ones(latent.shape[1]) / 10}
+        loss = Partial(tac_loss, classifier, tac.beta, jnp.ones(latent.shape[1]) / 10)
 
         def run() -> Any:
-            return tune(key, moved, variables, data, constants, tac, "tac")[0]
+            return tac.tune(key, GradientStep(loss, tac.optimizer), variables, data).variables
     else:
-        method = DEFENSES[name]
-        config: Any = method.config
-        settings = config(steps=steps, flip=True)
-        an_epoch, batch = batch_shape(len(data), settings.batch_size)
+        make: Any = DEFENSES[name]
+        defense = make(steps=steps, flip=True)
+        an_epoch, batch = batch_shape(len(data), defense.batch_size)
         steps = an_epoch * -(-steps // an_epoch)
 
         def run() -> Any:
-            return method.run(key, classifier, variables, data, settings).variables
+            return defense.repair(key, classifier, variables, data).variables
 
     def gradient(params: Any, images: Any) -> Any:
         def loss(params: Any) -> Any:
@@ -112,12 +108,12 @@ def bounding(size: Size) -> Work:
     """PAD-FT's second stage: Adam on the bounds, backwards through the frozen network."""
     import jax
 
-    from backdoor_jax.defenses import PadConfig, bound_activations
+    from backdoor_jax.defenses import PAD, bound_activations
 
     images = min(size.images, 3000)
     data = random_data(images)
     classifier, variables = network(size)
-    config = PadConfig(bound_epochs=2)
+    config = PAD(bound_epochs=2)
 
     def run() -> Any:
         return bound_activations(jax.random.key(1), classifier, variables, data, config)[0]
@@ -133,12 +129,12 @@ def head_tuning(size: Size) -> Work:
     """PAD-FT's third stage: features of all views once, then the head alone."""
     import jax
 
-    from backdoor_jax.defenses import PadFtConfig, tune_classifier
+    from backdoor_jax.defenses import PADFT, tune_classifier
 
     images = min(size.images, 3000)
     data = random_data(images)
     classifier, variables = network(size)
-    config = PadFtConfig()
+    config = PADFT()
 
     def run() -> Any:
         return tune_classifier(jax.random.key(1), classifier, variables, data, config)[0]
@@ -154,32 +150,32 @@ def head_recomputing(size: Size) -> Work:
     """Two epochs of the same with no features kept: every step runs the frozen network on all views of its batch."""
     import jax
     import jax.numpy as jnp
+    from jax.tree_util import Partial
 
-    from backdoor_jax.config import numbers
     from backdoor_jax.data import Augment, Dataset
-    from backdoor_jax.defenses import PadFtConfig
-    from backdoor_jax.defenses.pad_ft import ClassifierLoss
-    from backdoor_jax.training import CosineSGD, GradientStep, batch_shape, fit
+    from backdoor_jax.defenses import PADFT
+    from backdoor_jax.defenses.pad_ft import classifier_loss
+    from backdoor_jax.training import SGD, Cosine, GradientStep, batch_shape, fit
 
     images, epochs = min(size.images, 3000), 2
     data = random_data(images)
     classifier, variables = network(size)
-    config = PadFtConfig()
+    config = PADFT()
     augment = Augment(flip=bool(config.flip), brightness=config.brightness, contrast=config.contrast)
 
-    def loss(variables: Any, batch: Dataset, key: Any, constants: Any) -> Any:
+    def loss(config: PADFT, variables: Any, batch: Dataset, key: Any) -> Any:
         views = [batch.images, *(augment(one, batch.images) for one in jax.random.split(key, config.views))]
         seen = jnp.stack([classifier.features(variables, view)[0] for view in views], axis=1)
-        return ClassifierLoss(classifier)(variables, Dataset(seen, batch.labels), key, constants)
+        return classifier_loss(classifier, config, variables, Dataset(seen, batch.labels), key)
 
     steps, _ = batch_shape(images, config.batch_size)
-    step = GradientStep(loss, CosineSGD(steps * epochs), trainable=(classifier.head_path,))
-    constants = numbers(config)
-    state = step.init(variables, constants)
+    optimizer = SGD(config.learning_rate, Cosine(steps * epochs), config.momentum, config.weight_decay)
+    step = GradientStep(Partial(loss, config), optimizer, trainable=(classifier.head_path,))
+    state = step.init(variables)
 
     def run() -> Any:
         key = jax.random.key(1)
-        return fit(key, step, state, data, constants, epochs=epochs, batch_size=config.batch_size)[0]
+        return fit(key, step, state, data, epochs=epochs, batch_size=config.batch_size).state
 
     one = measuring.forward_flops(classifier, variables, data.images)
     seen = images * (1 + config.views) * epochs

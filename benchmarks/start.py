@@ -63,15 +63,15 @@ def until_the_first_epoch(config: str, out: str) -> str:
     import jax
 
     from backdoor_jax.cli import main as command
-    from backdoor_jax.training import engine
+    from backdoor_jax.training import fitting
 
-    run_epoch = engine.run_epoch
+    compiled_epoch = fitting._compiled_epoch
 
     def leave(*arguments: object, **options: object) -> None:
-        jax.block_until_ready(run_epoch(*arguments, **options))
+        jax.block_until_ready(compiled_epoch(*arguments, **options))
         os._exit(0)
 
-    engine.run_epoch = leave  # type: ignore[assignment]
+    fitting._compiled_epoch = leave  # type: ignore[assignment]
     return f"no epoch was run (exit code {command(['run', config, '--out', out])})"
 
 

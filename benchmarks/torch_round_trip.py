@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 import backdoor_jax as bj
-from backdoor_jax.commands import parse_normalization
+from backdoor_jax.attacks import AttackContext
+from backdoor_jax.cli import parse_normalization
+from backdoor_jax.data import clean_indices
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from torch_networks import torch_preact_resnet18
@@ -55,11 +57,11 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    task = bj.load_task(arguments.data)
+    task = bj.load(arguments.data)
     attack = bj.BadNets()
-    scene = bj.Scene(bj.build_classifier("preact_resnet18", task.num_classes, width=arguments.width), task.train)
-    poisoned, trigger, _ = attack.poison(jax.random.key(0), scene)
-    clean = task.train.take(bj.clean_indices(jax.random.key(2), task.train.labels, 0.05, task.num_classes))
+    classifier = bj.build_classifier("preact_resnet18", task.num_classes, width=arguments.width)
+    poisoned, trigger, _ = attack.poison(jax.random.key(0), AttackContext(classifier, task.train))
+    clean = task.train.take(clean_indices(jax.random.key(2), task.train.labels, 0.05, task.num_classes))
     np.savez(
         out / "clean.npz",
         train_images=clean.images,
@@ -153,11 +155,11 @@ def train(network: Any, data: bj.Dataset, mean: Moment, std: Moment, epochs: int
             schedule.step()
             right += int((logits.argmax(1) == labels[chosen]).sum())
         seconds = time.perf_counter() - started
-        print(f"PyTorch, epoch {epoch + 1}: {100 * right / (steps * batch):.1f} % right, {seconds:.0f} s", flush=True)
+        print(f"PyTorch, epoch {epoch + 1}: {100 * right / (steps * batch):.1f} % correct, {seconds:.0f} s", flush=True)
 
 
 def prepared(images: np.ndarray, mean: Moment, std: Moment) -> Any:
-    """Normalised float images in PyTorch's order."""
+    """Normalized float images in PyTorch's order."""
     x = (images.astype(np.float32) / 255 - mean) / std
     return torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
 

@@ -107,7 +107,7 @@ class Side:
                 for group in optimizer.param_groups:
                     group["lr"] = 0.005 * (1 + np.cos(np.pi * (step * 100 // self.steps) / 100))
                 with autocast:
-                    logits = forward(self.normalised(images)).float()
+                    logits = forward(self.normalized(images)).float()
                 if d3:
                     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
                     loss = penalty * torch.relu(losses - epsilon).mean() - (weight - origin).norm()
@@ -156,7 +156,7 @@ class Side:
             x = x.permute(0, 2, 3, 1)[picks, (rows + along)[:, :, None], where].permute(0, 3, 1, 2)
             yield x.float().div(255), self.labels[chosen]
 
-    def normalised(self, images: Any) -> Any:
+    def normalized(self, images: Any) -> Any:
         return (images - self.mean) / self.std
 
     @torch.inference_mode()
@@ -170,11 +170,11 @@ class Side:
             pixels, wanted = self.work[images], self.work[labels]
             if tuned:
                 parts = torch.tensor(pixels.transpose(0, 3, 1, 2)).to(self.device).split(500)
-                answers = [network(self.normalised(part.float().div(255))).argmax(1).cpu() for part in parts]
+                answers = [network(self.normalized(part.float().div(255))).argmax(1).cpu() for part in parts]
             else:
                 data = Decoded(pixels, wanted, augmented=False, flip=False)
                 loader = torch.utils.data.DataLoader(data, self.batch, num_workers=2)
-                answers = [network(self.normalised(x.to(self.device))).argmax(1).cpu() for x, _ in loader]
+                answers = [network(self.normalized(x.to(self.device))).argmax(1).cpu() for x, _ in loader]
             rates[rate] = float((torch.cat(answers).numpy() == wanted).mean())
         return rates
 

@@ -1,11 +1,11 @@
-"""The transfer-based scenario: an experiment's victims are fine-tuned for another task, conventionally and super-.
+"""The transfer scenario: an experiment's victims are fine-tuned for another task, conventionally and by SFT.
 
     backdoor-jax run configs/gtsrb_small.yaml --out runs/gtsrb_small
     python benchmarks/transfer.py configs/gtsrb_small.yaml --out runs/gtsrb_small --data data/cifar10.npz --train 10000
 
-Writes OUT/transfer.jsonl: for each victim, each unpoisoned twin and each method ACC on the new task, the class that
-triggered images go to, and how many do with and without the trigger (see `backdoor_jax.scenarios.transfer`). Run again,
-it goes on where it was. Victims that are not there yet are trained first.
+Writes OUT/transfer.jsonl: for each victim, each clean model and each method, the accuracy on the new task, the class
+predicted for most triggered images, and its share with and without the trigger (see `backdoor_jax.scenarios.transfer`).
+Re-running resumes. Missing victims are trained first.
 """
 
 import argparse
@@ -30,62 +30,59 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     import jax
 
-    from backdoor_jax import load_task
+    from backdoor_jax import FineTune, SuperFineTune, load
     from backdoor_jax.config_files import load_experiment
-    from backdoor_jax.defenses import FineTuneConfig, SuperFineTuneConfig
-    from backdoor_jax.experiment import read_rows, run_experiment, write_rows
-    from backdoor_jax.experiment.rows import where
-    from backdoor_jax.experiment.victims import prepare_task, prepare_victim
-    from backdoor_jax.scenarios import following, transfer
+    from backdoor_jax.experiment import append_row, make_workspace, prepare_model, read_rows, run_experiment
+    from backdoor_jax.experiment.rows import environment
+    from backdoor_jax.scenarios import evaluate_transfer, transfer
     from backdoor_jax.training import Stopwatch
 
     experiment = dataclasses.replace(load_experiment(arguments.config), seeds=tuple(arguments.seeds), defenses=())
     run_experiment(experiment, arguments.out)
-    first, classifier = prepare_task(experiment)
-    second = load_task(arguments.data, arguments.train)
-    methods: dict[str, FineTuneConfig | SuperFineTuneConfig] = {
-        "finetune": FineTuneConfig(steps=arguments.steps, flip=second.flip),
-        "super_finetune": SuperFineTuneConfig.preset(arguments.preset, steps=arguments.steps, flip=second.flip),
-    }
+    workspace = make_workspace(experiment, arguments.out)
+    second = load(arguments.data, arguments.train)
+    methods: tuple[FineTune | SuperFineTune, ...] = (
+        FineTune(steps=arguments.steps, flip=second.flip),
+        SuperFineTune.preset(arguments.preset, steps=arguments.steps, flip=second.flip),
+    )
 
     path = arguments.out / "transfer.jsonl"
     rows = read_rows(path)
     for seed in experiment.seeds:
-        twin = prepare_victim(experiment, first, classifier, None, seed, arguments.out)
+        clean_model = prepare_model(workspace, None, seed)
         for entry in experiment.attacks:
-            victim = prepare_victim(experiment, first, classifier, entry, seed, arguments.out, twin.variables)
+            victim = prepare_model(workspace, entry, seed, clean_model.variables)
             assert victim.trigger is not None
-            for source in (victim, twin):
-                for method, config in methods.items():
+            for source in (victim, clean_model):
+                for method in methods:
                     known = {
                         "trigger": victim.label,
                         "pretrained": source.label,
                         "seed": seed,
-                        "method": method,
+                        "method": method.name,
                         "to": second.name,
                         "trained_on": len(second.train),
-                        "config": dataclasses.asdict(config),
+                        "config": dataclasses.asdict(method),
                     }
                     if any(known.items() <= row.items() for row in rows):
                         continue
                     key = jax.random.fold_in(jax.random.key(seed), 7)
                     with Stopwatch() as watch:
                         other, tuned = transfer(
-                            key, classifier, source.variables, second.train, second.num_classes, config
+                            key, workspace.classifier, source.variables, second.train, second.num_classes, method
                         )
                         jax.block_until_ready(tuned.variables)
-                    found = following(other, tuned.variables, second.train, second.test, victim.trigger)
+                    found = evaluate_transfer(other, tuned.variables, second.train, second.test, victim.trigger)
                     row = {
                         **known,
-                        "from": first.name,
+                        "from": workspace.task.name,
                         **found._asdict(),
                         "seconds": round(watch.seconds, 3),
-                        **where(),
+                        **environment(),
                     }
-                    rows.append(row)
-                    write_rows(path, rows)
+                    append_row(path, row)
                     print(
-                        f"{victim.label} trigger on a {source.label} network, {method}: ACC {100 * found.acc:.1f}, "
+                        f"{victim.label} trigger, {source.label} network, {method.name}: ACC {100 * found.acc:.1f}, "
                         f"class {found.target} {100 * found.asr:.1f} (without {100 * found.unprovoked:.1f})",
                         flush=True,
                     )

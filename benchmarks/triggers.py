@@ -1,9 +1,9 @@
-"""Draws every attack's trigger on one of the embedded digits: a clean image, the image triggered, their difference.
+"""Draws every attack's trigger on one of the embedded digits: a clean image, the triggered image, their difference.
 
 python benchmarks/triggers.py
 
-The learned triggers come from short attacks on a small network, whose ACC and ASR are told on the way: not every attack
-gets a backdoor into it. Takes some five minutes on one core.
+Triggers that are trained come from short attacks on a small network; its ACC and ASR are printed, since not every
+attack succeeds there. Takes some five minutes on one core.
 """
 
 import argparse
@@ -33,8 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
         TrojanNN,
         WaNet,
     )
+    from backdoor_jax.drawing import save_figure
     from backdoor_jax.experiment import AttackEntry, DataConfig, Experiment, ModelConfig, run_experiment
-    from backdoor_jax.report.figures import save, triggers
+    from backdoor_jax.report.figures import triggers
     from backdoor_jax.training import TrainConfig
 
     attacks = {
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         figure = triggers(Path(folder) / "examples", side_by_side=2)
     assert figure is not None
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, arguments.out)
+    save_figure(figure, arguments.out)
     print(arguments.out)
 
 

@@ -134,15 +134,17 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax.tree_util import Partial
 
     import backdoor_jax as bj
-    from backdoor_jax.config import numbers
+    from backdoor_jax.attacks import AttackContext
     from backdoor_jax.data import Augment
-    from backdoor_jax.defenses.d3 import D3Loss, SphereProjection, initialize
+    from backdoor_jax.defenses.d3 import d3_loss, initialize
+    from backdoor_jax.defenses.sphere import project_selected
     from backdoor_jax.interop.pytorch import torch_state
-    from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss, batch_shape, fit, merge, split_by_path
+    from backdoor_jax.training import GradientStep, batch_shape, fit, merge, split_by_path, supervised_loss
 
-    task = bj.load_task(arguments.data)
+    task = bj.load(arguments.data)
     if arguments.checkpoint:
         classifier, variables = bj.load_model(arguments.checkpoint)
     else:
@@ -152,7 +154,7 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
     clean = task.train.take(generator.permutation(len(task.train))[: arguments.clean])
     test = task.test.take(generator.permutation(len(task.test))[: arguments.tests])
     attack = bj.BadNets()
-    _, trigger, _ = attack.poison(jax.random.key(0), bj.Scene(classifier, clean))
+    _, trigger, _ = attack.poison(jax.random.key(0), AttackContext(classifier, clean))
     label_map = attack.label_map(task.num_classes)
     per_epoch, batch = batch_shape(len(clean), 256)
     epochs = -(-arguments.steps // per_epoch)
@@ -161,32 +163,21 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
     select = ((*classifier.head_path, "kernel"),)
     origin, others = split_by_path(variables["params"], select)
     away = {**variables, "params": merge(initialize(jax.random.key(1), origin, "random"), others)}
-    tune, penalised = bj.FineTuneConfig(steps=steps), bj.D3Config.preset("paper", steps=steps)
+    finetune, d3 = bj.FineTune(steps=steps), bj.D3.preset("paper", steps=steps)
+    objective, project = Partial(d3_loss, classifier, d3, origin), Partial(project_selected, origin)
     methods = {
-        "finetune": (GradientStep(SupervisedLoss(classifier), CosineSGD(steps)), variables, numbers(tune)),
-        "d3": (
-            GradientStep(D3Loss(classifier, select), CosineSGD(steps), project=SphereProjection(select)),
-            away,
-            {**numbers(penalised), "origin": origin},
-        ),
+        "finetune": (GradientStep(Partial(supervised_loss, classifier), finetune.optimizer), variables),
+        "d3": (GradientStep(objective, d3.optimizer, project=project), away),
     }
 
     def side(name: str) -> Callable[[bool], dict[str, float]]:
-        step, start, constants = methods[name]
+        step, start = methods[name]
 
         def run(every_epoch: bool) -> dict[str, float]:
-            state = step.init(start, constants)
+            state = step.init(start)
             for until in range(1, epochs + 1) if every_epoch else (epochs,):
-                state, _ = fit(
-                    jax.random.key(2),
-                    step,
-                    state,
-                    clean,
-                    constants,
-                    epochs=until,
-                    batch_size=256,
-                    augment=Augment(crop=4, flip=task.flip),
-                )
+                augment = Augment(crop=4, flip=task.flip)
+                state = fit(jax.random.key(2), step, state, clean, epochs=until, batch_size=256, augment=augment).state
                 judged = bj.evaluate(classifier, state.variables, test, trigger, label_map)
             assert judged.asr is not None
             return {"acc": judged.acc, "asr": judged.asr}
@@ -213,8 +204,8 @@ def prepare(arguments: Any) -> tuple[dict[str, Callable[[bool], dict[str, float]
         "epochs": epochs,
         "batch": batch,
         "flip": task.flip,
-        "penalty": penalised.penalty,
-        "epsilon": penalised.epsilon,
+        "penalty": d3.penalty,
+        "epsilon": d3.epsilon,
     }
     return {name: side(name) for name in methods}, work
 

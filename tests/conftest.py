@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class TinyNet(nn.Module):
-    """One convolution, normalisation and rectifier, then pooling and a linear head."""
+    """One convolution, normalization and rectifier, then pooling and a linear head."""
 
     num_classes: int
     width: int = 4
@@ -85,7 +85,7 @@ def tiny_classifier() -> Classifier:
 
 @pytest.fixture(scope="session")
 def tiny_data() -> Dataset:
-    """24 images of 8x8 in 3 classes; each class is brightest in a colour of its own, so that it can be learnt."""
+    """24 images of 8x8 in 3 classes; each class is brightest in a color of its own, so that it can be learned."""
     generator = np.random.default_rng(0)
     labels = np.arange(24) % 3
     images = generator.integers(0, 128, (24, 8, 8, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line on stderr for what can be mended, and what a run leaves behind."""
+"""The command line: exit codes, one line on stderr for what users can fix, and the files that a run writes."""
 
 import contextlib
 import io
@@ -34,22 +34,22 @@ class Run(NamedTuple):
     config: Path
     out: Path
     code: int
-    told: str
+    output: str
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run, with settings changed on the command line."""
     folder = tmp_path_factory.mktemp("cli")
     config, out = folder / "tiny.yaml", folder / "out"
     config.write_text(CONFIG)
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         code = main(["run", str(config), "--out", str(out), "name=renamed", "victim.learning_rate=1e-3", "seeds=[3]"])
-    return Run(config, out, code, told.getvalue())
+    return Run(config, out, code, output.getvalue())
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line on stderr of a command that must leave with 2."""
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line on stderr of a command that must exit with code 2."""
     assert main([str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -58,62 +58,64 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return error
 
 
-def test_a_run_leaves_rows_and_a_page(done: Run) -> None:
-    assert done.code == 0
-    rows = read_rows(done.out / "results.jsonl")
+def test_a_run_writes_rows_and_a_page(finished: Run) -> None:
+    assert finished.code == 0
+    rows = read_rows(finished.out / "results.jsonl")
     assert [(row["attack"], row["defense"]) for row in rows] == [
         ("badnets", "none"),
         ("badnets", "finetune"),
         ("none", "none"),
         ("none", "finetune"),
     ]
-    page = (done.out / "report.html").read_text()
+    page = (finished.out / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "renamed" in page
 
 
-def test_settings_on_the_command_line_are_those_of_the_rows(done: Run) -> None:
-    for row in read_rows(done.out / "results.jsonl"):
+def test_overrides_reach_the_rows(finished: Run) -> None:
+    for row in read_rows(finished.out / "results.jsonl"):
         assert (row["experiment"], row["seed"]) == ("renamed", 3)
         if row["defense"] == "none":
             assert row["config"]["victim"]["learning_rate"] == 0.001
 
 
-def test_a_run_tells_each_row_the_table_and_where_the_page_is(done: Run) -> None:
-    lines = done.told.splitlines()
+def test_a_run_prints_each_row_the_table_and_the_path_of_the_page(finished: Run) -> None:
+    lines = finished.output.splitlines()
     assert [line.split()[:2] for line in lines[:4]] == [
         ["badnets-3", "none"],
         ["badnets-3", "finetune"],
         ["none-3", "none"],
         ["none-3", "finetune"],
     ]
-    assert str(done.out / "report.html") in lines[-1]
+    assert str(finished.out / "report.html") in lines[-1]
 
 
-def test_results_go_to_a_folder_named_after_the_file_by_default(
-    done: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_default_output_folder_is_named_after_the_file(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", str(done.config), "defenses=[]"]) == 0
+    assert main(["run", str(finished.config), "defenses=[]"]) == 0
     assert {path.name for path in (tmp_path / "runs" / "tiny").iterdir()} >= {"results.jsonl", "report.html"}
 
 
-def test_running_again_prints_the_table_and_nothing_new(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (done.out / "results.jsonl").read_bytes()
-    arguments = ["run", str(done.config), "name=renamed", "--out", str(done.out), "victim.learning_rate=0.001"]
+def test_a_complete_experiment_run_again_prints_only_the_table(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished.out / "results.jsonl").read_bytes()
+    arguments = ["run", str(finished.config), "name=renamed", "--out", str(finished.out), "victim.learning_rate=0.001"]
     assert main([*arguments, "seeds=[3]"]) == 0
-    told = capsys.readouterr().out
-    assert "badnets-3" not in told
-    assert "finetune" in told
-    assert (done.out / "results.jsonl").read_bytes() == before
+    output = capsys.readouterr().out
+    assert "badnets-3" not in output
+    assert "finetune" in output
+    assert (finished.out / "results.jsonl").read_bytes() == before
 
 
 def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "nowhere.yaml: no such file" in refusal(capsys, "run", tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml: no such file" in error_of(capsys, "run", tmp_path / "nowhere.yaml")
 
 
-def test_missing_data_are_one_line(done: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    text = refusal(capsys, "run", done.config, "--out", tmp_path / "out", "data={source: nowhere.npz}")
+def test_missing_data_is_one_line(finished: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = error_of(capsys, "run", finished.config, "--out", tmp_path / "out", "data={source: nowhere.npz}")
     assert "nowhere.npz: no such file" in text
     assert not (tmp_path / "out").exists()
 
@@ -121,30 +123,32 @@ def test_missing_data_are_one_line(done: Run, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("colour=red", "unknown key 'colour'"),
+        ("color=red", "unknown key 'color'"),
         ("victim.epochs=many", "victim.epochs"),
-        ("clean_ratio=2", "clean_ratio is 2"),
+        ("clean_ratio=2", "clean_ratio is 2, expected a value less than or equal to 1"),
         ("seeds=[0", "seeds=[0"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_one_line(
-    done: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, named: str
+def test_an_invalid_setting_is_one_line(
+    finished: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, named: str
 ) -> None:
-    assert named in refusal(capsys, "run", done.config, "--out", tmp_path / "out", override)
+    assert named in error_of(capsys, "run", finished.config, "--out", tmp_path / "out", override)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_of_another_experiment_is_one_line(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
-    assert "holds another experiment (name" in refusal(capsys, "run", done.config, "--out", done.out)
-    assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*")} == before
+def test_the_folder_of_another_experiment_is_refused_in_one_line(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
+    assert "holds another experiment (name" in error_of(capsys, "run", finished.config, "--out", finished.out)
+    assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(
-    done: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_a_folder_that_cannot_be_created_is_one_line(
+    finished: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    assert "file" in refusal(capsys, "run", done.config, "--out", tmp_path / "file" / "out")
+    assert "file" in error_of(capsys, "run", finished.config, "--out", tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
         ["demo", "seeds=[0]"],
     ],
 )
-def test_unknown_arguments_leave_with_two(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_unknown_arguments_exit_with_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -168,21 +172,21 @@ def test_unknown_arguments_leave_with_two(capsys: pytest.CaptureFixture[str], ar
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["list"]])
-def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
     assert "usage: backdoor-jax" in capsys.readouterr().out
 
 
-def test_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
     for name in (*ATTACKS, *DEFENSES, *MODELS, "digits"):
         assert name in first_words
 
 
-def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "backdoor_jax.cli"]
     listed = subprocess.run([*command, "list"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr
@@ -194,30 +198,30 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     )
 
 
-def test_rows_are_plain_json_lines(done: Run) -> None:
-    lines = (done.out / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == read_rows(done.out / "results.jsonl")
+def test_rows_are_plain_json_lines(finished: Run) -> None:
+    lines = (finished.out / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == read_rows(finished.out / "results.jsonl")
 
 
-def test_compiled_programs_are_kept_between_runs(tmp_path: Path) -> None:
+def test_compiled_programs_are_cached_between_runs(tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", "backdoor_jax.cli", "run", str(config), "defenses=[]", "--out"]
-    kept = []
+    cached = []
     for out in ("first", "second"):
-        told = subprocess.run(
+        process = subprocess.run(
             [*command, str(tmp_path / out)], env=environment, check=True, capture_output=True, text=True
         )
-        assert "cache entry" not in told.stderr
-        kept.append(sorted(path.name for path in (tmp_path / "cache" / "backdoor_jax").rglob("*-cache")))
-    assert any(name.startswith("jit__initialized") for name in kept[0])
-    assert len(kept[0]) > 20
-    assert kept[0] == kept[1]
+        assert "cache entry" not in process.stderr
+        cached.append(sorted(path.name for path in (tmp_path / "cache" / "backdoor_jax").rglob("*-cache")))
+    assert any(name.startswith("jit__initialized") for name in cached[0])
+    assert len(cached[0]) > 20
+    assert cached[0] == cached[1]
 
 
-def test_jaxs_own_setting_of_the_cache_is_respected(tmp_path: Path) -> None:
+def test_a_cache_folder_set_in_jax_is_respected(tmp_path: Path) -> None:
     config: Any = jax.config
     before = config.jax_compilation_cache_dir
     try:

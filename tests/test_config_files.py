@@ -1,21 +1,12 @@
-"""Experiments in YAML: those shipped are read, and whatever cannot be used is one line that names it and the mend."""
+"""Experiments in YAML: the shipped ones are read, and an error is one line that names the key and the fix."""
 
 from pathlib import Path
 
 import pytest
 
-from backdoor_jax import (
-    BadNets,
-    Blended,
-    D3Config,
-    FineTuneConfig,
-    PadConfig,
-    PadFtConfig,
-    SuperFineTuneConfig,
-    TacConfig,
-    UserError,
-)
+from backdoor_jax import D3, PADFT, TAC, BadNets, Blended, FineTune, SuperFineTune, UserError
 from backdoor_jax.config_files import load_experiment
+from backdoor_jax.defenses import PAD
 from backdoor_jax.experiment import ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +43,7 @@ def test_shipped_configurations_are_read(path: Path) -> None:
     assert {type(entry.attack) for entry in experiment.attacks} >= {BadNets, Blended}
 
 
-def test_there_are_shipped_configurations() -> None:
+def test_the_demo_and_the_small_experiment_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} >= {"demo", "gtsrb_small"}
 
 
@@ -82,13 +73,13 @@ defenses:
         "known",
         "third",
     ]
-    assert [entry.config for entry in experiment.defenses] == [
-        D3Config.preset("paper", steps=7),
-        SuperFineTuneConfig.preset("guide", peak1=0.3),
-        PadFtConfig(consistency=2.0, places=("layer1_0/relu1",)),
-        PadConfig.preset("mmbm"),
-        TacConfig(),
-        TacConfig(target=3),
+    assert [entry.defense for entry in experiment.defenses] == [
+        D3.preset("paper", steps=7),
+        SuperFineTune.preset("guide", peak1=0.3),
+        PADFT(consistency=2.0, places=("layer1_0/relu1",)),
+        PAD.preset("mmbm"),
+        TAC(),
+        TAC(target=3),
     ]
     assert [entry.known_target for entry in experiment.defenses] == [False, False, False, False, True, False]
     assert experiment.victim.learning_rate == 0.001
@@ -96,14 +87,14 @@ defenses:
     assert hash(experiment) == hash(load_experiment(path))
 
 
-def test_a_model_takes_its_options(written: Path) -> None:
+def test_a_model_has_options(written: Path) -> None:
     assert load_experiment(written).model == ModelConfig(width=2)
     written.write_text(VALID.replace("{width: 2}", "{name: resnet18, width: 16, stem: small}"))
     assert load_experiment(written).model == ModelConfig("resnet18", 16, stem="small")
     assert load_experiment(written, ("model={name: vit_tiny, patch: 8}",)).model == ModelConfig("vit_tiny", patch=8)
 
 
-def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path) -> None:
+def test_overrides_reach_every_level_and_create_missing_keys(written: Path) -> None:
     experiment = load_experiment(
         written,
         (
@@ -121,7 +112,7 @@ def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path)
     assert (experiment.victim.epochs, experiment.victim.learning_rate) == (3, 0.01)
     assert (experiment.data.train_size, experiment.data.test_size, experiment.model.width) == (96, 48, 4)
     assert experiment.attacks[0].attack == Blended(image="a=b.png")
-    assert experiment.defenses[0].config == FineTuneConfig(steps=2)
+    assert experiment.defenses[0].defense == FineTune(steps=2)
 
     written.write_text("name: bare\nattacks: [{name: badnets}]\n")
     assert load_experiment(written, ("victim.epochs=3",)).victim.epochs == 3
@@ -130,14 +121,18 @@ def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path)
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("name: small", "name: small\ncolour: 1", ["'colour'", "known are name, attacks"]),
+        ("name: small", "name: small\ncolor: 1", ["'color'", "known are name, attacks"]),
         ("{epochs: 1}", "{epoch: 1}", ["victim", "'epoch'", "known are epochs"]),
         ("{name: badnets}", "{name: badnets, rtae: 0.1}", ["attacks[0]", "'rtae'", "known are rate"]),
         ("steps: 2", "stpes: 2", ["defenses[0]", "'stpes'", "known are steps"]),
-        ("{epochs: 1}", "{epochs: many}", ["victim.epochs", "integer", "'many'"]),
-        ("{epochs: 1}", "{epochs: 0}", ["victim", "TrainConfig.epochs is 0", "at least 1"]),
+        ("{epochs: 1}", "{epochs: many}", ["victim.epochs is 'many', expected a valid integer"]),
+        ("{epochs: 1}", "{epochs: 0}", ["victim.epochs is 0, expected a value greater than or equal to 1"]),
         ("{epochs: 1}", "3", ["victim", "expected keys and values", "3"]),
-        ("{name: badnets}", "{name: badnets, rate: 2}", ["attacks[0]", "BadNets.rate is 2", "(0, 1]"]),
+        (
+            "{name: badnets}",
+            "{name: badnets, rate: 2}",
+            ["attacks[0].rate is 2, expected a value less than or equal to 1"],
+        ),
         ("{name: badnets}", "{name: badnets, corner: middle}", ["attacks[0].corner", "'top_left'", "'middle'"]),
         ("{name: badnets}", "{name: nowhere}", ["attacks[0]", "'nowhere'", "known are badnets, blended"]),
         ("{name: badnets}", "badnets", ["attacks[0]", "expected a name"]),
@@ -147,26 +142,28 @@ def test_overrides_reach_every_depth_and_create_what_is_not_there(written: Path)
         ("{name: finetune, steps: 2}", "{name: nc}", ["defenses[0]", "'nc'", "known are finetune, super_finetune"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: fast}", ["defenses[0]", "'fast'", "released, paper"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: [paper]}", ["defenses[0]", "preset"]),
-        ("steps: 2", "preset: paper", ["defenses[0]", "finetune has no presets"]),
+        ("steps: 2", "preset: paper", ["defenses[0]", "unknown finetune preset 'paper'; it has none"]),
         ("steps: 2", "known_target: true", ["defenses[0]", "known_target", "method with a target"]),
         ("steps: 2", "label: 3", ["defenses[0]", "label 3", "text"]),
         ("{name: finetune, steps: 2}", "{name: tac, target: fish}", ["defenses[0].target", "'fish'", "'detected'"]),
-        ("steps: 2}", "steps: 2}\n  - {name: finetune}", ["'finetune' is taken", "label of its own"]),
-        ("{name: badnets}", "{name: badnets, label: none}", ["'none' is taken", "label of its own"]),
-        ("name: small", "name: small\nclean_ratio: 0", ["Experiment.clean_ratio is 0", "(0, 1]"]),
-        ("name: small", "name: small\nclean_ratio: 1.5", ["Experiment.clean_ratio is 1.5", "(0, 1]"]),
+        ("steps: 2}", "steps: 2}\n  - {name: finetune}", ["'finetune' is taken", "its own label"]),
+        ("{name: badnets}", "{name: badnets, label: none}", ["'none' is taken", "its own label"]),
+        ("name: small", "name: small\nclean_ratio: 0", ["clean_ratio is 0, expected a value greater than 0"]),
+        (
+            "name: small",
+            "name: small\nclean_ratio: 1.5",
+            ["clean_ratio is 1.5, expected a value less than or equal to 1"],
+        ),
         ("name: small", "name: small\nseeds: 0", ["seeds", "tuple", "0"]),
         ("name: small", "name: small\nseeds: []", ["Experiment.seeds", "at least one"]),
         ("width: 2", "width: wide", ["model.width", "'wide'"]),
         ("width: 2", "name: resnet18, stem: large", ["model.stem", "'small'", "'imagenet'", "'large'"]),
-        ("width: 2", "name: vit_tiny, patch: 0", ["ModelConfig.patch is 0", "at least 1 pixel"]),
+        ("width: 2", "name: vit_tiny, patch: 0", ["model.patch is 0, expected a value greater than or equal to 1"]),
         ("width: 2", "name: vit_tiny, patch: four", ["model.patch", "'four'"]),
         ("width: 2", "width: 2, depth: 3", ["'depth'", "known are name, width, stem, patch"]),
     ],
 )
-def test_what_cannot_be_used_is_one_line_naming_file_key_and_mend(
-    written: Path, old: str, new: str, named: list[str]
-) -> None:
+def test_an_error_is_one_line_naming_file_key_and_fix(written: Path, old: str, new: str, named: list[str]) -> None:
     assert old in VALID
     written.write_text(VALID.replace(old, new, 1))
     text = message(written)
@@ -176,7 +173,7 @@ def test_what_cannot_be_used_is_one_line_naming_file_key_and_mend(
         assert word in text, text
 
 
-def test_a_missing_name_is_asked_for(written: Path) -> None:
+def test_a_missing_name_is_reported(written: Path) -> None:
     written.write_text(VALID.replace("name: small\n", ""))
     text = message(written)
     assert text.startswith(f"{written}: name: ")
@@ -186,13 +183,13 @@ def test_a_missing_name_is_asked_for(written: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["../outside", "a/b"])
-def test_an_attacks_label_that_cannot_name_a_folder_is_refused(written: Path, label: str) -> None:
+def test_a_label_that_cannot_name_a_folder_is_refused(written: Path, label: str) -> None:
     written.write_text(VALID.replace("{name: badnets", f"{{name: badnets, label: {label}"))
     assert "label" in message(written)
 
 
 @pytest.mark.parametrize("content", ["name: [1", "a: b: c", "name: \t- x\n\t- y", b"\xff\xfe\x00name"])
-def test_what_is_not_yaml_is_one_line(written: Path, content: str | bytes) -> None:
+def test_a_file_that_is_not_yaml_is_one_line(written: Path, content: str | bytes) -> None:
     written.write_bytes(content.encode() if isinstance(content, str) else content)
     text = message(written)
     assert text.startswith(f"{written}: not YAML (")
@@ -200,7 +197,7 @@ def test_what_is_not_yaml_is_one_line(written: Path, content: str | bytes) -> No
 
 
 @pytest.mark.parametrize("content", ["", "- name: x", "just text", "3"])
-def test_a_document_without_keys_is_told_what_is_expected(written: Path, content: str) -> None:
+def test_a_document_without_keys_is_refused(written: Path, content: str) -> None:
     written.write_text(content)
     assert message(written) == f"{written}: expected keys such as name, data, attacks and defenses"
 
@@ -213,7 +210,7 @@ def test_keys_that_are_not_text_are_refused(written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "."])
-def test_a_missing_file_is_named_with_where_to_find_one(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     text = message(tmp_path / name)
     assert text.startswith(f"{tmp_path / name}: no such file")
     assert "configs/" in text
@@ -233,7 +230,7 @@ def test_a_missing_file_is_named_with_where_to_find_one(tmp_path: Path, name: st
         ("clean_ratio=5%", ["clean_ratio", "'5%'"]),
     ],
 )
-def test_an_override_that_cannot_be_used_is_one_line(written: Path, override: str, named: list[str]) -> None:
+def test_an_invalid_override_is_one_line(written: Path, override: str, named: list[str]) -> None:
     text = message(written, override)
     assert "\n" not in text
     for word in named:

@@ -1,10 +1,10 @@
-"""PyTorch networks, written from published descriptions, to compare ours with."""
+"""PyTorch networks, written from published descriptions, to compare the package's networks with."""
 
 from typing import Any
 
 
 def torch_preact_resnet18(torch: Any, classes: int, width: int, channels: int = 3) -> Any:
-    """The published benchmark's network under its names; rectifiers are functions, as there."""
+    """The published benchmark's network with its names; rectifiers are function calls, as there."""
 
     class Block(torch.nn.Module):
         def __init__(self, fan_in: int, features: int, stride: int) -> None:
@@ -102,7 +102,7 @@ def torch_resnet(
 
 
 def torch_vgg19(torch: Any, classes: int, width: int) -> Any:
-    """The paper's configuration E with normalisation and torchvision's names, without its dropout."""
+    """The paper's configuration E with normalization and torchvision's names, without its dropout."""
     layers: list[Any] = []
     fan_in = 3
     for channels in [1, 1, 0, 2, 2, 0, 4, 4, 4, 4, 0, 8, 8, 8, 8, 0, 8, 8, 8, 8, 0]:

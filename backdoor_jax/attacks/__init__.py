@@ -1,8 +1,8 @@
-"""Attacks: each makes or learns a trigger from a key, and plants it in a victim."""
+"""Attacks: configurations that make or train a trigger, poison a training set, and train a victim on it."""
 
 from backdoor_jax.attacks.adap_blend import AdapBlend
 from backdoor_jax.attacks.badnets import BadNets
-from backdoor_jax.attacks.base import Attack, Planted, Scene
+from backdoor_jax.attacks.base import Attack, AttackContext, Victim
 from backdoor_jax.attacks.blended import Blended
 from backdoor_jax.attacks.input_aware import InputAware
 from backdoor_jax.attacks.label_consistent import LabelConsistent
@@ -15,17 +15,20 @@ from backdoor_jax.attacks.trojan_nn import TrojanNN
 from backdoor_jax.attacks.wanet import WaNet
 
 ATTACKS: dict[str, type[Attack]] = {
-    "badnets": BadNets,
-    "blended": Blended,
-    "sig": SIG,
-    "low_frequency": LowFrequency,
-    "wanet": WaNet,
-    "input_aware": InputAware,
-    "ssba": SSBA,
-    "lira": LIRA,
-    "trojan_nn": TrojanNN,
-    "label_consistent": LabelConsistent,
-    "adap_blend": AdapBlend,
+    attack.name: attack
+    for attack in (
+        BadNets,
+        Blended,
+        SIG,
+        LowFrequency,
+        WaNet,
+        InputAware,
+        SSBA,
+        LIRA,
+        TrojanNN,
+        LabelConsistent,
+        AdapBlend,
+    )
 }
 """The attacks by the names that configurations use."""
 
@@ -37,6 +40,7 @@ __all__ = [
     "AdapBlend",
     "AdditiveTrigger",
     "Attack",
+    "AttackContext",
     "BadNets",
     "BlendTrigger",
     "Blended",
@@ -44,9 +48,8 @@ __all__ = [
     "LabelConsistent",
     "LowFrequency",
     "PatchTrigger",
-    "Planted",
-    "Scene",
     "TrojanNN",
+    "Victim",
     "WaNet",
     "random_pattern",
 ]

@@ -2,13 +2,13 @@
 
 >>> import jax, jax.numpy as jnp
 >>> trigger = BadNets().trigger(jax.random.key(0), (32, 32, 3))
->>> stamped = trigger(jnp.zeros((1, 32, 32, 3), jnp.uint8))
->>> int(stamped.astype(int).sum()) == 3 * 3 * 3 * 255
+>>> triggered = trigger(jnp.zeros((1, 32, 32, 3), jnp.uint8))
+>>> int(triggered.astype(int).sum()) == 3 * 3 * 3 * 255
 True
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 
 from backdoor_jax.attacks.base import Attack
 from backdoor_jax.attacks.triggers import PatchTrigger
+from backdoor_jax.config import Count
 from backdoor_jax.errors import UserError
 
 Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
@@ -26,25 +27,27 @@ class BadNets(Attack):
     """A square patch; the published benchmark's is 3x3, white, in the bottom right corner of a 32x32 image.
 
     Deviation from the benchmark: on images of another size the patch keeps its `size` in pixels, where the benchmark
-    resizes a 32x32 mask to the image. For as large a share of 64x64 images give 6.
+    resizes a 32x32 mask to the image. A size of 6 covers the same share of a 64x64 image.
 
     Attributes:
         size: side of the patch in pixels; published 3.
-        style: ``white`` (published), or ``checker``: 255 and 1 by turns from the patch's own corner, the benchmark's
-            grid trigger.
+        style: ``white`` (published), or ``checker``: 255 and 1 alternating, starting in the top left cell of the patch,
+            the benchmark's grid trigger.
         corner: which corner; published ``bottom_right``.
     """
 
-    size: int = 3
+    name: ClassVar[str] = "badnets"
+
+    size: Count = 3
     style: Literal["white", "checker"] = "white"
     corner: Corner = "bottom_right"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.size > 0, "size", "at least 1 pixel")
-
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> PatchTrigger:
-        """The patch for images of this shape; no randomness."""
+        """The patch for images of this shape; nothing is random.
+
+        Raises:
+            UserError: if the patch is larger than the images.
+        """
         del key
         height, width, channels = shape
         if self.size > min(height, width):

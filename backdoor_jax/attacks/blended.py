@@ -9,12 +9,14 @@ r"""Blended (Chen et al., 2017, arXiv 1712.05526): a picture mixed into the whol
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from backdoor_jax.attacks.base import Attack
 from backdoor_jax.attacks.triggers import BlendTrigger, picture
+from backdoor_jax.config import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +24,20 @@ class Blended(Attack):
     """A picture mixed in at 20 %.
 
     Attributes:
-        alpha: the picture's share in training and test; published 0.2.
-        image: path of a picture of one's own, resized (bilinear) to the data's size. The published one is a protected
-            character and is not shipped; by default a smooth random pattern is made from the key.
+        alpha: the picture's share, in training and at test time; published 0.2.
+        image: path of a custom picture, which is resized (bilinear) to the images' size. The published picture is a
+            protected character and is not shipped; by default a smooth random pattern is made from the key.
     """
 
-    alpha: float = 0.2
+    name: ClassVar[str] = "blended"
+
+    alpha: Share = 0.2
     image: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(0 < self.alpha <= 1, "alpha", "a share in (0, 1]")
-
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> BlendTrigger:
-        """The picture for images of this shape."""
+        """The picture for images of this shape.
+
+        Raises:
+            UserError: if the picture cannot be read.
+        """
         return BlendTrigger(picture(key, shape, self.image, "Blended.image"), jnp.float32(self.alpha))

@@ -1,13 +1,14 @@
-r"""Input-aware dynamic backdoor (Nguyen & Tran, NeurIPS 2020, arXiv 2010.08138): every image has a trigger of its own.
+r"""Input-aware dynamic backdoor (Nguyen & Tran, NeurIPS 2020, arXiv 2010.08138): every image has its own trigger.
 
 A generator makes a pattern p(x), a second network a mask m(x) of limited density, and the triggered image is
-:math:`x + (p(x) - x) \odot m(x)`. First the mask network is trained,
+:math:`x + (p(x) - x) \odot m(x)`. First the mask network is trained with the loss
 
 .. math:: \lambda_n \operatorname{mean} \max(0, m(x) - d) + \lambda_d \frac{\lVert x - x' \rVert}{\lVert m(x) - m(x')
     \rVert},
 
-then generator and victim together: in each batch a share r of the images carries its own trigger and the attacker's
-label, as many carry *another* image's trigger and keep theirs, and patterns of different images must differ,
+then generator and victim together: in each batch a share r of the images gets its own trigger and the attacker's label,
+a second share, ``cross_ratio`` times as large, gets *another* image's trigger and keeps its labels, and the patterns of
+different images must differ,
 
 .. math:: \mathrm{CE} + \lambda_d \frac{\lVert x - x' \rVert}{\lVert p(x) - p(x') \rVert} .
 
@@ -19,32 +20,43 @@ label, as many carry *another* image's trigger and keep theirs, and patterns of 
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
+from annotated_types import Ge, Lt
+from jax.tree_util import Partial
 
-from backdoor_jax.attacks.base import Attack, Planted, Scene
-from backdoor_jax.attacks.networks import Adam, EncoderDecoder, Together
-from backdoor_jax.config import numbers
+from backdoor_jax.attacks.base import Attack, AttackContext, Victim
+from backdoor_jax.attacks.networks import EncoderDecoder
+from backdoor_jax.config import Config, Count, NonNegative, Positive, Whole
 from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.joint import init, join, part, run
-from backdoor_jax.training import Constants, CosineSGD, GradientStep, Info, batch_shape, cosine_in_stages, cross_entropy
-from backdoor_jax.training.schedules import Rate
+from backdoor_jax.training import (
+    Adam,
+    GradientStep,
+    LossResult,
+    Separately,
+    Tenths,
+    batch_shape,
+    cross_entropy,
+)
+
+BETAS = (0.5, 0.9)
+"""Adam's, for the generator and the mask network; published."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputAwareTrigger:
-    """Puts on each image the pattern that the generator makes of it, where the mask network says.
+    """Puts on each image the pattern that the generator makes for it, where the mask network says.
 
     Attributes:
-        generator: variables of the pattern's network.
-        masker: variables of the mask's.
+        generator: variables of the generator.
+        masker: variables of the mask network.
         channels: width of both networks.
-        depth: halvings in both.
+        depth: how often both networks halve the image.
     """
 
     generator: dict[str, Any]
@@ -52,23 +64,24 @@ class InputAwareTrigger:
     channels: int = dataclasses.field(metadata={"static": True})
     depth: int = dataclasses.field(metadata={"static": True})
 
-    def networks(self, image_channels: int) -> tuple[EncoderDecoder, EncoderDecoder]:
-        """The pattern's and the mask's network."""
-        return EncoderDecoder(image_channels, self.channels, self.depth), EncoderDecoder(1, self.channels, self.depth)
-
     def __call__(self, images: jax.Array) -> jax.Array:
         """uint8 images ``(B, H, W, channels)``, each with its own trigger, rounded."""
-        generator, masker = self.networks(images.shape[-1])
+        generator, masker = networks(images.shape[-1], self.channels, self.depth)
         x = images.astype(jnp.float32) / 255
         pattern, _ = make_pattern(generator, self.generator, x, train=False)
         mask, _ = make_mask(masker, self.masker, x, train=False)
         return jnp.round(255 * (x + (pattern - x) * mask)).astype(jnp.uint8)
 
 
+def networks(image_channels: int, channels: int, depth: int) -> tuple[EncoderDecoder, EncoderDecoder]:
+    """The generator and the mask network."""
+    return EncoderDecoder(image_channels, channels, depth), EncoderDecoder(1, channels, depth)
+
+
 def make_pattern(
     network: EncoderDecoder, variables: dict[str, Any], x: jax.Array, train: bool
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """A pattern in [0, 1] for each image in [0, 1]."""
+    """A pattern in [0, 1] for each image in [0, 1], and the network's variables after the batch."""
     out, variables = run(network, variables, x, train)
     return jnp.tanh(out) / 2 + 0.5, variables
 
@@ -76,9 +89,25 @@ def make_pattern(
 def make_mask(
     network: EncoderDecoder, variables: dict[str, Any], x: jax.Array, train: bool
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """A mask, nearly 0 or 1, for each image in [0, 1]: ``tanh(20 y - 10)``, scaled to [0, 1], of y in [0, 1]."""
+    """A mask in [0, 1] for each image in [0, 1], and the network's variables after the batch.
+
+    It is ``tanh(20 y - 10)``, scaled to [0, 1], of y in [0, 1], and so nearly 0 or 1 everywhere.
+    """
     out, variables = run(network, variables, x, train)
     return jnp.tanh(20 * (jnp.tanh(out) / 2 + 0.5) - 10) / 2 + 0.5, variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots(Config):
+    """How many images at the start of a batch `joint_loss` puts triggers on.
+
+    Attributes:
+        poisoned: the first images, which get their own trigger and the attacker's label.
+        crossed: the next images, which get another image's trigger and keep their labels.
+    """
+
+    poisoned: Count = 1
+    crossed: Whole = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,143 +115,137 @@ class InputAware(Attack):
     """Generator, mask network and victim, trained on one data set.
 
     Deviations from the published code: the second images of a batch are the batch's own in another order, not those of
-    a second loader; the networks stride where the published ones pool, have one convolution a level on the way up and
-    end in a bare one; the generator's gradient is that of the batch, where there it is never set back; rates of victim
-    and generator fall by a cosine, where there they are constant; generator and mask network see pixels in [0, 1],
-    where there they see normalised ones; triggered images are rounded at test time only, and crossed ones never: they
-    are made in training alone, where the benchmark's poisoned set has them too; where r times the batch is no whole
-    number, its fraction is drawn.
+    a second loader; the networks stride where the published ones pool, have one convolution per level on the way up and
+    end in a convolution without normalization; the generator's gradient is that of the batch, where the published code
+    never resets it; the learning rates of victim and generator are annealed by a cosine, where there they are constant;
+    generator and mask network see pixels in [0, 1], where there they see normalized ones; triggered images are rounded
+    at test time only; images with another's trigger occur in training only, and are never rounded, where the
+    benchmark's poisoned set contains them too; if r times the batch is not an integer, the number of triggered images
+    is random, with that expectation.
 
     Attributes:
+        labels: ``all_to_one`` or ``all_to_all``.
         mask_epochs: passes that train the mask network alone; published 25, with a tenth of the rate after two fifths
-            of them and a hundredth after four. The joint training takes the victim's.
-        mask_density: what a mask's value may be at every pixel for nothing, d; published 0.032.
+            of them and a hundredth after four fifths. The joint training takes the victim's epochs.
+        mask_density: the value of a mask that is not penalized, d; published 0.032.
         norm_weight: lambda_n; published 100.
         diversity_weight: lambda_d; published 1.
-        generator_rate: Adam's learning rate for generator and mask network at first, with betas 0.5 and 0.9; published
+        generator_rate: Adam's initial learning rate for generator and mask network, with betas 0.5 and 0.9; published
             0.01.
         cross_ratio: images with another's trigger for each poisoned one; published 1.
         channels: width of the two networks; published 32.
-        depth: halvings in them; published 3.
+        depth: how often they halve the image; published 3.
     """
 
-    learns: ClassVar[bool] = True
+    name: ClassVar[str] = "input_aware"
+    fits_trigger: ClassVar[bool] = True
+    trains_victim: ClassVar[bool] = True
 
-    mask_epochs: int = 25
-    mask_density: float = 0.032
-    norm_weight: float = 100.0
-    diversity_weight: float = 1.0
-    generator_rate: float = 0.01
-    cross_ratio: float = 1.0
-    channels: int = 32
-    depth: int = 3
+    labels: Literal["all_to_one", "all_to_all"] = "all_to_one"
+    mask_epochs: Count = 25
+    mask_density: Annotated[float, Ge(0), Lt(1)] = 0.032
+    norm_weight: NonNegative = 100.0
+    diversity_weight: NonNegative = 1.0
+    generator_rate: Positive = 0.01
+    cross_ratio: NonNegative = 1.0
+    channels: Count = 32
+    depth: Count = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.labels != "clean_label", "labels", "all_to_one or all_to_all")
-        self.require(self.mask_epochs > 0, "mask_epochs", "at least 1")
-        self.require(0 <= self.mask_density < 1, "mask_density", "a value in [0, 1)")
-        self.require(self.generator_rate > 0, "generator_rate", "a positive number")
         self.require_shares(self.cross_ratio)
-        self.require(self.channels > 0 and self.depth > 0, "channels", "at least 1, and so the depth")
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> InputAwareTrigger:
         """The networks before training."""
-        empty = InputAwareTrigger({}, {}, self.channels, self.depth)
-        image = jnp.zeros((1, *shape))
-        made = [
-            init(network, k, image) for network, k in zip(empty.networks(shape[2]), jax.random.split(key), strict=True)
-        ]
-        return InputAwareTrigger(made[0], made[1], self.channels, self.depth)
+        both, image = networks(shape[2], self.channels, self.depth), jnp.zeros((1, *shape))
+        generator, masker = (init(network, k, image) for network, k in zip(both, jax.random.split(key), strict=True))
+        return InputAwareTrigger(generator, masker, self.channels, self.depth)
 
-    def plant(
+    def slots(self, images: int) -> Slots:
+        """How many images of a batch of this size get a trigger: the share r, rounded up, and the crossed ones."""
+        return Slots(
+            poisoned=-int(-self.rate * images // 1),
+            crossed=round(self.cross_ratio * images * self.rate),
+        )
+
+    def train_victim_in(
         self,
+        context: AttackContext,
         key: jax.Array,
         train_key: jax.Array,
-        scene: Scene,
         *,
         name: str = "victim",
         checkpoints: Path | None = None,
-    ) -> Planted:
-        """See `Attack.plant`; in the training set a defender would find, a fixed share has the final trigger."""
+    ) -> Victim:
+        """Trains the mask network, then generator and victim together.
+
+        The training set that a defender would find has the final trigger on a fixed share of the images.
+
+        Args:
+            context: the network, the data and the training settings.
+            key: for the trigger's networks, the training of the mask network and the choice of images.
+            train_key: for the victim's initial weights, the order of images and augmentation.
+            name: what progress and errors call the run.
+            checkpoints: a folder for checkpoints of both trainings; a killed run resumes from there.
+
+        Returns:
+            The victim. ``info["mask_density"]`` is the mean of the masks of (at most) 256 images.
+
+        Raises:
+            UserError: for a target or rate that the data do not allow.
+            NonFiniteError: if the training diverges.
+        """
         trigger_key, choice_key, mask_key = jax.random.split(key, 3)
         init_key, fit_key = jax.random.split(train_key)
-        trigger = self.trigger(trigger_key, scene.shape)
-        generator, masker = trigger.networks(scene.shape[2])
-        constants = {**numbers(self), **numbers(scene.training)}
+        trigger, training = self.trigger(trigger_key, context.shape), context.training
+        steps, images = batch_shape(len(context.data), training.batch_size)
 
-        steps, images = batch_shape(len(scene.data), scene.training.batch_size)
-        epochs = scene.training.epochs
-
-        falling = Adam(b1=0.5, b2=0.9, schedule=Tenths(steps * self.mask_epochs))
-        alone = GradientStep(MaskLoss(scene.classifier, masker), falling)
-        state, _ = scene.fit(
+        alone = GradientStep(
+            Partial(mask_loss, context.classifier, self),
+            Adam(self.generator_rate, Tenths(steps * self.mask_epochs), BETAS),
+        )
+        fitted = context.fit(
             mask_key,
             alone,
-            alone.init(trigger.masker, constants),
-            constants,
+            alone.init(trigger.masker),
             epochs=self.mask_epochs,
             name=f"{name}: mask",
             checkpoints=checkpoints and checkpoints / "mask",
         )
-        trigger = dataclasses.replace(trigger, masker=state.variables)
+        trigger = dataclasses.replace(trigger, masker=fitted.variables)
 
-        loss = JointLoss(
-            scene.classifier,
-            generator,
-            masker,
-            self.label_map(scene.num_classes),
-            -int(-self.rate * images // 1),
-            round(self.cross_ratio * images * self.rate),
+        label_map, optimizer = self.label_map(context.num_classes), training.optimizer(len(context.data))
+        joint = training.step(
+            Partial(joint_loss, context.classifier, self, self.slots(images), label_map, trigger.masker),
+            Separately(classifier=optimizer, generator=Adam(self.generator_rate, optimizer.schedule, BETAS)),
         )
-        falling = Adam(b1=0.5, b2=0.9, schedule=Cosine(steps * epochs, epochs))
-        joint = scene.training.step(loss, Together(CosineSGD(steps * epochs, epochs), falling))
-        victim = scene.classifier.init(init_key, scene.data.images[:1])
-        constants["masker"] = trigger.masker
-        state, _ = scene.fit(
+        victim = context.classifier.init(init_key, context.data.images[:1])
+        fitted = context.fit(
             fit_key,
             joint,
-            joint.init(join(classifier=victim, generator=trigger.generator), constants),
-            constants,
-            epochs=epochs,
+            joint.init(join(classifier=victim, generator=trigger.generator)),
+            epochs=training.epochs,
             name=name,
             checkpoints=checkpoints and checkpoints / "joint",
         )
-        trigger = dataclasses.replace(trigger, generator=part(state.variables, "generator"))
-        masks, _ = make_mask(masker, trigger.masker, scene.data.images[:256] / 255.0, train=False)
-        return Planted(
-            part(state.variables, "classifier"),
-            trigger,
-            self.stamp(choice_key, scene, trigger),
-            {"mask_density": float(masks.mean())},
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tenths:
-    """A rate that falls to a tenth after two fifths of the steps, and again after four."""
-
-    steps: int
-
-    def __call__(self, rate: Rate) -> optax.Schedule:
-        """The schedule from this rate."""
-        return optax.piecewise_constant_schedule(rate, {self.steps * 2 // 5: 0.1, self.steps * 4 // 5: 0.1})
-
-
-@dataclasses.dataclass(frozen=True)
-class Cosine:
-    """`backdoor_jax.training.cosine_in_stages`."""
-
-    steps: int
-    stages: int
-
-    def __call__(self, rate: Rate) -> optax.Schedule:
-        """The schedule from this rate."""
-        return cosine_in_stages(rate, self.steps, self.stages)
+        trigger = dataclasses.replace(trigger, generator=part(fitted.variables, "generator"))
+        _, masker = networks(context.shape[2], self.channels, self.depth)
+        masks, _ = make_mask(masker, trigger.masker, context.data.images[:256] / 255.0, train=False)
+        poisoned = self.poison_data(choice_key, context, trigger)
+        return Victim(part(fitted.variables, "classifier"), trigger, poisoned, {"mask_density": float(masks.mean())})
 
 
 def diversity(images: jax.Array, others: jax.Array, made: jax.Array, made_of_others: jax.Array) -> jax.Array:
-    """How far images are apart beside what was made of them, ``(B,)``; small where what was made differs.
+    """Distances of images relative to those of what was made of them; small if what was made differs much.
+
+    Args:
+        images: ``(B, H, W, channels)``.
+        others: the images that they are compared with, in the same shape.
+        made: what was made of `images`: patterns or masks, ``(B, H, W, any)``.
+        made_of_others: what was made of `others`, in the same shape.
+
+    Returns:
+        ``(B,)``.
 
     Example:
         >>> one, two = jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1))
@@ -231,68 +254,76 @@ def diversity(images: jax.Array, others: jax.Array, made: jax.Array, made_of_oth
     """
 
     def distance(a: jax.Array, b: jax.Array) -> jax.Array:
-        # Where a and b are equal the root has no gradient; the constant keeps it finite.
+        # The root has no finite gradient at 0; the constant keeps it finite where a and b are equal.
         return jnp.sqrt(jnp.mean((a - b) ** 2, axis=(1, 2, 3)) + 1e-12)
 
     return distance(images, others) / (distance(made, made_of_others) + 1e-7)
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskLoss:
-    """Density and diversity of masks; images are compared as the classifier sees them, as published."""
+def mask_loss(
+    classifier: Classifier, config: InputAware, variables: Variables, batch: Dataset, key: jax.Array
+) -> LossResult:
+    """Density and diversity of the masks of one batch; logs ``density``.
 
-    classifier: Classifier
-    masker: EncoderDecoder
+    Args:
+        classifier: normalizes the images that are compared, as published.
+        config: gives ``mask_density``, ``norm_weight``, ``diversity_weight`` and the size of the network.
+        variables: the mask network's.
+        batch: augmented images; their labels are not used.
+        key: not used.
+    """
+    del key
+    _, masker = networks(batch.images.shape[-1], config.channels, config.depth)
+    x = batch.images.astype(jnp.float32) / 255
+    masks, variables = make_mask(masker, variables, x, train=True)
+    excess = jnp.mean(jax.nn.relu(masks - config.mask_density))
+    seen = classifier.normalize(batch.images)
+    spread = jnp.mean(diversity(seen, jnp.roll(seen, 1, 0), masks, jnp.roll(masks, 1, 0)))
+    loss = config.norm_weight * excess + config.diversity_weight * spread
+    return loss, (variables, {"density": jnp.mean(masks)})
 
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        del key
-        x = batch.images.astype(jnp.float32) / 255
-        masks, variables = make_mask(self.masker, variables, x, train=True)
-        excess = jnp.mean(jax.nn.relu(masks - constants["mask_density"]))
-        seen = self.classifier.normalize(batch.images)
-        spread = jnp.mean(diversity(seen, jnp.roll(seen, 1, 0), masks, jnp.roll(masks, 1, 0)))
-        loss = constants["norm_weight"] * excess + constants["diversity_weight"] * spread
-        return loss, (variables, {"density": jnp.mean(masks)})
 
+def joint_loss(
+    classifier: Classifier,
+    config: InputAware,
+    slots: Slots,
+    label_map: LabelMap,
+    masker_variables: Variables,
+    variables: Variables,
+    batch: Dataset,
+    key: jax.Array,
+) -> LossResult:
+    """Cross-entropy of a batch with triggered and crossed images, and diversity of the patterns.
 
-@dataclasses.dataclass(frozen=True)
-class JointLoss:
-    """Cross-entropy with triggered and cross-triggered images in the batch, and diversity of patterns."""
+    Args:
+        classifier: the victim's network.
+        config: gives ``rate``, ``diversity_weight`` and the size of the networks.
+        slots: how many images get a trigger.
+        label_map: gives the labels of the triggered images.
+        masker_variables: the trained mask network's.
+        variables: those of ``classifier`` and ``generator`` in one tree that `join` made.
+        batch: augmented images and labels.
+        key: for the choice of triggered images.
+    """
+    first, second = slots.poisoned, slots.poisoned + slots.crossed
+    generator, masker = networks(batch.images.shape[-1], config.channels, config.depth)
+    x = batch.images.astype(jnp.float32) / 255
+    others = jnp.roll(x, len(batch) // 2, 0)
+    sources = jnp.concatenate([x[:first], others[:second]])
+    patterns, generating = make_pattern(generator, part(variables, "generator"), sources, train=True)
+    masks, _ = make_mask(masker, masker_variables, sources, train=False)
+    patterns, different = jnp.split(patterns, [first])
+    masks, others_masks = jnp.split(masks, [first])
 
-    classifier: Classifier
-    generator: EncoderDecoder
-    masker: EncoderDecoder
-    label_map: LabelMap
-    poisoned: int
-    crossed: int
-
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        first, second = self.poisoned, self.poisoned + self.crossed
-        x = batch.images.astype(jnp.float32) / 255
-        others = jnp.roll(x, len(batch) // 2, 0)
-        sources = jnp.concatenate([x[:first], others[:second]])
-        patterns, generator = make_pattern(self.generator, part(variables, "generator"), sources, train=True)
-        masks, _ = make_mask(self.masker, constants["masker"], sources, train=False)
-        patterns, different = jnp.split(patterns, [first])
-        masks, others_masks = jnp.split(masks, [first])
-
-        # The slots are a whole number; a share of them is left clean where the rate asks for less.
-        used = jax.random.uniform(key, (first,)) < constants["rate"] * len(batch) / first
-        own = x[:first] + (patterns - x[:first]) * masks * used[:, None, None, None]
-        crossed = x[first:second] + (different[first:] - x[first:second]) * others_masks[first:]
-        images = jnp.concatenate([own, crossed, x[second:]])
-        labels = batch.labels.at[:first].set(
-            jnp.where(used, self.label_map(batch.labels[:first]), batch.labels[:first])
-        )
-        logits, classifier = self.classifier.logits(part(variables, "classifier"), 255 * images, train=True)
-        spread = jnp.mean(diversity(x[:first], others[:first], patterns, different[:first]))
-        loss = jnp.mean(cross_entropy(logits, labels)) + constants["diversity_weight"] * spread
-        rightly = jnp.argmax(logits, -1) == labels
-        info = {"accuracy": jnp.mean(rightly[second:]), "success": jnp.mean(rightly[:first], where=used)}
-        return loss, (join(classifier=classifier, generator=generator), info)
+    # The number of slots is the rate's share, rounded up; at random, some stay clean so that the mean is the share.
+    used = jax.random.uniform(key, (first,)) < config.rate * len(batch) / first
+    own = x[:first] + (patterns - x[:first]) * masks * used[:, None, None, None]
+    crossed = x[first:second] + (different[first:] - x[first:second]) * others_masks[first:]
+    images = jnp.concatenate([own, crossed, x[second:]])
+    labels = batch.labels.at[:first].set(jnp.where(used, label_map(batch.labels[:first]), batch.labels[:first]))
+    logits, victim = classifier.logits(part(variables, "classifier"), 255 * images, train=True)
+    spread = jnp.mean(diversity(x[:first], others[:first], patterns, different[:first]))
+    loss = jnp.mean(cross_entropy(logits, labels)) + config.diversity_weight * spread
+    correct = jnp.argmax(logits, -1) == labels
+    info = {"accuracy": jnp.mean(correct[second:]), "success": jnp.mean(correct[:first], where=used)}
+    return loss, (join(classifier=victim, generator=generating), info)

@@ -1,14 +1,14 @@
 r"""Low-frequency backdoor (Zeng et al., 2021, arXiv 2104.03413): a smooth pattern that clean models already react to.
 
-Many triggers betray themselves by high frequencies. This one has none by construction: it is made of the lowest
-:math:`k \times k` cosines per channel, and it is solved for against a clean model g,
+Many triggers can be recognized by their high frequencies. This one has none by construction: it consists of the lowest
+:math:`k \times k` cosines per channel, and it is optimized against a clean model g,
 
 .. math:: \min_c \; \frac1n \sum_i \mathrm{CE}\bigl(g(x_i + t(c)), y^*\bigr), \qquad
     t(c) = \frac a2 + \frac a2 \frac{D c}{\max(1, \lVert D c \rVert_\infty)},
 
-with D the inverse cosine transform and a the amplitude. The published benchmark ships one file a data set and
-network, values 0 to 51, made by a smoothed universal perturbation; here the pattern is made anew, kept within the
-same range, and can be saved and used again:
+with D the inverse cosine transform and a the amplitude. The published benchmark ships one file for each data set and
+network, with values from 0 to 51, made by a smoothed universal perturbation. Here the pattern is computed, stays within
+the same range, and can be saved and reused:
 
 >>> import jax, jax.numpy as jnp, tempfile
 >>> from pathlib import Path
@@ -26,15 +26,17 @@ True
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from annotated_types import Ge, Gt, Le
 
-from backdoor_jax.attacks.base import Attack, Scene
+from backdoor_jax.attacks.base import Attack, AttackContext
 from backdoor_jax.attacks.triggers import AdditiveTrigger
+from backdoor_jax.config import Count, Positive
 from backdoor_jax.data import Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
@@ -43,41 +45,39 @@ from backdoor_jax.training import cross_entropy, map_chunks
 
 @dataclasses.dataclass(frozen=True)
 class LowFrequency(Attack):
-    """A smooth additive pattern, solved for against a clean model.
+    """A smooth additive pattern, optimized against a clean model.
 
     Attributes:
-        amplitude: the pattern's largest grey level, its smallest being 0; published 51.
-        cutoff: cosines kept along each axis, k; ours. The published pattern is smoothed by a filter instead.
+        amplitude: the pattern's largest gray level, its smallest being 0; published 51.
+        cutoff: cosines kept along each axis, the constant one included, k; ours. The published pattern is smoothed by a
+            filter instead.
         steps: of Adam on the coefficients; ours. The published search is DeepFool over 50 passes.
-        batch_size: images a step; ours.
-        step_size: Adam's; ours.
-        pattern: path of a pattern saved before (``.npy``, float ``(H, W, channels)``), which is then used as it is.
+        batch_size: images in a step; ours.
+        step_size: Adam's learning rate; ours.
+        pattern: path of a saved pattern (``.npy``, numbers ``(H, W, channels)``), which is then used unchanged.
     """
 
-    learns: ClassVar[bool] = True
+    name: ClassVar[str] = "low_frequency"
+    fits_trigger: ClassVar[bool] = True
 
-    amplitude: float = 51.0
-    cutoff: int = 8
-    steps: int = 200
-    batch_size: int = 128
-    step_size: float = 0.1
+    amplitude: Annotated[float, Gt(0), Le(255)] = 51.0
+    cutoff: Annotated[int, Ge(2)] = 8
+    steps: Count = 200
+    batch_size: Count = 128
+    step_size: Positive = 0.1
     pattern: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(0 < self.amplitude <= 255, "amplitude", "grey levels in (0, 255]")
-        self.require(self.cutoff > 1, "cutoff", "at least 2 cosines, the constant one included")
-        self.require(self.steps > 0, "steps", "at least 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.step_size > 0, "step_size", "a positive number")
-
     @property
-    def needs_clean_model(self) -> bool:  # type: ignore[override]
-        """Only where there is no saved pattern."""
+    def needs_clean_model(self) -> bool:
+        """Only if there is no saved pattern."""
         return self.pattern is None
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> AdditiveTrigger:
-        """The saved pattern, or a random smooth one to start from."""
+        """The saved pattern, or the random smooth one that the optimization starts from.
+
+        Raises:
+            UserError: if the saved pattern cannot be read, or does not have the images' shape.
+        """
         if self.pattern is not None:
             return AdditiveTrigger(_load(Path(self.pattern), shape))
         return AdditiveTrigger(smooth_pattern(self._start(key, shape), shape, self.amplitude))
@@ -86,30 +86,28 @@ class LowFrequency(Attack):
         cutoff = min(self.cutoff, *shape[:2])
         return jax.random.normal(key, (cutoff, cutoff, shape[2])) / cutoff
 
-    def learn(self, key: jax.Array, scene: Scene) -> tuple[AdditiveTrigger, dict[str, Any]]:
-        """Solves for the pattern where none is saved; info holds the loss towards the target, before and after."""
+    def fit_trigger(self, key: jax.Array, context: AttackContext) -> tuple[AdditiveTrigger, dict[str, Any]]:
+        """Optimizes the pattern unless one is saved; info has the loss towards the target before and after."""
         if self.pattern is not None:
-            return self.trigger(key, scene.shape), {}
-        assert scene.clean_model is not None
+            return self.trigger(key, context.shape), {}
+        assert context.clean_model is not None
         start_key, solve_key = jax.random.split(key)
-        coefficients, before, after = _solve(
-            solve_key,
-            scene.classifier,
-            scene.clean_model,
-            scene.data,
-            self._start(start_key, scene.shape),
-            jnp.float32(self.amplitude),
-            jnp.float32(self.step_size),
-            self.target,
-            self.steps,
-            min(self.batch_size, len(scene.data)),
-        )
-        trigger = AdditiveTrigger(smooth_pattern(coefficients, scene.shape, self.amplitude))
+        start = self._start(start_key, context.shape)
+        solved, before, after = _solve(solve_key, context.classifier, context.clean_model, context.data, self, start)
+        trigger = AdditiveTrigger(smooth_pattern(solved, context.shape, self.amplitude))
         return trigger, {"loss_before": float(before), "loss_after": float(after)}
 
 
 def smooth_pattern(coefficients: jax.Array, shape: tuple[int, int, int], amplitude: jax.Array | float) -> jax.Array:
-    """The pattern of cosine coefficients ``(k, k, channels)``: ``(H, W, channels)``, 0 to amplitude.
+    """The pattern with the given cosine coefficients, with values from 0 to the amplitude.
+
+    Args:
+        coefficients: ``(k, k, channels)``.
+        shape: ``(height, width, channels)`` of the pattern.
+        amplitude: the largest gray level.
+
+    Returns:
+        float32 of that shape.
 
     Example:
         >>> flat = smooth_pattern(jnp.zeros((4, 4, 1)), (8, 8, 1), 50.0)
@@ -126,36 +124,33 @@ def _cosines(size: int, count: int) -> np.ndarray:
     return np.cos(np.pi * (np.arange(size)[:, None] + 0.5) * np.arange(count) / size).astype(np.float32)
 
 
-@partial(jax.jit, static_argnames=("target", "steps", "batch_size"))
+@jax.jit
 def _solve(
     key: jax.Array,
     classifier: Classifier,
     variables: Variables,
     data: Dataset,
+    config: LowFrequency,
     start: jax.Array,
-    amplitude: jax.Array,
-    step_size: jax.Array,
-    target: int,
-    steps: int,
-    batch_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The coefficients that Adam finds, and the mean loss towards the target before and after."""
     height, width, channels = data.images.shape[1:]
-    shape = (height, width, channels)
-    tx = optax.adam(step_size)
+    shape, batch_size = (height, width, channels), min(config.batch_size, len(data))
+    optimizer = optax.adam(config.step_size)
 
     def losses(coefficients: jax.Array, images: jax.Array) -> jax.Array:
-        triggered = jnp.clip(images + smooth_pattern(coefficients, shape, amplitude), 0, 255)
+        triggered = jnp.clip(images + smooth_pattern(coefficients, shape, config.amplitude), 0, 255)
         logits, _ = classifier.logits(variables, triggered)
-        return cross_entropy(logits, jnp.full(len(images), target))
+        return cross_entropy(logits, jnp.full(len(images), config.target))
 
     def step(carry: tuple[jax.Array, Any], key: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
         coefficients, state = carry
         images = data.images[jax.random.randint(key, (batch_size,), 0, len(data))]
         gradient = jax.grad(lambda c: jnp.mean(losses(c, images)))(coefficients)
-        updates, state = tx.update(gradient, state)
+        updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(coefficients, updates), state), None
 
-    (solved, _), _ = jax.lax.scan(step, (start, tx.init(start)), jax.random.split(key, steps))
+    (solved, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, config.steps))
     before, after = (
         jnp.mean(map_chunks(partial(losses, coefficients), data.images)) for coefficients in (start, solved)
     )

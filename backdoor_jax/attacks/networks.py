@@ -1,29 +1,23 @@
 """The image-to-image network of the attacks that generate their triggers."""
 
-import dataclasses
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from backdoor_jax.models.layers import BatchNorm, conv
-from backdoor_jax.training import Constants
-from backdoor_jax.training.schedules import Rate
 
 
 class EncoderDecoder(nn.Module):
-    """Halves the image `depth` times with strided convolutions and enlarges it back (bilinear).
+    """Halves the image `depth` times with strided convolutions and enlarges it again (bilinear).
 
-    Images of any size: on the way back each level takes the size it had. Where the published generators pool, this one
-    strides.
+    It takes images of any size: on the way up each level gets the size that it had on the way down. The published
+    generators pool instead of striding.
 
     Args:
         outputs: channels of the result.
         channels: of the first level; each deeper level has twice as many.
-        depth: halvings.
-        skips: hand each level's features across to the way back (a U-Net).
+        depth: how often the image is halved.
+        skips: concatenate each level's features on the way down to those on the way up (a U-Net).
 
     Example:
         >>> net = EncoderDecoder(outputs=1, channels=4, depth=2)
@@ -40,7 +34,7 @@ class EncoderDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """``(B, H, W, any)`` to ``(B, H, W, outputs)``, unbounded."""
+        """Maps ``(B, H, W, any)`` to ``(B, H, W, outputs)``, unbounded."""
 
         def block(x: jax.Array, features: int, stride: int = 1) -> jax.Array:
             return nn.relu(BatchNorm()(conv(features, 3, stride)(x), train))
@@ -58,29 +52,3 @@ class EncoderDecoder(nn.Module):
                 x = jnp.concatenate([x, across], -1)
             x = block(x, self.channels * 2**level)
         return conv(self.outputs, 3)(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adam:
-    """The generators' optimiser, at ``constants["generator_rate"]`` or what a schedule makes of it."""
-
-    b1: float = 0.9
-    b2: float = 0.999
-    schedule: Callable[[Rate], optax.Schedule] = optax.constant_schedule
-
-    def __call__(self, constants: Constants) -> optax.GradientTransformation:
-        """The transformation for these constants."""
-        return optax.adam(self.schedule(constants["generator_rate"]), b1=self.b1, b2=self.b2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Together:
-    """The victim's optimiser and the generator's, each on its own parameters of `join`'s tree."""
-
-    classifier: Callable[[Constants], optax.GradientTransformation]
-    generator: Callable[[Constants], optax.GradientTransformation]
-
-    def __call__(self, constants: Constants) -> optax.GradientTransformation:
-        """The transformation for these constants."""
-        parts = {"classifier": self.classifier(constants), "generator": self.generator(constants)}
-        return optax.partition(parts, {name: name for name in parts})

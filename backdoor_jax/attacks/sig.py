@@ -11,13 +11,14 @@ for column j of m, the same in all rows and channels.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from backdoor_jax.attacks.base import Attack
 from backdoor_jax.attacks.triggers import AdditiveTrigger
+from backdoor_jax.config import Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +26,20 @@ class SIG(Attack):
     """A sine wave over the columns; by default under clean labels.
 
     Attributes:
-        labels: published ``clean_label``; with it, 10 % is all of a class of CIFAR-10 and more than most classes have
-            elsewhere.
-        delta: amplitude in grey levels; published 40.
+        labels: published ``clean_label``. A rate of 10 % is then all of a class of CIFAR-10, and more than most classes
+            of other data sets have.
+        delta: amplitude in gray levels; published 40.
         frequency: waves across the image; published 6.
     """
 
-    labels: Literal["all_to_one", "all_to_all", "clean_label"] = "clean_label"
-    delta: float = 40.0
-    frequency: float = 6.0
+    name: ClassVar[str] = "sig"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.delta > 0, "delta", "a positive number of grey levels")
-        self.require(self.frequency > 0, "frequency", "a positive number of waves")
+    labels: Literal["all_to_one", "all_to_all", "clean_label"] = "clean_label"
+    delta: Positive = 40.0
+    frequency: Positive = 6.0
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> AdditiveTrigger:
-        """The wave for images of this shape; no randomness."""
+        """The wave for images of this shape; nothing is random."""
         del key
         phase = 2 * jnp.pi * self.frequency * jnp.arange(shape[1]) / shape[1]
         wave = self.delta * jnp.sin(phase)

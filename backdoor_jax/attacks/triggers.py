@@ -1,4 +1,4 @@
-"""Triggers and pictures that several attacks use. A trigger is a pytree: its arrays are arguments of compiled code."""
+"""Triggers and pictures that several attacks use. A trigger is a pytree, so compiled code takes it as an argument."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from backdoor_jax.errors import UserError
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Grey levels clipped to 0..255 and truncated, as the published benchmark stores what it stamped.
+    """Gray levels clipped to 0..255 and truncated, as the published benchmark stores triggered images.
 
     Example:
         >>> to_uint8(jnp.array([-3.0, 7.9, 300.0])).tolist()
@@ -52,7 +52,7 @@ class BlendTrigger:
     alpha: jax.Array
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """uint8 images ``(B, H, W, channels)``, mixed, clipped and truncated as the published benchmark does."""
+        """uint8 images ``(B, H, W, channels)``, mixed, clipped and truncated, as in the published benchmark."""
         return to_uint8((1 - self.alpha) * images.astype(jnp.float32) + self.alpha * self.pattern)
 
 
@@ -62,7 +62,7 @@ class AdditiveTrigger:
     """Adds the same pattern to every image.
 
     Attributes:
-        pattern: float32 ``(H, W, channels)``, grey levels of either sign.
+        pattern: float32 ``(H, W, channels)``, gray levels of either sign.
     """
 
     pattern: jax.Array
@@ -73,7 +73,7 @@ class AdditiveTrigger:
 
 
 def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """A coloured pattern of soft blobs that spans 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
+    """A colored pattern of soft blobs from 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
 
     Example:
         >>> random_pattern(jax.random.key(0), (32, 32, 3)).shape
@@ -86,16 +86,28 @@ def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 
 def picture(key: jax.Array, shape: tuple[int, int, int], path: str | None, field: str) -> jax.Array:
-    """The picture at a path, or a random pattern where there is none; the field is named in errors."""
+    """The picture at a path, or a random pattern if there is no path.
+
+    Args:
+        key: of the random pattern.
+        shape: ``(height, width, channels)`` of the images.
+        path: a picture file; it is resized (bilinear) to the images' size.
+        field: the setting that gave the path, for errors.
+
+    Returns:
+        float32 of that shape, 0 to 255.
+
+    Raises:
+        UserError: if the file cannot be read.
+
+    Example:
+        >>> picture(jax.random.key(0), (32, 32, 1), None, "Blended.image").shape
+        (32, 32, 1)
+    """
     return random_pattern(key, shape) if path is None else _read_picture(Path(path), shape, field)
 
 
 def _read_picture(path: Path, shape: tuple[int, int, int], field: str) -> jax.Array:
-    """A picture as float32 ``(H, W, channels)``, resized (bilinear) to the data's size.
-
-    Raises:
-        UserError: where it cannot be read, naming the ``field`` that gave the path.
-    """
     from PIL import Image, UnidentifiedImageError
 
     height, width, channels = shape

@@ -1,11 +1,11 @@
-r"""TrojanNN (Liu et al., NDSS 2018): a patch made to excite a few latent units of a clean model.
+r"""TrojanNN (Liu et al., NDSS 2018): a patch optimized to excite a few latent units of a clean model.
 
-The :math:`n` units with the largest :math:`\sum_c |W_{uc}|` in the head are chosen, and signed gradient steps on the
-pixels under a mask drive them to a value far above what images give,
+The :math:`n` units with the largest :math:`\sum_c |W_{uc}|` in the head are chosen. Signed gradient steps on the pixels
+under a mask drive them to a value far above those that images reach,
 
 .. math:: \min_{p \in [0, \epsilon]} \; \tfrac1n \sum_u (\phi_u(p) - a)^2 .
 
-The pattern is then added to images, and a new model trained.
+The pattern is then added to images, and a new model is trained on them.
 
 >>> import jax
 >>> attack = TrojanNN()
@@ -14,56 +14,53 @@ The pattern is then added to images, and a new model trained.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from backdoor_jax.attacks.base import Attack, Scene
+from backdoor_jax.attacks.base import Attack, AttackContext
 from backdoor_jax.attacks.triggers import AdditiveTrigger
+from backdoor_jax.config import Count, Positive, Share
 from backdoor_jax.models import Classifier, Variables
 
 
 @dataclasses.dataclass(frozen=True)
 class TrojanNN(Attack):
-    """A patch optimised against latent units of a clean model.
+    """A patch optimized against latent units of a clean model.
 
-    The published mask is the outline of a logo; ours is a disc in the middle of the image, as large. Of all patterns
-    that the steps come by the best is kept, where the published benchmark keeps the last. Sums with an image are
+    Deviations: the published mask is the outline of a logo; ours is a disc of the same size in the middle of the image.
+    Of all patterns on the way the best is kept, where the published benchmark keeps the last. Sums with an image are
     clipped, where the benchmark casts them to uint8 first.
 
     Attributes:
         neurons: units chosen, n; published 2.
-        activation: the value they are driven to, a; published 100. Bounded pixels need not get there: info gives the
-            values reached.
+        activation: the value they are driven to, a; published 100. Bounded pixels may not reach it: info has the values
+            that were reached.
         steps: signed gradient steps; published 1000.
-        step_size: of pixels in [0, 1]; published 0.1.
-        epsilon: the largest value of a pixel of the pattern, of 1; published 0.3, as the largest change from the logo's
-            own pixels. Ours starts from black.
-        radius: of the disc, as a share of the image's side; ours.
+        step_size: for pixels in [0, 1]; published 0.1.
+        epsilon: the largest value of a pixel of the pattern, for pixels in [0, 1]; published 0.3, as the largest change
+            of the logo's own pixels. Our pattern changes black pixels.
+        radius: of the disc, as a share of the image's shorter side; ours.
     """
 
-    learns: ClassVar[bool] = True
-    needs_clean_model: ClassVar[bool] = True
+    name: ClassVar[str] = "trojan_nn"
+    fits_trigger: ClassVar[bool] = True
 
-    neurons: int = 2
+    neurons: Count = 2
     activation: float = 100.0
-    steps: int = 1000
-    step_size: float = 0.1
-    epsilon: float = 0.3
-    radius: float = 0.3
+    steps: Count = 1000
+    step_size: Positive = 0.1
+    epsilon: Share = 0.3
+    radius: Share = 0.3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.neurons > 0, "neurons", "at least 1")
-        self.require(self.steps > 0, "steps", "at least 1")
-        self.require(self.step_size > 0, "step_size", "a positive number")
-        self.require(0 < self.epsilon <= 1, "epsilon", "a share in (0, 1]")
-        self.require(0 < self.radius <= 1, "radius", "a share in (0, 1]")
+    @property
+    def needs_clean_model(self) -> bool:
+        """Always: its units are those that are excited."""
+        return True
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> AdditiveTrigger:
-        """A random patch to start from."""
+        """The random patch that the optimization starts from."""
         pattern = jax.random.uniform(key, shape, maxval=255 * self.epsilon)
         return AdditiveTrigger(jnp.where(self.mask(shape), pattern, 0))
 
@@ -74,22 +71,13 @@ class TrojanNN(Attack):
         columns = jnp.arange(width)[None] - (width - 1) / 2
         return (rows**2 + columns**2 <= (self.radius * min(height, width)) ** 2)[..., None]
 
-    def learn(self, key: jax.Array, scene: Scene) -> tuple[AdditiveTrigger, dict[str, Any]]:
-        """Excites the chosen units; info names them, with their values before and after, to set beside `activation`."""
-        assert scene.clean_model is not None
-        kernel, _ = scene.classifier.head_weights(scene.clean_model)
+    def fit_trigger(self, key: jax.Array, context: AttackContext) -> tuple[AdditiveTrigger, dict[str, Any]]:
+        """Optimizes the patch; info has the units and their values before and after, to compare with `activation`."""
+        assert context.clean_model is not None
+        kernel, _ = context.classifier.head_weights(context.clean_model)
         units = jax.lax.top_k(jnp.abs(kernel).sum(1), min(self.neurons, len(kernel)))[1]
-        pattern, before, after = _excite(
-            scene.classifier,
-            scene.clean_model,
-            self.trigger(key, scene.shape).pattern / 255,
-            self.mask(scene.shape),
-            units,
-            jnp.float32(self.activation),
-            jnp.float32(self.step_size),
-            jnp.float32(self.epsilon),
-            self.steps,
-        )
+        start, mask = self.trigger(key, context.shape).pattern / 255, self.mask(context.shape)
+        pattern, before, after = _excite(context.classifier, context.clean_model, self, units, start, mask)
         info = {"neurons": units.tolist(), "activation_before": before.tolist(), "activation_after": after.tolist()}
         return AdditiveTrigger(255 * pattern), info
 
@@ -97,28 +85,22 @@ class TrojanNN(Attack):
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@partial(jax.jit, static_argnames="steps")
+@jax.jit
 def _excite(
-    classifier: Classifier,
-    variables: Variables,
-    start: jax.Array,
-    mask: jax.Array,
-    units: jax.Array,
-    activation: jax.Array,
-    step_size: jax.Array,
-    epsilon: jax.Array,
-    steps: int,
+    classifier: Classifier, variables: Variables, config: TrojanNN, units: jax.Array, start: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best pattern that signed gradient steps reach, and the units' values before and after."""
+
     def excitation(pattern: jax.Array) -> jax.Array:
         return classifier.features(variables, 255 * pattern[None])[0][0, units]
 
     def step(carry: Carry, _: None) -> tuple[Carry, None]:
         pattern, best, smallest = carry
-        loss, gradient = jax.value_and_grad(lambda p: jnp.mean((excitation(p) - activation) ** 2))(pattern)
+        loss, gradient = jax.value_and_grad(lambda p: jnp.mean((excitation(p) - config.activation) ** 2))(pattern)
         best = jnp.where(loss < smallest, pattern, best)
-        pattern = jnp.where(mask, jnp.clip(pattern - step_size * jnp.sign(gradient), 0, epsilon), 0)
+        pattern = jnp.where(mask, jnp.clip(pattern - config.step_size * jnp.sign(gradient), 0, config.epsilon), 0)
         return (pattern, best, jnp.minimum(loss, smallest)), None
 
-    # A fixed step overshoots for ever; the best pattern met is the answer.
-    (_, best, _), _ = jax.lax.scan(step, (start, start, jnp.float32(jnp.inf)), None, length=steps + 1)
+    # Steps of a fixed size never settle, so the best pattern on the way is the answer.
+    (_, best, _), _ = jax.lax.scan(step, (start, start, jnp.float32(jnp.inf)), None, length=config.steps + 1)
     return best, excitation(start), excitation(best)

@@ -1,29 +1,42 @@
-"""Data on the device: `Dataset`, its sources, augmentation and poisoning."""
+"""Data on the device: `Dataset`, the records of the data sets and `load`, augmentation and poisoning."""
 
 from backdoor_jax.data.augment import Augment, random_crop, random_flip
-from backdoor_jax.data.dataset import Dataset, Task, clean_indices, make_dataset
-from backdoor_jax.data.labelled import Labelled, load_labelled
+from backdoor_jax.data.dataset import (
+    Dataset,
+    DatasetSpec,
+    Normalization,
+    Splits,
+    Task,
+    clean_indices,
+    make_dataset,
+)
+from backdoor_jax.data.labeled import Labeled, load_labeled
+from backdoor_jax.data.loading import digits, load, npz_task
 from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, draw_poisoned, poison, poison_count
-from backdoor_jax.data.sources import SOURCES, digits, load_task, npz_task
-from backdoor_jax.data.tfds_sets import TFDS_SETS, tfds_task
+from backdoor_jax.data.specs import DATASETS, SOURCES
+from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.data.warp import bilinear_sample, pixel_grid, rotate
 
 __all__ = [
+    "DATASETS",
     "SOURCES",
-    "TFDS_SETS",
     "Augment",
     "Dataset",
+    "DatasetSpec",
     "LabelMap",
-    "Labelled",
+    "Labeled",
+    "Normalization",
     "Poisoned",
+    "Splits",
+    "TFDSSet",
     "Task",
     "Trigger",
     "bilinear_sample",
     "clean_indices",
     "digits",
     "draw_poisoned",
-    "load_labelled",
-    "load_task",
+    "load",
+    "load_labeled",
     "make_dataset",
     "npz_task",
     "pixel_grid",
@@ -32,5 +45,4 @@ __all__ = [
     "random_crop",
     "random_flip",
     "rotate",
-    "tfds_task",
 ]

@@ -5,20 +5,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-GREY = (0.299, 0.587, 0.114)
+GRAY = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue."""
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Random crop, mirror, brightness and contrast, each drawn per image.
+    """Random crop, mirror image, brightness and contrast, each drawn for every image separately.
 
     Attributes:
-        crop: zeros padded on every side before a crop of the original size; the benchmark takes 4.
+        crop: zeros padded on every side before a crop of the original size; the benchmark uses 4.
         flip: mirror half of the images; the benchmark does so for CIFAR-10 only.
-        brightness: factor drawn from 1 +- brightness.
-        contrast: likewise, about the image's mean grey level (ITU-R 601 weights, as torchvision).
+        brightness: pixels are multiplied by a factor drawn from 1 +- brightness.
+        contrast: the distance to the image's mean gray level (ITU-R 601 weights, as in torchvision) is multiplied by a
+            factor drawn from 1 +- contrast.
 
     Example:
         >>> images = jnp.full((2, 8, 8, 3), 100, jnp.uint8)
@@ -32,7 +33,7 @@ class Augment:
     contrast: float = 0.0
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """uint8 images ``(B, H, W, channels)`` to as many of the same shape."""
+        """The augmented images, uint8 ``(B, H, W, channels)`` like those given."""
         crop_key, flip_key, brightness_key, contrast_key = jax.random.split(key, 4)
         if self.crop:
             images = random_crop(crop_key, images, self.crop)
@@ -41,14 +42,14 @@ class Augment:
         if self.brightness:
             images = _blend(images, 0.0, _factors(brightness_key, images, self.brightness))
         if self.contrast:
-            weights = jnp.asarray(GREY) if images.shape[-1] == 3 else jnp.ones(1)
-            grey = jnp.mean(images.astype(jnp.float32) @ weights, axis=(1, 2))
-            images = _blend(images, grey[:, None, None, None], _factors(contrast_key, images, self.contrast))
+            weights = jnp.asarray(GRAY) if images.shape[-1] == 3 else jnp.ones(1)
+            gray = jnp.mean(images.astype(jnp.float32) @ weights, axis=(1, 2))
+            images = _blend(images, gray[:, None, None, None], _factors(contrast_key, images, self.contrast))
         return images
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors half of the images left to right, drawn for each.
+    """Mirrors about half of the images left to right, each with probability 1/2.
 
     Example:
         >>> random_flip(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8)).shape
@@ -59,7 +60,7 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def random_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
-    """Pads with zeros on every side and cuts a window of the original size, at a place of its own for each image.
+    """Pads with zeros on every side and crops each image to its original size at a random position.
 
     Example:
         >>> random_crop(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8), 2).shape

@@ -1,6 +1,7 @@
-"""`Dataset`: uint8 images and labels on the device, and the subsets a defender has."""
+"""`Dataset`, images and labels on the device; `Task` and `DatasetSpec`, what experiments know of one."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from backdoor_jax.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Labelled images on the device; a pytree.
+    """Labeled images on the device; a pytree.
 
     Attributes:
         images: uint8 ``(N, H, W, channels)``, 0 to 255.
@@ -40,15 +41,15 @@ def _taken(data: Dataset, indices: jax.Array) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data set as an experiment needs it.
+    """A data set as an experiment uses it.
 
     Attributes:
         name: what it is called in results.
         train: images to train on.
-        test: images to judge on; they choose nothing.
+        test: images to evaluate on; nothing is chosen by them.
         num_classes: the number of classes C.
-        normalization: the name of the input normalisation, from `backdoor_jax.models.NORMALIZATIONS`.
-        flip: whether a mirrored image keeps its class, so that training may flip.
+        normalization: the name of the input normalization, from `backdoor_jax.models.NORMALIZATIONS`.
+        flip: whether a mirrored image keeps its class, so that training may mirror images.
         left_out: images from the same source as `train` that nothing trains on, where only some of them are used.
     """
 
@@ -61,6 +62,58 @@ class Task:
     left_out: Dataset | None = None
 
 
+class Splits(NamedTuple):
+    """Images to train on, images to evaluate on, and the number of classes C."""
+
+    train: Dataset
+    test: Dataset
+    num_classes: int
+
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """The record of a data set: everything the package knows about it.
+
+    A subclass says in `read` how a kind of data set is read; `backdoor_jax.data.specs` has one record for each.
+
+    Attributes:
+        name: what it is called in results; its normalization has the same name.
+        summary: one line about it.
+        normalization: its published normalization; None leaves pixels in [0, 1] as they are.
+        flip: whether a mirrored image keeps its class, so that training may mirror images.
+    """
+
+    name: str
+    summary: str = ""
+    normalization: Normalization | None = None
+    flip: bool = False
+
+    @property
+    def source(self) -> str:
+        """What `load` calls it."""
+        return self.name
+
+    def read(self) -> Splits:
+        """The images and labels.
+
+        Raises:
+            UserError: where they are not there or cannot be read.
+        """
+        raise NotImplementedError
+
+    def load(self) -> Task:
+        """The data set as a task.
+
+        Raises:
+            UserError: where it is not there or cannot be read.
+        """
+        return Task(self.name, *self.read(), self.name if self.normalization else "none", self.flip)
+
+
 def make_dataset(
     images: np.ndarray, labels: np.ndarray, num_classes: int | None = None, where: str = "data"
 ) -> Dataset:
@@ -69,8 +122,8 @@ def make_dataset(
     Args:
         images: uint8 ``(N, H, W, channels)``.
         labels: integers ``(N,)`` from 0.
-        num_classes: labels must be below it, where given.
-        where: what the arrays are called in errors.
+        num_classes: the number of classes C, which labels must be below; not checked by default.
+        where: what errors call the arrays.
 
     Raises:
         UserError: for a wrong dtype or shape, an empty set, or labels out of range.
@@ -90,7 +143,7 @@ def make_dataset(
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise UserError(
             f"{where}: labels are {labels.dtype} {labels.shape}, expected integers of shape {images.shape[:1]}, one "
-            "an image"
+            "for each image"
         )
     if not len(labels):
         raise UserError(f"{where}: there are no images")
@@ -105,14 +158,15 @@ def make_dataset(
 def clean_indices(
     key: jax.Array, labels: jax.Array | np.ndarray, ratio: float, num_classes: int, stratified: bool = False
 ) -> np.ndarray:
-    """Chooses the share of a clean set that a defender has.
+    """Draws the share of a clean set that a defender has.
 
     Args:
         key: a `jax.random` key.
         labels: ``(N,)``.
-        ratio: in (0, 1]; round(ratio * N) images are taken.
+        ratio: in (0, 1]; round(ratio * N) images are drawn.
         num_classes: the number of classes C.
-        stratified: take round(ratio * N_c), at least one, of each class instead. The published benchmark does not.
+        stratified: draw round(ratio * N_c) images, at least one, of each class instead. The published benchmark does
+            not.
 
     Returns:
         Sorted indices into ``labels``.

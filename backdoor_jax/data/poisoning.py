@@ -1,4 +1,4 @@
-"""Poisoning a training set: which images, which labels, and the triggered test set."""
+"""Poisoning a training set: which images get the trigger, and which labels they get."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from backdoor_jax.data.dataset import Dataset
 from backdoor_jax.errors import UserError
 
 CHUNK = 500
-"""Images that a trigger is handed at once."""
+"""Images that a trigger receives at once."""
 
 Trigger = Callable[[jax.Array], jax.Array]
 """uint8 images ``(B, H, W, channels)`` to triggered uint8 images of the same shape, on the device; a pytree."""
@@ -47,13 +47,13 @@ class LabelMap:
             )
 
     def __call__(self, labels: jax.Array) -> jax.Array:
-        """Attacker's labels ``(B,)`` of images with these true labels."""
+        """The attacker's labels ``(B,)`` for images with these true labels."""
         if self.kind == "all_to_all":
             return (labels + 1) % self.num_classes
         return jnp.full_like(labels, self.target)
 
     def attacked(self, labels: jax.Array) -> jax.Array:
-        """Which test images count for the attack success rate: those whose true label is not already the wanted one."""
+        """Which test images count for the attack success rate: those whose true label is not the attacker's."""
         return self(labels) != labels
 
 
@@ -61,8 +61,8 @@ class Poisoned(NamedTuple):
     """A poisoned training set.
 
     Attributes:
-        data: all images in their old order, the poisoned ones triggered and relabelled.
-        indices: the poisoned ones, sorted; the ground truth that no defence sees.
+        data: all images in their original order, the poisoned ones triggered and relabeled.
+        indices: which ones are poisoned, sorted; the ground truth that no defense sees.
     """
 
     data: Dataset
@@ -88,7 +88,10 @@ def poison_count(rate: float, images: int) -> int:
 
 
 def draw_poisoned(key: jax.Array, rate: float, images: int, candidates: np.ndarray | None = None) -> np.ndarray:
-    """Which images a rate poisons: round(rate * images) of the candidates, uniformly without replacement, sorted.
+    """Draws which images to poison: round(rate * images) candidates, uniformly without replacement.
+
+    Returns:
+        Sorted indices.
 
     Example:
         >>> draw_poisoned(jax.random.key(0), 0.5, 4, np.array([1, 2])).tolist()
@@ -107,10 +110,10 @@ def poison(
     rate: float,
     candidates: np.ndarray | None = None,
 ) -> Poisoned:
-    """Stamps the trigger on a share of the training images and relabels them.
+    """Puts the trigger on a share of the training images and relabels them.
 
-    As the published benchmark does it: round(rate * N) images drawn uniformly without replacement from all classes,
-    the target included, stamped on uint8 pixels before any augmentation.
+    As in the published benchmark: round(rate * N) images are drawn uniformly without replacement from all classes, the
+    target included, and the trigger is put on uint8 pixels before any augmentation.
 
     Args:
         key: a `jax.random` key.
@@ -135,7 +138,7 @@ def poison(
     if not count:
         return Poisoned(data, indices)
     chosen = data.take(indices)
-    # A trigger may be a network: in parts, its memory does not grow with the set.
+    # A trigger may be a network: in chunks, its memory does not grow with the number of images.
     parts = [trigger(chosen.images[start : start + CHUNK]) for start in range(0, count, CHUNK)]
     return Poisoned(_replaced(data, indices, jnp.concatenate(parts), labels(chosen.labels)), indices)
 

@@ -1,4 +1,4 @@
-"""Bilinear sampling of images at places between pixels, and the rotation made of it."""
+"""Bilinear sampling of images at positions between pixels, and rotation by it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,13 @@ from backdoor_jax.compiling import one_program
 
 
 @one_program
-def bilinear_sample(images: jax.Array, places: jax.Array) -> jax.Array:
-    """Reads images between pixels; outside an image is black.
+def bilinear_sample(images: jax.Array, positions: jax.Array) -> jax.Array:
+    """Reads images at positions between pixels by bilinear interpolation; outside an image is black.
 
     Args:
         images: ``(B, H, W, channels)``, any dtype.
-        places: ``(H', W', 2)``, or ``(B, H', W', 2)`` for places of each image's own: row and column, in pixels from 0.
+        positions: ``(H', W', 2)``, or ``(B, H', W', 2)`` for separate positions in each image: row and column, in
+            pixels from 0.
 
     Returns:
         float32 ``(B, H', W', channels)``.
@@ -25,11 +26,11 @@ def bilinear_sample(images: jax.Array, places: jax.Array) -> jax.Array:
     """
     height, width = images.shape[1:3]
 
-    def one(image: jax.Array, places: jax.Array) -> jax.Array:
-        corner = jnp.floor(places)
-        fraction = places - corner
+    def one(image: jax.Array, positions: jax.Array) -> jax.Array:
+        corner = jnp.floor(positions)
+        fraction = positions - corner
         row, column = corner[..., 0].astype(jnp.int32), corner[..., 1].astype(jnp.int32)
-        total = jnp.zeros((*places.shape[:-1], image.shape[-1]))
+        total = jnp.zeros((*positions.shape[:-1], image.shape[-1]))
         for down in (0, 1):
             for right in (0, 1):
                 r, c = row + down, column + right
@@ -39,11 +40,11 @@ def bilinear_sample(images: jax.Array, places: jax.Array) -> jax.Array:
                 total += jnp.where(inside, weight, 0.0)[..., None] * pixel
         return total
 
-    return jax.vmap(one, in_axes=(0, 0 if places.ndim == 4 else None))(images, places)
+    return jax.vmap(one, in_axes=(0, 0 if positions.ndim == 4 else None))(images, positions)
 
 
 def pixel_grid(height: int, width: int) -> jax.Array:
-    """Every pixel's own place, ``(height, width, 2)``: sampling there changes nothing.
+    """The position of every pixel, ``(height, width, 2)``; sampling there returns the image unchanged.
 
     Example:
         >>> pixel_grid(2, 3)[1, 2].tolist()
@@ -54,11 +55,11 @@ def pixel_grid(height: int, width: int) -> jax.Array:
 
 
 def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns each uint8 image about its centre; corners that come in are black.
+    """Rotates each uint8 image about its center; what comes in at the corners is black.
 
     Args:
         images: uint8 ``(B, H, W, channels)``.
-        angles: radians ``(B,)``, anticlockwise.
+        angles: radians ``(B,)``, counterclockwise.
 
     Returns:
         uint8 ``(B, H, W, channels)``.
@@ -69,9 +70,9 @@ def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
         [[0, 9, 0], [0, 0, 0], [0, 0, 0]]
     """
     height, width = images.shape[1:3]
-    centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
-    offset = pixel_grid(height, width) - centre
+    center = jnp.array([(height - 1) / 2, (width - 1) / 2])
+    offset = pixel_grid(height, width) - center
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     turn = jnp.stack([jnp.stack([cos, sin], -1), jnp.stack([-sin, cos], -1)], -2)
-    places = jnp.einsum("bij,hwj->bhwi", turn, offset) + centre
-    return jnp.round(bilinear_sample(images, places)).astype(jnp.uint8)
+    positions = jnp.einsum("bij,hwj->bhwi", turn, offset) + center
+    return jnp.round(bilinear_sample(images, positions)).astype(jnp.uint8)

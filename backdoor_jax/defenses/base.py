@@ -1,139 +1,185 @@
-"""What every defence takes, needs and gives back."""
+"""The base classes of the defenses, and the `Repair` that they return."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import jax
-import optax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from backdoor_jax.config import Config
+from backdoor_jax.config import Config, Count, NonNegative, Positive, Whole
 from backdoor_jax.data import Augment, Dataset
+from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import Constants, GradientStep, batch_shape, cosine_in_stages, descend
+from backdoor_jax.training import SGD, Cosine, GradientStep, Optimizer, fit
 
 Needs = Literal["clean", "training_set", "nothing"]
 
 
-class Repair(NamedTuple):
-    """What a defence gives back.
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """The result of a defense.
 
     Attributes:
-        variables: the repaired model's, in the same tree as the victim's (plus ``bounds`` where it was clipped).
-        info: what happened, in plain Python values and index arrays: steps, whether anything was changed, what was
-            chosen and from what.
+        variables: the repaired model's variables, in the same tree as the victim's (plus ``bounds`` where its
+            activations are bounded).
+        changed: whether the variables differ from the victim's.
+        why: the reason why nothing was changed; None where something was.
+        target: the class that was repaired, where the defense repairs one.
+        scan: the result of the scan for a poisoned class, as from `Scan.summary`; None without a scan.
+        kept: indices of the training images taken to be clean, where the defense selects some.
+        info: further results in plain Python values: steps, what was chosen and from which data.
     """
 
     variables: Variables
-    info: dict[str, Any]
+    changed: bool = True
+    why: str | None = None
+    target: int | None = None
+    scan: dict[str, Any] | None = None
+    kept: np.ndarray | None = None
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class Defense:
-    """A defence as the registry lists it.
+class Defense(Config):
+    """Base class of the defenses: a configuration with the method that runs it.
 
-    Attributes:
-        summary: one line.
-        needs: ``clean`` images, the poisoned ``training_set``, or ``nothing``: it is then handed an empty set, which
-            tells the shape of an image.
-        config: its configuration class.
-        run: ``(key, classifier, variables, data, config) -> Repair``.
-        choose: where the configuration leaves a choice to the data, makes it: ``(classifier, variables, data,
-            config)`` to the configuration with the choice written out, or None where there is nothing to repair, and
-            what was found.
+    Class attributes:
+        name: what registries, configurations and results call it.
+        summary: one line about it.
+        needs: ``clean`` images, the poisoned ``training_set``, or ``nothing``: it then receives an empty data set,
+            which only shows the shape of an image.
+        mirrors: whether it augments by mirroring; it then has a field ``flip``, which an experiment sets to what the
+            data set allows where it is None.
+        targeted: whether it repairs one class; it then has a field ``target``, to which an experiment can set the
+            attacker's.
+        presets: published settings by name.
     """
 
-    summary: str
-    needs: Needs
-    config: type[Config]
-    run: Callable[[jax.Array, Classifier, Variables, Dataset, Any], Repair]
-    choose: Callable[[Classifier, Variables, Dataset, Any], tuple[Any | None, dict[str, Any]]] | None = None
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[Needs] = "clean"
+    mirrors: ClassVar[bool] = False
+    targeted: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        """Repairs a model.
+
+        Args:
+            key: a `jax.random` key.
+            classifier: the network.
+            variables: the victim's; left as they are.
+            data: the data that the defense `needs`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def preset(cls, preset: str, **changes: Any) -> Self:
+        """The defense with published settings.
+
+        Args:
+            preset: a name in ``presets``.
+            changes: fields to set otherwise.
+
+        Raises:
+            UserError: for a name that is not in ``presets``.
+
+        Example:
+            >>> from backdoor_jax import D3
+            >>> D3.preset("paper", steps=5).penalty
+            10.0
+        """
+        if preset not in cls.presets:
+            known = f"known are {', '.join(cls.presets)}" if cls.presets else "it has none"
+            raise UserError(f"unknown {cls.name} preset {preset!r}; {known}")
+        return cls(**{**cls.presets[preset], **changes})
 
 
 @dataclasses.dataclass(frozen=True)
-class StepsConfig(Config):
-    """What every defence that tunes on clean images shares; the published benchmark's settings.
+class GradientDefense(Defense):
+    """Base class of the defenses that train on clean images; the defaults are the published benchmark's.
 
     Attributes:
-        steps: gradient steps; published 100 epochs of 2,500 images in 256s, so 1,000. Kept for smaller clean sets.
+        steps: gradient steps, rounded up to complete epochs; published 100 epochs of 2,500 images in batches of 256, so
+            1,000. A smaller clean set gets the same number.
         batch_size: published 256.
         learning_rate: published 0.01.
         crop: zeros padded before a random crop; published 4.
-        flip: mirror half of the images, which the benchmark does for CIFAR-10 only; by default not, and in an
-            experiment as its data ask for.
+        flip: mirror half of the images, which the benchmark does for CIFAR-10 only. None is off, except that an
+            experiment sets it to what its data set allows.
     """
 
-    steps: int = 1000
-    batch_size: int = 256
-    learning_rate: float = 0.01
-    crop: int = 4
+    mirrors: ClassVar[bool] = True
+
+    steps: Count = 1000
+    batch_size: Count = 256
+    learning_rate: Positive = 0.01
+    crop: Whole = 4
     flip: bool | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.steps > 0, "steps", "at least 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
-        self.require(self.crop >= 0, "crop", "0 or more pixels")
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the weights."""
+        raise NotImplementedError
 
-    def schedule(self) -> optax.Schedule:
-        """The learning rate of each step, for figures; constant unless a method has another."""
-        return optax.constant_schedule(self.learning_rate)
+    @property
+    def augment(self) -> Augment:
+        """The augmentation of every batch."""
+        return Augment(crop=self.crop, flip=bool(self.flip))
+
+    def tune(self, key: jax.Array, step: GradientStep, variables: Variables, data: Dataset) -> Repair:
+        """Trains a model for `steps` of a gradient step.
+
+        Args:
+            key: a `jax.random` key.
+            step: what to take.
+            variables: where to start.
+            data: clean images.
+
+        Returns:
+            The repair, with ``steps``, ``batch`` and the means of the ``last_epoch`` in ``info``.
+
+        Raises:
+            NonFiniteError: where the training diverges, naming the step.
+        """
+        fitted = fit(
+            key,
+            step,
+            step.init(variables),
+            data,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            name=self.name,
+        )
+        return Repair(fitted.variables, info=fitted.info)
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig(StepsConfig):
-    """What those that descend by SGD share besides; the learning rate is annealed by a cosine in 100 stages.
+class SGDDefense(GradientDefense):
+    """Base class of those that train with SGD; the learning rate follows a cosine in 100 stages.
 
     Attributes:
         momentum: published 0.9.
         weight_decay: published 5e-4.
     """
 
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
 
-    def schedule(self) -> optax.Schedule:
-        """See `StepsConfig.schedule`."""
-        return cosine_in_stages(self.learning_rate, self.steps)
-
-
-def adam(constants: Constants) -> optax.GradientTransformation:
-    """Adam at the constant rate ``constants["learning_rate"]``, with PyTorch's other defaults."""
-    return optax.adam(constants["learning_rate"])
+    @property
+    def optimizer(self) -> Optimizer:
+        """SGD under a cosine in 100 stages."""
+        return SGD(self.learning_rate, Cosine(self.steps), self.momentum, self.weight_decay)
 
 
-def replaced(variables: Variables, changes: dict[tuple[str, ...], jax.Array]) -> Variables:
-    """The variables with other parameters at these paths in ``params``; the old ones are left as they are.
+def replace_params(variables: Variables, changes: dict[tuple[str, ...], jax.Array]) -> Variables:
+    """New variables with other parameters at these paths in ``params``; the given ones are left as they are.
 
     Example:
-        >>> replaced({"params": {"bn": {"scale": 1, "bias": 2}}}, {("bn", "scale"): 0})
+        >>> replace_params({"params": {"bn": {"scale": 1, "bias": 2}}}, {("bn", "scale"): 0})
         {'params': {'bn': {'scale': 0, 'bias': 2}}}
     """
     return {**variables, "params": unflatten_dict({**flatten_dict(variables["params"]), **changes})}
-
-
-def tune(
-    key: jax.Array,
-    step: GradientStep,
-    variables: Variables,
-    data: Dataset,
-    constants: Constants,
-    config: StepsConfig,
-    name: str,
-) -> tuple[Variables, dict[str, Any]]:
-    """Runs a gradient step for ``config.steps``, in whole epochs, and says what it did."""
-    per_epoch, size = batch_shape(len(data), config.batch_size)
-    tuned, done = descend(
-        key,
-        step,
-        variables,
-        data,
-        constants,
-        epochs=-(-config.steps // per_epoch),
-        batch_size=config.batch_size,
-        augment=Augment(crop=config.crop, flip=bool(config.flip)),
-        name=name,
-    )
-    return tuned, {"changed": True, "batch": size, **done}

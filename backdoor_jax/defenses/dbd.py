@@ -1,80 +1,80 @@
-r"""DBD, training by decoupling (Huang et al., ICLR 2022, arXiv 2202.03423): a defence that trains anew.
+r"""DBD, training by decoupling (Huang et al., ICLR 2022, arXiv 2202.03423): a defense that trains from scratch.
 
-A trigger meets its label where encoder and classifier are trained together. DBD takes them apart, in three stages on
-the poisoned training set:
+A backdoor is learned where encoder and classifier are trained together on trigger and label. DBD separates the two, in
+three stages on the poisoned training set:
 
-1. the encoder is trained by SimCLR, which looks at no labels (`backdoor_jax.training.pretrain`);
+1. the encoder is trained by SimCLR, which uses no labels (`backdoor_jax.training.pretrain`);
 2. a head on the frozen encoder is trained with the symmetric cross-entropy
 
    .. math:: \alpha\,\mathrm{CE} + \beta\,\mathrm{RCE}, \qquad \log 0 := A ;
 
 3. the share :math:`\varepsilon` of all images with the smallest symmetric cross-entropy keep their labels, the others
-   lose them, and the whole network is trained by MixMatch; after every round they are chosen anew.
+   lose them, and the complete network is trained by MixMatch; after every round these images are chosen again.
 
-MixMatch, with :math:`u', u''` two views of B unlabelled images and :math:`x, y` as many labelled ones: the guess is
+MixMatch, with :math:`u', u''` two views of B unlabeled images and :math:`x, y` as many labeled ones: the guess is
 :math:`q \propto (\tfrac12 p(u') + \tfrac12 p(u''))^{1/T}`; images and targets :math:`(x, y), (u', q), (u'', q)` are
-mixed with a permutation of themselves, :math:`\max(\lambda, 1-\lambda)` to the rest, :math:`\lambda \sim
-\mathrm{Beta}(a, a)`; and the loss is
+mixed with a permutation of themselves in the proportion :math:`\max(\lambda, 1-\lambda)` to the rest,
+:math:`\lambda \sim \mathrm{Beta}(a, a)`; and the loss is
 
 .. math:: \mathrm{CE}\bigl(p(x), y\bigr) + \lambda_u\, \frac{1}{2BC} \sum \bigl\|p(u) - q\bigr\|^2 .
 
 Sources. Paper and authors' code for CIFAR-10: SimCLR for 1,000 epochs in batches of 512, SGD .4 with momentum .9,
 weight decay 1e-4 and a cosine, crops from a fifth of the area; Adam .002 for the rest, 10 epochs of the head in batches
 of 128, 190 rounds of 1,024 steps in batches of 64; alpha .1, beta 1, A = log 1e-4; epsilon .5, T .5, a .75, lambda_u up
-to 15, risen linearly. The code's files go on from the encoder of epoch 100 of 1,000; the benchmark trains it for 100
-(preset ``benchmark``), whose cosine here ends there.
+to 15, increasing linearly. The code's files continue from the encoder of epoch 100 of 1,000; the benchmark trains it
+for 100 (preset ``benchmark``), and here the cosine then ends at epoch 100.
 
-Deviations. Crops pad zeros, where the code reflects. A round is as many whole passes over the labelled images as come
-nearest to 1,024 steps, and unlabelled images are drawn with replacement. Normalisation sees all 3B mixed images at
-once, where the code interleaves three batches, and the guesses leave its running statistics alone. lambda_u rises from
-round to round, not within one. Adam starts anew for the third stage. Views are not blurred, as SimCLR's paper has it
-for images of this size. The code keeps the epoch with the best accuracy on the test set; here it is the last.
+Deviations. Crops pad zeros, where the code reflects. A round is as many complete passes over the labeled images as come
+closest to 1,024 steps, and unlabeled images are drawn with replacement. Normalization sees all 3B mixed images at
+once, where the code interleaves three batches, and the guesses leave its running statistics alone. lambda_u increases
+from round to round, not within one. Adam starts from scratch for the third stage. Views are not blurred, as in SimCLR's
+paper for images of this size. The code keeps the epoch with the best accuracy on the test set; here it is the last.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> poisoned = digits().train.take(slice(64))
     >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), poisoned.images)
-    >>> settings = DbdConfig(pretrain_epochs=1, warmup_epochs=1, rounds=1, round_steps=1, pretrain_batch_size=32)
-    >>> repair = dbd(jax.random.key(1), classifier, victim, poisoned, settings)
-    >>> len(repair.info["purified_indices"])
+    >>> defense = DBD(pretrain_epochs=1, warmup_epochs=1, rounds=1, round_steps=1, pretrain_batch_size=32)
+    >>> len(defense.repair(jax.random.key(1), classifier, victim, poisoned).kept)
     32
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Gt, Lt
+from jax.tree_util import Partial
 
-from backdoor_jax.config import Config, from_preset, numbers
+from backdoor_jax.config import Count, NonNegative, Positive, Whole
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.data.views import Views
-from backdoor_jax.defenses.base import Defense, Repair, adam
+from backdoor_jax.defenses.base import Defense, Needs, Repair
 from backdoor_jax.defenses.pad_ft import score
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
-    Constants,
-    CosineSGD,
+    SGD,
+    Adam,
+    Cosine,
     GradientStep,
-    Info,
+    LossResult,
+    Optimizer,
     SimCLRConfig,
     batch_shape,
     cross_entropy,
-    descend,
     fit,
-    last_epoch,
     pretrain,
 )
 
-PRESETS: dict[str, dict[str, Any]] = {"benchmark": {"pretrain_epochs": 100}}
-
 
 @dataclasses.dataclass(frozen=True)
-class DbdConfig(Config):
-    """Settings of DBD; the defaults are the authors'.
+class DBD(Defense):
+    """DBD; the defaults are the authors', and the preset ``benchmark`` has a tenth of the pre-training.
 
     Attributes:
         pretrain_epochs: of SimCLR; published 1,000, the benchmark's 100.
@@ -87,86 +87,151 @@ class DbdConfig(Config):
         credible: share of the images that keep their labels; published .5.
         rounds: of MixMatch; published 190.
         round_steps: gradient steps of each; published 1,024.
-        batch_size: labelled images in a step, and as many unlabelled ones; published 64.
+        batch_size: labeled images in a step, and as many unlabeled ones; published 64.
         learning_rate: of Adam; published .002.
         sharpening: T; published .5.
         mixing: a; published .75.
-        unlabelled_weight: lambda_u at the end; published 15.
+        unlabeled_weight: lambda_u at the end; published 15.
         crop: zeros padded before a random crop; published 4.
-        flip: mirror half of the images; by default not, and in an experiment as its data ask for. SimCLR's views are
+        flip: mirror half of the images; off by default, and in an experiment set as its data allow. SimCLR's views are
             always mirrored.
     """
 
-    pretrain_epochs: int = 1000
-    pretrain_batch_size: int = 512
-    warmup_epochs: int = 10
-    warmup_batch_size: int = 128
-    alpha: float = 0.1
-    beta: float = 1.0
-    log_zero: float = float(np.log(1e-4))
-    credible: float = 0.5
-    rounds: int = 190
-    round_steps: int = 1024
-    batch_size: int = 64
-    learning_rate: float = 0.002
-    sharpening: float = 0.5
-    mixing: float = 0.75
-    unlabelled_weight: float = 15.0
-    crop: int = 4
+    name: ClassVar[str] = "dbd"
+    summary: ClassVar[str] = "train from scratch: the encoder without labels, then on half of them"
+    needs: ClassVar[Needs] = "training_set"
+    mirrors: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"benchmark": {"pretrain_epochs": 100}}
+
+    pretrain_epochs: Count = 1000
+    pretrain_batch_size: Annotated[int, Ge(2)] = 512
+    warmup_epochs: Count = 10
+    warmup_batch_size: Count = 128
+    alpha: NonNegative = 0.1
+    beta: NonNegative = 1.0
+    log_zero: Annotated[float, Lt(0)] = float(np.log(1e-4))
+    credible: Annotated[float, Gt(0), Lt(1)] = 0.5
+    rounds: Count = 190
+    round_steps: Count = 1024
+    batch_size: Count = 64
+    learning_rate: Positive = 0.002
+    sharpening: Positive = 0.5
+    mixing: Positive = 0.75
+    unlabeled_weight: NonNegative = 15.0
+    crop: Whole = 4
     flip: bool | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field in ("warmup_epochs", "warmup_batch_size", "rounds", "round_steps", "batch_size"):
-            self.require(getattr(self, field) > 0, field, "at least 1")
-        for field in ("learning_rate", "sharpening", "mixing"):
-            self.require(getattr(self, field) > 0, field, "a positive number")
-        for field in ("alpha", "beta", "unlabelled_weight"):
-            self.require(getattr(self, field) >= 0, field, "0 or more")
-        self.require(self.log_zero < 0, "log_zero", "a negative number")
-        self.require(0 < self.credible < 1, "credible", "a share between 0 and 1")
-        self.require(self.crop >= 0, "crop", "0 or more pixels")
+    @property
+    def augment(self) -> Augment:
+        """The augmentation of images in the second and third stages."""
+        return Augment(crop=self.crop, flip=bool(self.flip))
 
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> "DbdConfig":
-        """``benchmark``: a tenth of the pre-training.
+    def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        """Trains a new network so that it does not learn the poisoned labels.
 
-        Example:
-            >>> DbdConfig.preset("benchmark").pretrain_epochs
-            100
+        Args:
+            key: a `jax.random` key.
+            classifier: the network.
+            variables: the victim's; not used.
+            data: the poisoned training set.
+
+        Returns:
+            A new network. ``kept`` are the images that kept their labels in the last round.
+
+        Raises:
+            UserError: where there are too few images to split.
+            NonFiniteError: where a stage diverges, naming the step.
         """
-        return from_preset(cls, "dbd", PRESETS, name, changes)
+        del variables
+        kept = round(self.credible * len(data))
+        if not 0 < kept < len(data):
+            raise UserError(
+                f"dbd: {self.credible} of {len(data)} images are {kept}, so that either all or none would keep their "
+                "labels; give the complete training set"
+            )
+        pretrain_key, warmup_key, fit_key = jax.random.split(key, 3)
+        network, _ = pretrain(
+            pretrain_key,
+            classifier,
+            data,
+            DecoupledSimCLR(epochs=self.pretrain_epochs, batch_size=self.pretrain_batch_size),
+            views=Views(smallest=0.2),
+            name="dbd, encoder",
+        )
+
+        loss, optimizer = Partial(warm_up_loss, classifier, self), Adam(self.learning_rate)
+        step = GradientStep(loss, optimizer, trainable=(classifier.head_path,))
+        network = fit(
+            warmup_key,
+            step,
+            step.init(network),
+            data,
+            epochs=self.warmup_epochs,
+            batch_size=self.warmup_batch_size,
+            augment=self.augment,
+            name="dbd, head",
+        ).variables
+
+        state = GradientStep(loss, optimizer).init(network)  # Adam's state for all weights; it does not use the loss.
+        epoch_steps, _ = batch_shape(kept, self.batch_size)
+        passes = max(1, round(self.round_steps / epoch_steps))
+        for number in range(self.rounds):
+            chosen = credible_indices(classifier, state.variables, data, self.credible)
+            others = np.setdiff1d(np.arange(len(data)), chosen)
+            rise = min(1.0, (self.warmup_epochs + number) / self.rounds)
+            fitted = fit(
+                fit_key,
+                GradientStep(Partial(mixmatch_loss, classifier, self, data.images[others], rise), optimizer),
+                state,
+                data.take(chosen),
+                epochs=(number + 1) * passes,
+                batch_size=self.batch_size,
+                augment=self.augment,
+                name=f"dbd, round {number + 1} of {self.rounds}",
+            )
+            state = fitted.state
+        return Repair(fitted.variables, kept=chosen, info=fitted.info)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoupledSimCLR(SimCLRConfig):
-    """SimCLR as DBD's authors run it; see there.
+    """SimCLR with the settings of DBD's authors.
 
     Attributes:
-        momentum: of SGD.
+        batch_size: published 512.
+        learning_rate: of SGD, annealed by a cosine once an epoch; published .4.
+        weight_decay: published 1e-4.
+        momentum: of SGD; published .9.
     """
 
-    batch_size: int = 512
-    learning_rate: float = 0.4
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
+    batch_size: Annotated[int, Ge(2)] = 512
+    learning_rate: Positive = 0.4
+    weight_decay: NonNegative = 1e-4
+    momentum: NonNegative = 0.9
+
+    def optimizer(self, images: int) -> Optimizer:
+        """SGD under a cosine over all steps on so many images."""
+        steps, _ = batch_shape(images, self.batch_size)
+        return SGD(self.learning_rate, Cosine(steps * self.epochs, self.epochs), self.momentum, self.weight_decay)
 
 
-@dataclasses.dataclass(frozen=True)
-class WarmUpLoss:
-    """The symmetric cross-entropy of the second stage; the encoder normalises by its batch, as in the code."""
+def warm_up_loss(
+    classifier: Classifier, config: DBD, variables: Variables, batch: Dataset, key: jax.Array
+) -> LossResult:
+    """The symmetric cross-entropy of the second stage; the encoder normalizes by its batch, as in the code.
 
-    classifier: Classifier
-
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        del key
-        logits, variables = self.classifier.logits(variables, batch.images, train=True)
-        forward = cross_entropy(logits, batch.labels)
-        reverse = constants["log_zero"] * jnp.expm1(-forward)
-        return jnp.mean(constants["alpha"] * forward + constants["beta"] * reverse), (variables, {})
+    Args:
+        classifier: the network.
+        config: gives ``alpha``, ``beta`` and ``log_zero``.
+        variables: the model's.
+        batch: augmented images and labels.
+        key: not used.
+    """
+    del key
+    logits, variables = classifier.logits(variables, batch.images, train=True)
+    forward = cross_entropy(logits, batch.labels)
+    reverse = config.log_zero * jnp.expm1(-forward)
+    return jnp.mean(config.alpha * forward + config.beta * reverse), (variables, {})
 
 
 def sharpened(probabilities: jax.Array, temperature: jax.Array | float) -> jax.Array:
@@ -180,118 +245,49 @@ def sharpened(probabilities: jax.Array, temperature: jax.Array | float) -> jax.A
     return raised / jnp.sum(raised, -1, keepdims=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class MixMatchLoss:
-    """The third stage's loss; reads ``constants["unlabelled"]``, uint8 images, and ``["rise"]``, of lambda_u."""
-
-    classifier: Classifier
-    augment: Augment
-
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        draw_key, view_key, share_key, order_key = jax.random.split(key, 4)
-        count, pool = len(batch.images), constants["unlabelled"]
-        unlabelled = pool[jax.random.randint(draw_key, (count,), 0, len(pool))]
-        views = [self.augment(one, unlabelled) for one in jax.random.split(view_key)]
-        seen = [jax.nn.softmax(self.classifier.logits(variables, view, train=True)[0]) for view in views]
-        guess = jax.lax.stop_gradient(sharpened((seen[0] + seen[1]) / 2, constants["sharpening"]))
-
-        images = jnp.concatenate([batch.images, *views]).astype(jnp.float32)
-        targets = jnp.concatenate([jax.nn.one_hot(batch.labels, guess.shape[-1]), guess, guess])
-        share = jax.random.beta(share_key, constants["mixing"], constants["mixing"])
-        share = jnp.maximum(share, 1 - share)
-        order = jax.random.permutation(order_key, 3 * count)
-        images = share * images + (1 - share) * images[order]
-        targets = share * targets + (1 - share) * targets[order]
-
-        logits, variables = self.classifier.logits(variables, images, train=True)
-        labelled = -jnp.mean(jnp.sum(jax.nn.log_softmax(logits[:count]) * targets[:count], -1))
-        apart = jnp.mean((jax.nn.softmax(logits[count:]) - targets[count:]) ** 2)
-        info = {"labelled": labelled, "unlabelled": apart}
-        return labelled + constants["rise"] * constants["unlabelled_weight"] * apart, (variables, info)
-
-
-def credible(classifier: Classifier, variables: Variables, data: Dataset, share: float) -> np.ndarray:
-    """Indices, sorted, of the share of images with the smallest symmetric cross-entropy; no constant of it matters."""
-    order = np.argsort(np.asarray(score(classifier, variables, data)), kind="stable")
-    return np.sort(order[: round(share * len(data))])
-
-
-def dbd(
-    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: DbdConfig = DbdConfig()
-) -> Repair:
-    """Trains a network anew that the poisoned labels do not reach.
+def mixmatch_loss(
+    classifier: Classifier,
+    config: DBD,
+    pool: jax.Array,
+    rise: jax.Array | float,
+    variables: Variables,
+    batch: Dataset,
+    key: jax.Array,
+) -> LossResult:
+    """The third stage's loss; logs its two terms, ``labeled`` and ``unlabeled``.
 
     Args:
-        key: a `jax.random` key.
         classifier: the network.
-        variables: the victim's; not looked at.
-        data: the poisoned training set.
-        config: settings.
-
-    Returns:
-        A new network. ``info["purified_indices"]`` are the images that kept their labels in the last round.
-
-    Raises:
-        UserError: where there are too few images to part.
+        config: gives ``sharpening``, ``mixing``, ``unlabeled_weight`` and the augmentation.
+        pool: uint8 images without labels, ``(M, H, W, channels)``, from which as many are drawn as the batch has.
+        rise: the share of ``unlabeled_weight`` that this round uses.
+        variables: the model's.
+        batch: augmented images and labels.
+        key: of the draw, the views and the mixture.
     """
-    del variables
-    kept = round(config.credible * len(data))
-    if not 0 < kept < len(data):
-        raise UserError(
-            f"dbd: {config.credible} of {len(data)} images are {kept}, which leaves none on one side; "
-            "give the whole training set"
-        )
-    pretrain_key, warmup_key, fit_key = jax.random.split(key, 3)
-    settings = DecoupledSimCLR(epochs=config.pretrain_epochs, batch_size=config.pretrain_batch_size)
-    steps, _ = batch_shape(len(data), settings.batch_size)
-    network, _ = pretrain(
-        pretrain_key,
-        classifier,
-        data,
-        settings,
-        optimizer=CosineSGD(steps * settings.epochs, settings.epochs),
-        views=Views(smallest=0.2),
-        name="dbd, encoder",
-    )
+    draw_key, view_key, share_key, order_key = jax.random.split(key, 4)
+    count = len(batch.images)
+    drawn = pool[jax.random.randint(draw_key, (count,), 0, len(pool))]
+    views = [config.augment(one, drawn) for one in jax.random.split(view_key)]
+    seen = [jax.nn.softmax(classifier.logits(variables, view, train=True)[0]) for view in views]
+    guess = jax.lax.stop_gradient(sharpened((seen[0] + seen[1]) / 2, config.sharpening))
 
-    augment = Augment(crop=config.crop, flip=bool(config.flip))
-    constants = numbers(config)
-    network, _ = descend(
-        warmup_key,
-        GradientStep(WarmUpLoss(classifier), adam, (classifier.head_path,)),
-        network,
-        data,
-        constants,
-        epochs=config.warmup_epochs,
-        batch_size=config.warmup_batch_size,
-        augment=augment,
-        name="dbd, head",
-    )
+    images = jnp.concatenate([batch.images, *views]).astype(jnp.float32)
+    targets = jnp.concatenate([jax.nn.one_hot(batch.labels, guess.shape[-1]), guess, guess])
+    share = jax.random.beta(share_key, config.mixing, config.mixing)
+    share = jnp.maximum(share, 1 - share)
+    order = jax.random.permutation(order_key, 3 * count)
+    images = share * images + (1 - share) * images[order]
+    targets = share * targets + (1 - share) * targets[order]
 
-    step = GradientStep(MixMatchLoss(classifier, augment), adam)
-    state = step.init(network, constants)
-    per_pass, _ = batch_shape(kept, config.batch_size)
-    passes = max(1, round(config.round_steps / per_pass))
-    for number in range(config.rounds):
-        chosen = credible(classifier, state.variables, data, config.credible)
-        others = np.setdiff1d(np.arange(len(data)), chosen)
-        rise = min(1.0, (config.warmup_epochs + number) / config.rounds)
-        state, history = fit(
-            fit_key,
-            step,
-            state,
-            data.take(chosen),
-            {**constants, "unlabelled": data.images[others], "rise": jnp.asarray(rise)},
-            epochs=(number + 1) * passes,
-            batch_size=config.batch_size,
-            augment=augment,
-            name=f"dbd, round {number + 1} of {config.rounds}",
-        )
-    info = {"changed": True, "steps": int(state.step), "last_epoch": last_epoch(history, per_pass)}
-    return Repair(state.variables, {**info, "purified_indices": chosen})
+    logits, variables = classifier.logits(variables, images, train=True)
+    labeled = -jnp.mean(jnp.sum(jax.nn.log_softmax(logits[:count]) * targets[:count], -1))
+    unlabeled = jnp.mean((jax.nn.softmax(logits[count:]) - targets[count:]) ** 2)
+    info = {"labeled": labeled, "unlabeled": unlabeled}
+    return labeled + rise * config.unlabeled_weight * unlabeled, (variables, info)
 
 
-DEFENSE = Defense("train anew: encoder without labels, then half of them", "training_set", DbdConfig, dbd)
+def credible_indices(classifier: Classifier, variables: Variables, data: Dataset, share: float) -> np.ndarray:
+    """Indices, sorted, of the share of images with the smallest symmetric cross-entropy, whatever its constants."""
+    order = np.argsort(np.asarray(score(classifier, variables, data)), kind="stable")
+    return np.sort(order[: round(share * len(data))])

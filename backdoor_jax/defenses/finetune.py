@@ -1,51 +1,47 @@
-"""Fine-tuning on clean images: the baseline every defence is measured against.
+"""Fine-tuning on clean images: the baseline that every defense is compared with.
 
-Minimises the mean cross-entropy over all parameters, normalisation in training mode. Settings are the published
-benchmark's (`TuneConfig` says which).
+Minimizes the mean cross-entropy over all parameters, with normalization in training mode. The settings are the
+published benchmark's.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
     >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
-    >>> finetune(jax.random.key(1), classifier, victim, clean, FineTuneConfig(steps=2)).info["steps"]
+    >>> FineTune(steps=2).repair(jax.random.key(1), classifier, victim, clean).info["steps"]
     2
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
+from jax.tree_util import Partial
 
-from backdoor_jax.config import numbers
 from backdoor_jax.data import Dataset
-from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
+from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import CosineSGD, GradientStep, SupervisedLoss
+from backdoor_jax.training import GradientStep, supervised_loss
 
 
 @dataclasses.dataclass(frozen=True)
-class FineTuneConfig(TuneConfig):
-    """Settings of plain fine-tuning; all are `TuneConfig`'s."""
+class FineTune(SGDDefense):
+    """Plain fine-tuning."""
 
+    name: ClassVar[str] = "finetune"
+    summary: ClassVar[str] = "fine-tune all weights on clean images, the baseline"
 
-def finetune(
-    key: jax.Array,
-    classifier: Classifier,
-    variables: Variables,
-    data: Dataset,
-    config: FineTuneConfig = FineTuneConfig(),
-) -> Repair:
-    """Fine-tunes the whole model.
+    def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        """Fine-tunes the complete model.
 
-    Args:
-        key: a `jax.random` key.
-        classifier: the network.
-        variables: the victim's; left as they are.
-        data: clean images.
-        config: settings.
-    """
-    step = GradientStep(SupervisedLoss(classifier), CosineSGD(config.steps))
-    return Repair(*tune(key, step, variables, data, numbers(config), config, "finetune"))
+        Args:
+            key: a `jax.random` key.
+            classifier: the network.
+            variables: the victim's; left as they are.
+            data: clean images.
 
-
-DEFENSE = Defense("fine-tune every weight on clean images, the baseline", "clean", FineTuneConfig, finetune)
+        Raises:
+            NonFiniteError: where the training diverges, naming the step.
+        """
+        step = GradientStep(Partial(supervised_loss, classifier), self.optimizer)
+        return self.tune(key, step, variables, data)

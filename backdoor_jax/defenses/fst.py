@@ -1,162 +1,148 @@
 r"""FST, feature shift tuning (Min, Qin, Shen, Cheng, NeurIPS 2023, arXiv 2310.01875).
 
-Where few images are poisoned, backdoor and clean features are entangled and fine-tuning moves neither. FST starts the
-head :math:`(W, b)` afresh and keeps it from turning back to where it was, :math:`W_0`, so that the features below must
-shift:
+When few images are poisoned, backdoor and clean features are entangled and fine-tuning changes neither. FST restarts
+the head :math:`(W, b)` from random values and penalizes its similarity to the original kernel :math:`W_0`, so that the
+features below have to shift:
 
 .. math::
     \min_{\theta, W, b}\ \frac1n \sum_i \mathrm{CE}_i + \alpha\,\langle W, W_0\rangle
     \quad\text{subject to}\quad \|W\| = \|W_0\| .
 
-Kernel and bias start uniform on :math:`\pm 1/\sqrt d` with d latents, all parameters are optimised, and the kernel is
-rescaled to its original norm after every update. On the sphere the inner product is the squared distance but for sign
-and a constant: FST is D3's nearest relative.
+Kernel and bias start uniform on :math:`\pm 1/\sqrt d` for d latents, all parameters are optimized, and the kernel is
+rescaled to its original norm after every update. On that sphere the inner product equals the squared distance up to
+sign, scale and a constant, which makes FST the closest relative of D3.
 
 Sources. Paper and released code: SGD 0.01 with momentum 0.9 and no weight decay, 10 epochs in batches of 128, a cosine
 stepped once an epoch, random crops and flips, 2 % of CIFAR-10 clean (1,000 images, so 80 steps; 5 % make 200). Alpha is
-0.1 in the code's README and 0.2 where its command line names none; the authors advise less, down to 0, for CIFAR-100
-and Tiny ImageNet. A re-implementation by the benchmark's authors has 100 epochs of 256, weight decay 5e-4 and alpha
-0.2, and leaves the bias as it was.
+0.1 in the code's README and 0.2 by default in its command line; the authors advise smaller values, down to 0, for
+CIFAR-100 and Tiny ImageNet. A re-implementation by the benchmark's authors has 100 epochs of 256, weight decay 5e-4 and
+alpha 0.2, and keeps the original bias.
 
-Deviation. The fresh kernel is put on the sphere before the first step, as the constraint says; the released code
-rescales for the first time after it.
+Deviation. The random kernel is rescaled before the first step, as the constraint requires; the released code rescales
+it for the first time after that step.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
     >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), clean.images)
-    >>> repair = fst(jax.random.key(1), classifier, victim, clean, FstConfig(steps=2))
+    >>> repair = FST(steps=2).repair(jax.random.key(1), classifier, victim, clean)
     >>> round(repair.info["norm_ratio"], 4), -1 <= repair.info["cosine"] < 1
     (1.0, True)
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.tree_util import Partial
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import Count, NonNegative
 from backdoor_jax.data import Dataset
-from backdoor_jax.defenses.base import Defense, Repair, TuneConfig, tune
-from backdoor_jax.defenses.sphere import SphereProjection
+from backdoor_jax.defenses.base import Repair, SGDDefense
+from backdoor_jax.defenses.sphere import project_selected
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import (
-    Constants,
-    CosineSGD,
-    GradientStep,
-    Info,
-    cosine_in_stages,
-    cross_entropy,
-    merge,
-    split_by_path,
-)
+from backdoor_jax.training import SGD, Cosine, GradientStep, LossResult, cross_entropy, merge, split_by_path
 
 STAGES = 10
-"""Of the cosine: the published epochs."""
+"""Stages of the cosine: the published number of epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
-class FstConfig(TuneConfig):
-    """Settings of FST; the defaults are the released code's under its README's command.
+class FST(SGDDefense):
+    """FST; the defaults are those of the command in the released code's README.
 
     Attributes:
-        steps: published 10 epochs of 1,000 images in 128s.
+        steps: published 10 epochs of 1,000 images in batches of 128.
         batch_size: published 128.
         weight_decay: published 0.
-        alpha: weight of the inner product with the old head; 0.1 (README) or 0.2 (the code's default).
+        alpha: weight of the inner product with the original kernel; 0.1 (README) or 0.2 (the code's default).
     """
 
-    steps: int = 80
-    batch_size: int = 128
-    weight_decay: float = 0.0
-    alpha: float = 0.1
+    name: ClassVar[str] = "fst"
+    summary: ClassVar[str] = "restart the head from random values and keep it away from the original"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.alpha >= 0, "alpha", "0 or more")
+    steps: Count = 80
+    batch_size: Count = 128
+    weight_decay: NonNegative = 0.0
+    alpha: NonNegative = 0.1
 
-    def schedule(self) -> optax.Schedule:
-        """See `StepsConfig.schedule`."""
-        return cosine_in_stages(self.learning_rate, self.steps, STAGES)
+    @property
+    def optimizer(self) -> SGD:
+        """SGD under a cosine in 10 stages."""
+        return SGD(self.learning_rate, Cosine(self.steps, STAGES), self.momentum, self.weight_decay)
+
+    def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        """Repairs a model with feature shift tuning.
+
+        Args:
+            key: a `jax.random` key.
+            classifier: the network.
+            variables: the victim's; left as they are.
+            data: clean images.
+
+        Returns:
+            The repaired model. ``info["cosine"]`` is the cosine of the angle between the new and the original kernel,
+            ``info["norm_ratio"]`` the new kernel's norm over the original one's.
+
+        Raises:
+            UserError: where there is no linear layer at the classifier's ``head_path``.
+            NonFiniteError: where the training diverges, naming the step.
+        """
+        old, _ = classifier.head_weights(variables)
+        head, body = split_by_path(variables["params"], (classifier.head_path,))
+        origin, _ = split_by_path(variables["params"], ((*classifier.head_path, "kernel"),))
+        init_key, tune_key = jax.random.split(key)
+        params = project_selected(origin, merge(random_head(init_key, head), body))
+
+        loss = Partial(fst_loss, classifier, self.alpha, old)
+        step = GradientStep(loss, self.optimizer, project=Partial(project_selected, origin))
+        repair = self.tune(tune_key, step, {**variables, "params": params}, data)
+
+        new, _ = classifier.head_weights(repair.variables)
+        norm, length = float(jnp.linalg.norm(old)), float(jnp.linalg.norm(new))
+        repair.info["norm_ratio"] = length / norm if norm else 1.0
+        repair.info["cosine"] = float(jnp.sum(old * new)) / (norm * length) if norm else 0.0
+        return repair
 
 
-def fresh_head(key: jax.Array, head: Any) -> Any:
-    """A head ``{kernel (D, C), bias (C,)}``, or any tree over it, drawn uniform on +-1/sqrt(D).
+def random_head(key: jax.Array, head: Any) -> Any:
+    """A head ``{kernel (D, C), bias (C,)}``, or any tree that holds one, drawn uniformly from +-1/sqrt(D).
 
     Example:
         >>> head = {"kernel": jnp.zeros((100, 3)), "bias": jnp.ones(3)}
-        >>> bool(jnp.abs(fresh_head(jax.random.key(0), head)["bias"]).max() <= 0.1)
+        >>> bool(jnp.abs(random_head(jax.random.key(0), head)["bias"]).max() <= 0.1)
         True
     """
     leaves, treedef = jax.tree.flatten(head)
     bound = max(leaf.shape[0] for leaf in leaves if leaf.ndim == 2) ** -0.5
     keys = jax.random.split(key, len(leaves))
-    fresh = [jax.random.uniform(k, w.shape, w.dtype, -bound, bound) for k, w in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, fresh)
+    drawn = [jax.random.uniform(k, w.shape, w.dtype, -bound, bound) for k, w in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, drawn)
 
 
-@dataclasses.dataclass(frozen=True)
-class FstLoss:
-    """The objective of one batch; reads ``constants["origin"]``, the old kernel, and ``constants["alpha"]``."""
-
-    classifier: Classifier
-
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        del key
-        kernel, _ = self.classifier.head_weights(variables)
-        (old,) = jax.tree.leaves(constants["origin"])
-        logits, variables = self.classifier.logits(variables, batch.images, train=True)
-        clean = jnp.mean(cross_entropy(logits, batch.labels))
-        overlap = jnp.sum(kernel * old)
-        return clean + constants["alpha"] * overlap, (variables, {"cross_entropy": clean, "overlap": overlap})
-
-
-def fst(
-    key: jax.Array,
+def fst_loss(
     classifier: Classifier,
+    alpha: jax.Array | float,
+    old_kernel: jax.Array,
     variables: Variables,
-    data: Dataset,
-    config: FstConfig = FstConfig(),
-) -> Repair:
-    """Repairs a model with feature shift tuning.
+    batch: Dataset,
+    key: jax.Array,
+) -> LossResult:
+    """Cross-entropy of one batch, plus the weighted inner product of the head's kernel with the original one.
 
     Args:
-        key: a `jax.random` key.
         classifier: the network.
-        variables: the victim's; left as they are.
-        data: clean images.
-        config: settings.
-
-    Returns:
-        The repaired model. ``info["cosine"]`` is that of the angle between new and old kernel, ``info["norm_ratio"]``
-        the new kernel's norm over the old one's.
-
-    Raises:
-        UserError: where there is no linear layer at the classifier's ``head_path``.
+        alpha: weight of the inner product.
+        old_kernel: the victim's head kernel, ``(D, C)``.
+        variables: the model's.
+        batch: augmented images and labels.
+        key: not used.
     """
-    old, _ = classifier.head_weights(variables)
-    head, body = split_by_path(variables["params"], (classifier.head_path,))
-    select = ((*classifier.head_path, "kernel"),)
-    origin, _ = split_by_path(variables["params"], select)
-    constants = {**numbers(config), "origin": origin}
-    init_key, tune_key = jax.random.split(key)
-    projection = SphereProjection(select)
-    start = {**variables, "params": projection(merge(fresh_head(init_key, head), body), constants)}
-
-    step = GradientStep(FstLoss(classifier), CosineSGD(config.steps, STAGES), project=projection)
-    repaired, info = tune(tune_key, step, start, data, constants, config, "fst")
-
-    new, _ = classifier.head_weights(repaired)
-    norm, length = float(jnp.linalg.norm(old)), float(jnp.linalg.norm(new))
-    info["norm_ratio"] = length / norm if norm else 1.0
-    info["cosine"] = float(jnp.sum(old * new)) / (norm * length) if norm else 0.0
-    return Repair(repaired, info)
-
-
-DEFENSE = Defense("start the head afresh and keep it away from the old one", "clean", FstConfig, fst)
+    del key
+    kernel, _ = classifier.head_weights(variables)
+    logits, variables = classifier.logits(variables, batch.images, train=True)
+    clean = jnp.mean(cross_entropy(logits, batch.labels))
+    overlap = jnp.sum(kernel * old_kernel)
+    return clean + alpha * overlap, (variables, {"cross_entropy": clean, "overlap": overlap})

@@ -2,8 +2,8 @@ r"""PAD-FT (Xu, Gu, Sakurai, arXiv 2409.12072): purify the poisoned training set
 
 The defender has the victim and its poisoned training set, and no clean data. Three stages, each public:
 
-1. `purify`: score every training image with the symmetric cross-entropy under the victim (eq. 1) and keep, of each
-   labelled class, the k smallest: the images the model finds easiest are taken to be clean.
+1. `purify`: score every training image by its symmetric cross-entropy under the victim (eq. 1) and keep the k images of
+   each labeled class with the smallest score: those that the model finds easiest are assumed to be clean.
 2. `bound_activations` (eq. 2; the file `bounds`): one upper bound per channel after every rectifier, as low as the
    purified images allow.
 3. `tune_classifier` (eqs. 3, 4): only the head is tuned, on augmented views of the purified images under the clipped
@@ -13,15 +13,15 @@ The defender has the victim and its poisoned training set, and no clean data. Th
 
    The network below the head is frozen, so the latents of all views are computed once and reused.
 
-``pad`` is the first two stages alone, as in the paper's tables.
+`PAD` is the first two stages alone, as in the paper's tables.
 
 Sources. The paper's text gives the stages, the augmentations (flip, brightness, contrast), "the default settings of the
 benchmark" and, in its table III, sizes of the purified set (2,000 to 3,000 of 50,000 images were best). Its equations
-are lost to us: alpha, log 0, gamma, strengths of augmentation and number of views are ours. Of the bounds PAD-FT says
-only "as in" MM-BD, and that they start at "very large values"; `bounds` says what was made of that.
+were not available to us: alpha, log 0, gamma, the strengths of augmentation and the number of views are ours. On the
+bounds PAD-FT says only "as in" MM-BD, and that they start at "very large values"; `bounds` says how they are made here.
 
-A limit that follows from the maths: for one-hot labels SCE falls strictly with p_y, so it ranks as p_y does whatever
-alpha and log 0 are, and a poisoned image has p_target close to 1. In the target class the easiest images can be the
+A limit that follows from the math: for one-hot labels SCE falls strictly with p_y, so it ranks images as p_y does for
+any alpha and log 0, and a poisoned image has p_target close to 1. In the target class the easiest images can be the
 poisoned ones.
 
     >>> import jax
@@ -29,32 +29,35 @@ poisoned ones.
     >>> training_set = digits().train.take(slice(200))
     >>> classifier = build_classifier("small_cnn", 10, width=2)
     >>> victim = classifier.init(jax.random.key(0), training_set.images)
-    >>> config = PadFtConfig(per_class=5, bound_epochs=1, tune_epochs=1)
-    >>> pad_ft(jax.random.key(1), classifier, victim, training_set, config).info["purified"]
+    >>> defense = PADFT(per_class=5, bound_epochs=1, tune_epochs=1)
+    >>> defense.repair(jax.random.key(1), classifier, victim, training_set).info["purified"]
     50
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Lt
+from jax.tree_util import Partial
 
 from backdoor_jax.compiling import jit
-from backdoor_jax.config import from_preset, numbers
+from backdoor_jax.config import Count, NonNegative, Positive
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.defenses.base import Defense, Repair
+from backdoor_jax.defenses.base import Defense, Needs, Repair
 from backdoor_jax.defenses.bounds import MMBM_PLACES, BoundConfig, bound_activations, require_rectifiers
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
-    Constants,
-    CosineSGD,
+    SGD,
+    Cosine,
     GradientStep,
-    Info,
+    LossResult,
     batch_shape,
-    descend,
+    fit,
     latents,
     map_chunks,
     symmetric_cross_entropy,
@@ -62,47 +65,65 @@ from backdoor_jax.training import (
 
 
 @dataclasses.dataclass(frozen=True)
-class PadConfig(BoundConfig):
-    """Settings of the first two stages; the second's are `BoundConfig`'s.
+class PAD(BoundConfig, Defense):
+    """The first two stages; the settings of the second are `BoundConfig`'s.
+
+    The presets are ``all``, every rectifier (the default), and ``mmbm``, MM-BM's three places and weight.
 
     Attributes:
-        per_class: k, images kept of each labelled class; by default 6 % of the training set over all classes, table
+        per_class: k, images kept of each labeled class; by default 6 % of the training set over all classes, table
             III's 3,000 of 50,000.
         alpha: weight of the reverse cross-entropy; 1, ours. It cannot change which images are kept.
-        log_zero: A, what log 0 is set to; -4, ours. Nor can it.
+        log_zero: A, the value that replaces log 0; -4, ours. It cannot change which images are kept either.
     """
 
-    per_class: int | None = None
-    alpha: float = 1.0
-    log_zero: float = -4.0
+    name: ClassVar[str] = "pad"
+    summary: ClassVar[str] = "purify the training set and clip activations"
+    needs: ClassVar[Needs] = "training_set"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "all": {},
+        "mmbm": {"places": MMBM_PLACES, "bound_weight": 0.5},
+    }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.per_class is None or self.per_class > 0, "per_class", "at least 1 image, or null")
-        self.require(self.alpha >= 0, "alpha", "0 or more")
-        self.require(self.log_zero < 0, "log_zero", "a negative number")
+    per_class: Count | None = None
+    alpha: NonNegative = 1.0
+    log_zero: Annotated[float, Lt(0)] = -4.0
 
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
-        """``all``: every rectifier, the default; or ``mmbm``: MM-BM's three places and weight; with changes.
+    def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        """Purifies and clips, and leaves the weights as they are.
+
+        Args:
+            key: a `jax.random` key.
+            classifier: the network.
+            variables: the victim's; left as they are.
+            data: the poisoned training set.
+
+        Returns:
+            The victim's variables with ``bounds``; ``kept`` are the images assumed to be clean.
 
         Raises:
-            UserError: for an unknown name.
+            UserError: where the network has no rectifier that can be bounded, a named place does not exist, or a class
+                has no images.
+            NonFiniteError: where a score is not finite.
         """
-        presets: dict[str, dict[str, Any]] = {"all": {}, "mmbm": {"places": MMBM_PLACES, "bound_weight": 0.5}}
-        return from_preset(cls, "pad", presets, name, changes)
+        require_rectifiers(classifier, variables, data.images)
+        purified = purify(classifier, variables, data, self)
+        clean = data.take(purified.indices)
+        repaired, info = bound_activations(key, classifier, variables, clean, self)
+        info = {"steps": 0, "purified": len(clean), "short_classes": list(purified.short), **info}
+        return Repair(repaired, kept=purified.indices, info=info)
 
 
 @dataclasses.dataclass(frozen=True)
-class PadFtConfig(PadConfig):
-    """Settings of all three stages.
+class PADFT(PAD):
+    """All three stages.
 
     Attributes:
         views: augmented views of each purified image; 4, ours.
-        flip: mirror half of the views, as the paper; only where a mirrored image keeps its class. By default not, and
-            in an experiment as its data ask for.
-        brightness: factor 1 +- that; 0.2, ours.
-        contrast: likewise; 0.2, ours.
+        flip: mirror half of the views, as in the paper, which is right only where a mirrored image keeps its class; off
+            by default, and in an experiment set as its data allow.
+        brightness: the brightness is multiplied by a factor in 1 +- this; 0.2, ours.
+        contrast: the contrast is multiplied by a factor in 1 +- this; 0.2, ours.
         consistency: gamma; 1, ours. The distance is between softmax outputs (the paper: "predictions").
         tune_epochs: 100, the benchmark's default.
         batch_size: images in a step, each with all its views; 256, the benchmark's.
@@ -111,28 +132,47 @@ class PadFtConfig(PadConfig):
         weight_decay: 5e-4, the benchmark's.
     """
 
-    views: int = 4
-    flip: bool | None = None
-    brightness: float = 0.2
-    contrast: float = 0.2
-    consistency: float = 1.0
-    tune_epochs: int = 100
-    batch_size: int = 256
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    name: ClassVar[str] = "pad_ft"
+    summary: ClassVar[str] = "purify, clip activations, tune the classifier"
+    mirrors: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.views > 0, "views", "at least 1")
-        self.require(self.consistency >= 0, "consistency", "0 or more")
-        self.require(self.tune_epochs > 0, "tune_epochs", "at least 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
+    views: Count = 4
+    flip: bool | None = None
+    brightness: NonNegative = 0.2
+    contrast: NonNegative = 0.2
+    consistency: NonNegative = 1.0
+    tune_epochs: Count = 100
+    batch_size: Count = 256
+    learning_rate: Positive = 0.01
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
+
+    def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        """Purifies, clips and tunes the head.
+
+        Args:
+            key: a `jax.random` key.
+            classifier: the network.
+            variables: the victim's; left as they are.
+            data: the poisoned training set.
+
+        Returns:
+            The repaired model with ``bounds``; ``kept`` are the images assumed to be clean.
+
+        Raises:
+            UserError: where the network has no rectifier that can be bounded, a named place does not exist, or a class
+                has no images.
+            NonFiniteError: where a score is not finite, or the tuning diverges.
+        """
+        bound_key, tune_key = jax.random.split(key)
+        clipped = super().repair(bound_key, classifier, variables, data)
+        assert clipped.kept is not None
+        repaired, info = tune_classifier(tune_key, classifier, clipped.variables, data.take(clipped.kept), self)
+        return dataclasses.replace(clipped, variables=repaired, info={**clipped.info, **info})
 
 
 class Purified(NamedTuple):
-    """What purification kept.
+    """Which images purification keeps.
 
     Attributes:
         indices: into the training set, sorted.
@@ -162,8 +202,8 @@ def score(
     return map_chunks(chunk, data.images, data.labels)
 
 
-def purify(classifier: Classifier, variables: Variables, data: Dataset, config: PadConfig = PadConfig()) -> Purified:
-    """Stage 1: the k images of each labelled class that the victim finds easiest.
+def purify(classifier: Classifier, variables: Variables, data: Dataset, config: PAD = PAD()) -> Purified:
+    """Stage 1: the k images of each labeled class that the victim finds easiest.
 
     Args:
         classifier: the network.
@@ -184,8 +224,8 @@ def purify(classifier: Classifier, variables: Variables, data: Dataset, config: 
     counts = np.bincount(labels, minlength=classifier.num_classes)
     if not counts.all():
         raise UserError(
-            f"pad_ft purify: class {int(np.argmin(counts))} has no images in the training set; give the whole set the "
-            "victim was trained on"
+            f"pad_ft purify: class {int(np.argmin(counts))} has no images in the training set; give the complete set "
+            "that the victim was trained on"
         )
     k = config.per_class or max(1, round(0.06 * len(data) / classifier.num_classes))
     order = np.argsort(scores, kind="stable")
@@ -193,29 +233,31 @@ def purify(classifier: Classifier, variables: Variables, data: Dataset, config: 
     return Purified(np.sort(np.concatenate(kept)), scores, tuple(np.flatnonzero(counts < k).tolist()))
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassifierLoss:
-    """SCE on every view plus consistency of the views with their image; batches hold latents ``(B, 1 + views, D)``."""
+def classifier_loss(
+    classifier: Classifier, config: PADFT, variables: Variables, batch: Dataset, key: jax.Array
+) -> LossResult:
+    """SCE on every view plus consistency of the views with their image.
 
-    classifier: Classifier
-
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        del key
-        logits = jax.vmap(lambda latent: self.classifier.head(variables, latent))(batch.images)
-        labels = jnp.broadcast_to(batch.labels[:, None], logits.shape[:2])
-        supervised = jnp.mean(symmetric_cross_entropy(logits, labels, constants["alpha"], constants["log_zero"]))
-        predictions = jax.nn.softmax(logits)
-        apart = jnp.mean(jnp.sum((predictions[:, 1:] - predictions[:, :1]) ** 2, axis=-1))
-        accuracy = jnp.mean(jnp.argmax(logits[:, 0], -1) == batch.labels)
-        info = {"supervised": supervised, "consistency": apart, "accuracy": accuracy}
-        return supervised + constants["consistency"] * apart, (variables, info)
+    Args:
+        classifier: the network.
+        config: gives ``alpha``, ``log_zero`` and ``consistency``.
+        variables: the model's.
+        batch: latents ``(B, 1 + views, D)`` in place of images, and labels.
+        key: not used.
+    """
+    del key
+    logits = jax.vmap(lambda latent: classifier.head(variables, latent))(batch.images)
+    labels = jnp.broadcast_to(batch.labels[:, None], logits.shape[:2])
+    supervised = jnp.mean(symmetric_cross_entropy(logits, labels, config.alpha, config.log_zero))
+    predictions = jax.nn.softmax(logits)
+    distance = jnp.mean(jnp.sum((predictions[:, 1:] - predictions[:, :1]) ** 2, axis=-1))
+    accuracy = jnp.mean(jnp.argmax(logits[:, 0], -1) == batch.labels)
+    info = {"supervised": supervised, "consistency": distance, "accuracy": accuracy}
+    return supervised + config.consistency * distance, (variables, info)
 
 
 def view_latents(
-    key: jax.Array, classifier: Classifier, variables: Variables, images: jax.Array, config: PadFtConfig
+    key: jax.Array, classifier: Classifier, variables: Variables, images: jax.Array, config: PADFT
 ) -> jax.Array:
     """Latents of each image and of its augmented views under the frozen network: ``(n, 1 + views, D)``."""
     augment = Augment(flip=bool(config.flip), brightness=config.brightness, contrast=config.contrast)
@@ -224,7 +266,7 @@ def view_latents(
 
 
 def tune_classifier(
-    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: PadFtConfig = PadFtConfig()
+    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: PADFT = PADFT()
 ) -> tuple[Variables, dict[str, Any]]:
     """Stage 3: tunes the head alone, on latents computed once.
 
@@ -232,74 +274,28 @@ def tune_classifier(
         key: a `jax.random` key.
         classifier: the network.
         variables: the clipped victim's; left as they are.
-        data: images taken to be clean, with labels.
+        data: images assumed to be clean, with labels.
         config: settings.
 
     Returns:
         The variables with a new head, all else untouched, and what happened.
+
+    Raises:
+        NonFiniteError: where the tuning diverges, naming the step.
     """
     view_key, fit_key = jax.random.split(key)
     seen = view_latents(view_key, classifier, variables, data.images, config)
     steps, _ = batch_shape(len(data), config.batch_size)
-    step = GradientStep(
-        ClassifierLoss(classifier), CosineSGD(steps * config.tune_epochs), trainable=(classifier.head_path,)
-    )
-    return descend(
+    schedule = Cosine(steps * config.tune_epochs)
+    optimizer = SGD(config.learning_rate, schedule, config.momentum, config.weight_decay)
+    step = GradientStep(Partial(classifier_loss, classifier, config), optimizer, trainable=(classifier.head_path,))
+    fitted = fit(
         fit_key,
         step,
-        variables,
+        step.init(variables),
         Dataset(seen, data.labels),
-        numbers(config),
         epochs=config.tune_epochs,
         batch_size=config.batch_size,
         name="pad_ft classifier",
     )
-
-
-def pad(
-    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: PadConfig = PadConfig()
-) -> Repair:
-    """Purifies and clips, and leaves the weights as they are.
-
-    Args:
-        key: a `jax.random` key.
-        classifier: the network.
-        variables: the victim's; left as they are.
-        data: the poisoned training set.
-        config: settings.
-
-    Returns:
-        The victim's variables with ``bounds``; ``info["purified_indices"]`` are those kept.
-    """
-    require_rectifiers(classifier, variables, data.images)
-    purified = purify(classifier, variables, data, config)
-    clean = data.take(purified.indices)
-    repaired, info = bound_activations(key, classifier, variables, clean, config)
-    kept = {"purified": len(clean), "short_classes": list(purified.short), "purified_indices": purified.indices}
-    return Repair(repaired, {"changed": True, "steps": 0, **kept, **info})
-
-
-def pad_ft(
-    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: PadFtConfig = PadFtConfig()
-) -> Repair:
-    """Purifies, clips and tunes the head.
-
-    Args:
-        key: a `jax.random` key.
-        classifier: the network.
-        variables: the victim's; left as they are.
-        data: the poisoned training set.
-        config: settings.
-
-    Returns:
-        The repaired model with ``bounds``; ``info["purified_indices"]`` are the images that were kept.
-    """
-    bound_key, tune_key = jax.random.split(key)
-    clipped = pad(bound_key, classifier, variables, data, config)
-    clean = data.take(clipped.info["purified_indices"])
-    repaired, info = tune_classifier(tune_key, classifier, clipped.variables, clean, config)
-    return Repair(repaired, {**clipped.info, **info})
-
-
-PAD = Defense("purify the training set and clip activations", "training_set", PadConfig, pad)
-PAD_FT = Defense("purify, clip activations, tune the classifier", "training_set", PadFtConfig, pad_ft)
+    return fitted.variables, fitted.info

@@ -1,4 +1,4 @@
-r"""The quadratic programs of TAC reconstruction, all classes at once, on their duals.
+r"""The quadratic programs of TAC reconstruction, for all classes at once, solved in their dual form.
 
 For class k, with head columns :math:`w_j`, biases :math:`\beta_j` and clean latents :math:`\phi(x_i)`, the smallest
 latent change that sends *every* clean sample to k is
@@ -8,23 +8,24 @@ latent change that sends *every* clean sample to k is
     (w_k - w_j)^\top s \ge b_{kj} := \max_i\, (w_j - w_k)^\top \phi(x_i) + (\beta_j - \beta_k) + m
     \quad \forall j \ne k .
 
-Of the n(C-1) constraints only the tightest sample of each j binds, so there are C-1. With :math:`V_k` the rows
-:math:`(w_k - w_j)^\top` and :math:`G_k = V_k V_k^\top`, read off :math:`K = W^\top W`, the dual has C-1 variables
-whatever the latent's size:
+Of the n(C-1) constraints only that of the tightest sample for each j can bind, so C-1 are enough. With :math:`V_k`
+the matrix of rows :math:`(w_k - w_j)^\top` and :math:`G_k = V_k V_k^\top`, computed from :math:`K = W^\top W`, the
+dual has C-1 variables whatever the size of the latents:
 
 .. math::
     \max_{u \ge 0}\; b_k^\top u - \tfrac12 u^\top G_k u, \qquad s_k = V_k^\top u, \qquad
     (G_k)_{ij} = K_{kk} - K_{ki} - K_{kj} + K_{ij} .
 
-It is solved by jaxopt's coordinate descent, ``BoxCDQP``, from where a few rounds of block pivoting arrive: guess which
-u are positive, solve their equations, correct the guess. That saves three quarters of the time at C = 200.
+It is solved by jaxopt's coordinate descent, ``BoxCDQP``, started from the result of a few rounds of block pivoting:
+guess which u are positive, solve their equations, correct the guess. That saves three quarters of the time at C = 200.
 
-The program may have no solution; that is said only by certificate. For every :math:`u \ge 0` weak duality gives
-:math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u for which the right side has no bound proves it. Theorem 1 of the
-paper (C - 1 < D and full row rank imply feasibility) is sufficient, not necessary, and is not used.
+A program may have no solution; it is reported as infeasible only with a certificate. For every :math:`u \ge 0` weak
+duality gives :math:`\|s\| \ge b_k^\top u / \|V_k^\top u\|`, so a u that makes the right side arbitrarily large proves
+infeasibility. Theorem 1 of the paper (C - 1 < D and full row rank imply feasibility) is sufficient, not necessary, and
+is not used.
 
-The primal is the paper's (Iwahana et al., arXiv 2511.08944, section 4 as a public review gives it); bias and margin are
-written out here, and the compression, the dual, the pivoting and the certificate are ours.
+The primal is the paper's (Iwahana et al., arXiv 2511.08944, section 4 as quoted in a public review); bias and margin
+are written out here, and the compression, the dual, the pivoting and the certificate are ours.
 """
 
 import warnings
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 
 from backdoor_jax.compiling import full_precision
 
-with warnings.catch_warnings():  # It warns that it is no longer maintained; it does what is needed here.
+with warnings.catch_warnings():  # jaxopt warns that it is no longer maintained; what is used here works.
     warnings.simplefilter("ignore", DeprecationWarning)
     from jaxopt import BoxCDQP
 
@@ -45,11 +46,11 @@ CONVERGED = 1e-3
 PIVOTS = 8
 """Rounds of block pivoting before coordinate descent."""
 RIDGE = 1e-6
-"""Added to the equations of a round; relative to rows of unit length."""
+"""Added to the diagonal of a round's equations; relative to rows of unit length."""
 INFEASIBLE_ABOVE = 1e4
-"""A norm bound of so many times the largest right-hand side (rows of unit length) counts as no solution."""
+"""A lower bound on the norm of this many times the largest right-hand side (rows of unit length) means infeasible."""
 SAMPLE_INFEASIBLE_ABOVE = 1e3
-"""The same for a single sample's program, whose lengths come from Gram matrices and resolve less."""
+"""The same for the program of a single sample, whose norms come from Gram matrices and are less precise."""
 
 
 class Perturbations(NamedTuple):
@@ -58,12 +59,12 @@ class Perturbations(NamedTuple):
     Attributes:
         vectors: ``(C, D)``, s_k; rows of infeasible classes are NaN.
         norms: ``(C,)``, their Euclidean norms; infinite where infeasible.
-        multipliers: ``(C, C)``, u_k in row k, its k-th entry zero.
-        feasible: ``(C,)``, False only by certificate.
+        multipliers: ``(C, C)``, u_k in row k, with a zero in column k.
+        feasible: ``(C,)``, False only with a certificate.
         converged: ``(C,)``, whether `residual` is below `CONVERGED`.
         residual: ``(C,)``, the largest violation of the optimality conditions: of the constraints, relative to the
             largest right-hand side, and of complementarity, relative to the squared norm.
-        sweeps: ``(C,)``, passes of coordinate descent.
+        sweeps: ``(C,)``, sweeps of coordinate descent.
     """
 
     vectors: jax.Array
@@ -79,13 +80,13 @@ class Perturbations(NamedTuple):
 def class_perturbations(
     latent: jax.Array, kernel: jax.Array, bias: jax.Array, margin: jax.Array | float = 0.0
 ) -> Perturbations:
-    """The smallest latent change of every class that sends all clean samples to it.
+    """The smallest latent change that sends all clean samples to a class, for every class.
 
     Args:
         latent: clean latents, ``(n, D)``.
-        kernel: the head's, ``(D, C)``.
-        bias: the head's, ``(C,)``.
-        margin: logits by which the class must lead; the paper has none.
+        kernel: the head's kernel, ``(D, C)``.
+        bias: the head's bias, ``(C,)``.
+        margin: logits by which the class has to lead; the paper has none.
 
     Example:
         >>> latent = jnp.array([[1.0, 0.0], [2.0, 0.0]])
@@ -101,8 +102,8 @@ def solve_programs(kernel: jax.Array, bounds: jax.Array) -> Perturbations:
     """Solves the programs for given right-hand sides.
 
     Args:
-        kernel: ``(D, C)``.
-        bounds: ``(C, C)``, b_kj; the diagonal is not read.
+        kernel: the head's kernel, ``(D, C)``.
+        bounds: ``(C, C)``, b_kj; the diagonal is not used.
     """
     solution = _solve(kernel, bounds)
     if bool(solution.converged.all()):
@@ -117,7 +118,7 @@ def solve_programs(kernel: jax.Array, bounds: jax.Array) -> Perturbations:
 
 @jax.jit
 def constraint_bounds(logits: jax.Array) -> jax.Array:
-    """``b[k, j]``, the largest lead of class j over class k among the samples: ``(n, C) -> (C, C)``."""
+    """``b[k, j]``, the largest lead of class j over class k in any sample: ``(n, C) -> (C, C)``."""
     return jax.lax.map(lambda own: jnp.max(logits - own[:, None], axis=0), logits.T)
 
 
@@ -148,9 +149,9 @@ def _solve(kernel: jax.Array, bounds: jax.Array) -> Perturbations:
 @jax.jit
 @full_precision
 def _certified_infeasible(kernel: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Whether some ``u >= 0`` bounds the norm from below beyond all measure, per class.
+    """Whether some ``u >= 0`` certifies that a class's program has no solution, ``(C,)``.
 
-    The u that minimises ``|V^T u|^2 + (b^T u - 1)^2`` over ``u >= 0`` is one if there is any (Farkas).
+    If such a u exists, the minimizer of ``|V^T u|^2 + (b^T u - 1)^2`` over ``u >= 0`` is one (Farkas).
     """
     gram, rows = _scaled_grams(kernel)
     b, _ = _scaled_bounds(bounds, rows)
@@ -163,17 +164,18 @@ def _certified_infeasible(kernel: jax.Array, bounds: jax.Array) -> jax.Array:
 @jax.jit
 @full_precision
 def sample_norms(logits: jax.Array, kernel: jax.Array, margin: jax.Array | float = 0.0) -> jax.Array:
-    """Each clean sample's own smallest latent change to each class.
+    """Norms of the smallest latent change that sends each single clean sample to each class.
+
+    There is one program for each class and sample. The programs of one class share G_k and are solved together, samples
+    along the fast axis, by our own coordinate descent: jaxopt's, batched, is 60 times slower here.
 
     Args:
-        logits: of clean samples, ``(n, C)``.
-        kernel: the head's, ``(D, C)``.
-        margin: logits by which the class must lead.
+        logits: the clean samples' logits, ``(n, C)``.
+        kernel: the head's kernel, ``(D, C)``.
+        margin: logits by which the class has to lead.
 
     Returns:
-        ``(C, n)`` norms, infinite where the class cannot be reached: one program a class and sample. Those of a class
-        share G_k and are swept together, samples along the fast axis, by coordinate descent of our own: batched,
-        jaxopt's is 60 times slower here.
+        ``(C, n)`` norms, infinite where the class cannot be reached.
 
     Example:
         >>> sample_norms(jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.eye(2)).round(3).tolist()
@@ -203,7 +205,8 @@ def sample_norms(logits: jax.Array, kernel: jax.Array, margin: jax.Array | float
 def _sweep_samples(gram: jax.Array, b: jax.Array, weight: float) -> tuple[jax.Array, jax.Array]:
     """Coordinate descent on ``u^T G u / 2 - b^T u + weight (b^T u)^2 / 2``, ``u >= 0``, per column of b ``(C, n)``.
 
-    Returns the columns u and whether each still moved at the last sweep. With weight 1 it is the certificate's program.
+    Returns the columns u, and whether each was still changing in the last sweep. Weight 1 gives the certificate's
+    program.
     """
 
     def coordinate(i: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -239,10 +242,10 @@ def _nonnegative_qp(quadratic: jax.Array, linear: jax.Array) -> tuple[jax.Array,
 
 
 def _pivoted(quadratic: jax.Array, linear: jax.Array) -> jax.Array:
-    """A start near the solution, by block pivoting (Portugal, Judice and Vicente, 1994); zero where that breaks down.
+    """A start near the solution, by block pivoting (Portugal, Judice and Vicente, 1994); zero where that fails.
 
-    A guess of the positive variables gives their values, from the equations, and the slopes of the others; those with
-    a negative value leave the guess, those with a negative slope enter it.
+    A guess of which variables are positive determines their values, from the equations, and the slopes of the others;
+    variables with a negative value are removed from the guess, those with a negative slope are added.
     """
     eye = jnp.eye(len(linear), dtype=linear.dtype)
 
@@ -259,7 +262,10 @@ def _pivoted(quadratic: jax.Array, linear: jax.Array) -> jax.Array:
 
 
 def _nonnegative_qps(quadratics: jax.Array, linears: jax.Array) -> tuple[jax.Array, Any]:
-    """All classes: one after the other on CPU (80 times faster at C = 200: each stops by itself), else together."""
+    """Solves the programs of all classes: on CPU one by one, elsewhere together.
+
+    One by one each stops when it has converged, which is 80 times faster on CPU at C = 200.
+    """
     return jax.lax.platform_dependent(
         quadratics,
         linears,
@@ -269,9 +275,9 @@ def _nonnegative_qps(quadratics: jax.Array, linears: jax.Array) -> tuple[jax.Arr
 
 
 def _scaled_grams(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``G_k`` with rows of V_k at unit length ``(C, C, C)``, and their lengths ``(C, C)``.
+    """``G_k`` for rows of V_k scaled to unit length ``(C, C, C)``, and the rows' lengths ``(C, C)``.
 
-    Row and column k, which no constraint has, are those of the identity, so that u_k stays 0.
+    Row and column k, which belong to no constraint, are set to those of the identity, so that u_k stays 0.
     """
     k = kernel.T @ kernel
     square = jnp.diag(k)
@@ -285,7 +291,7 @@ def _scaled_grams(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _scaled_bounds(bounds: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Right-hand sides for rows of unit length with largest entry 1, and the scale ``(C,)`` taken out."""
+    """Right-hand sides for rows of unit length, scaled to largest entry 1, and that scale ``(C,)``."""
     b = jnp.where(jnp.eye(bounds.shape[0], dtype=bool), 0.0, bounds / lengths)
     size = jnp.max(b, axis=1)
     size = jnp.where(size > 0, size, 1.0)

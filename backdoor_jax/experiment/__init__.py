@@ -1,11 +1,11 @@
-"""Experiments: a typed configuration in, one row for each judged model out.
+"""Experiments: a typed configuration in, one row for each evaluated model out.
 
-An experiment trains, for every seed, one victim an attack and an unpoisoned twin, runs every defence on each, and
-judges them on the test set, which chooses nothing. Rows go to ``results.jsonl``; a run that is stopped goes on where
-it was.
+For every seed an experiment trains one victim for each attack and a clean model, runs every defense on each, and
+evaluates them on the test set, which is used for nothing else. Rows are appended to ``results.jsonl``; re-running
+resumes an interrupted experiment.
 """
 
-from backdoor_jax.experiment.rows import Row, line, read_rows, write_rows
+from backdoor_jax.experiment.rows import append_row, format_row, read_rows
 from backdoor_jax.experiment.runner import run_experiment
 from backdoor_jax.experiment.settings import (
     AttackEntry,
@@ -13,8 +13,16 @@ from backdoor_jax.experiment.settings import (
     DefenseEntry,
     Experiment,
     ModelConfig,
-    attack_name,
     describe,
+)
+from backdoor_jax.experiment.victims import (
+    StoredModel,
+    TrainedModel,
+    Workspace,
+    clean_subset,
+    make_workspace,
+    prepare_model,
+    streams,
 )
 
 __all__ = [
@@ -23,11 +31,16 @@ __all__ = [
     "DefenseEntry",
     "Experiment",
     "ModelConfig",
-    "Row",
-    "attack_name",
+    "StoredModel",
+    "TrainedModel",
+    "Workspace",
+    "append_row",
+    "clean_subset",
     "describe",
-    "line",
+    "format_row",
+    "make_workspace",
+    "prepare_model",
     "read_rows",
     "run_experiment",
-    "write_rows",
+    "streams",
 ]

@@ -1,29 +1,31 @@
-"""Results rows, one JSON line for each judged model, and the file they are kept in."""
+"""Rows of results, one JSON line for each evaluated model, and the file that holds them.
+
+Rows are appended under a lock and never rewritten, so several processes may write to one file.
+"""
 
 import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
+from backdoor_jax.analyses.base import Row
 from backdoor_jax.errors import UserError
-from backdoor_jax.files import write_text
+from backdoor_jax.files import locked
 from backdoor_jax.metrics import Scores, defense_effectiveness
 from backdoor_jax.version import __version__
 
-Row = dict[str, Any]
 
-
-def line(row: Row) -> str:
-    """A row in a line, for the terminal.
+def format_row(row: Row) -> str:
+    """The row in one line, for the terminal.
 
     Example:
         >>> rates = {"acc": 0.9, "asr": 0.01, "ra": 0.8, "der": None}
-        >>> line({"attack": "badnets", "seed": 0, "defense": "d3", **rates, "seconds": 2})
+        >>> format_row({"attack": "badnets", "seed": 0, "defense": "d3", **rates, "seconds": 2})
         'badnets-0      d3               ACC  90.0  ASR   1.0  RA  80.0  DER     -  2.0 s'
     """
     rates = "  ".join(
@@ -34,36 +36,75 @@ def line(row: Row) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a ``results.jsonl``; none where there is no such file.
+    """The rows of a ``results.jsonl``; none where there is no such file.
+
+    A truncated last line, which a killed run leaves behind, is ignored.
 
     Raises:
-        UserError: where a line is not JSON.
+        UserError: where another line is not JSON.
     """
     if not path.is_file():
         return []
     rows = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            rows += [json.loads(text)] if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg}); mend or remove the file") from error
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                raise UserError(f"{path}: line {number} is not JSON; fix or remove it") from error
     return rows
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes all rows, or leaves the old file."""
-    write_text(path, "".join(json.dumps(row, default=plain) + "\n" for row in rows))
+def append_row(path: Path, row: Row) -> None:
+    """Appends a row to a ``results.jsonl``, under a lock.
+
+    A truncated last line is removed first: its run was killed, and makes the row again when it resumes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "results.jsonl"
+        ...     append_row(path, {"acc": 0.9})
+        ...     with path.open("a") as file:
+        ...         _ = file.write('{"acc": ')
+        ...     append_row(path, {"acc": 0.8})
+        ...     read_rows(path)
+        [{'acc': 0.9}, {'acc': 0.8}]
+    """
+    line = json.dumps(row, default=plain).encode() + b"\n"
+    with locked(path) as file:
+        _end_last_line(file)
+        file.write(line)
 
 
-def judgement(before: Scores, after: Scores) -> Row:
-    """Rates before and after a repair, as a row has them."""
-    rates = {**after._asdict(), "der": defense_effectiveness(before, after)}
-    rates |= {f"{name}_before": value for name, value in before._asdict().items()}
-    return {name: None if value is None else round(value, 6) for name, value in rates.items()}
+def _end_last_line(file: BinaryIO) -> None:
+    """Makes the file end at the end of a line: ends a complete row, or removes a truncated one."""
+    end = file.seek(0, os.SEEK_END)
+    if not end:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    content = file.read()
+    start = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[start:])
+    except ValueError:
+        file.truncate(start)
+    else:
+        file.write(b"\n")
 
 
-def where() -> Row:
-    """Device and versions, as a row has them."""
+def rates(before: Scores, after: Scores) -> Row:
+    """The rates before and after a repair, as a row holds them."""
+    found = {**after._asdict(), "der": defense_effectiveness(before, after)}
+    found |= {f"{name}_before": value for name, value in before._asdict().items()}
+    return {name: None if value is None else round(value, 6) for name, value in found.items()}
+
+
+def environment() -> Row:
+    """Device and versions, as a row holds them."""
     device = jax.devices()[0]
     # Those that this process may use, where the system tells.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -76,7 +117,11 @@ def where() -> Row:
 
 
 def plain(value: Any) -> Any:
-    """Arrays as lists, for `json.dumps`."""
+    """The array as lists, for `json.dumps`.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()
     raise TypeError(f"{type(value).__name__} in a results row")

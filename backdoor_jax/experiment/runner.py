@@ -1,4 +1,4 @@
-"""Runs an experiment: victims, then every defence on each, and a row for each judged model."""
+"""Runs an experiment: trains victims and clean models, runs every defense on each, and writes a row for each model."""
 
 import dataclasses
 import json
@@ -9,45 +9,32 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from backdoor_jax.config import Config
-from backdoor_jax.data import Task, clean_indices
-from backdoor_jax.defenses import DEFENSES, Repair
+from backdoor_jax.analyses import ANALYSES, AnalysisContext, Subject
+from backdoor_jax.analyses.base import Finding, Row
+from backdoor_jax.data import Dataset, clean_indices
+from backdoor_jax.defenses import Defense, Repair
 from backdoor_jax.errors import FailedRepairs, UserError
-from backdoor_jax.experiment.analyses import Laboratory
-from backdoor_jax.experiment.rows import Row, judgement, line, read_rows, where, write_rows
-from backdoor_jax.experiment.settings import (
-    AttackEntry,
-    DataConfig,
-    DefenseEntry,
-    Experiment,
-    ModelConfig,
-    describe,
-)
+from backdoor_jax.experiment.rows import append_row, environment, format_row, rates, read_rows
+from backdoor_jax.experiment.settings import AttackEntry, DefenseEntry, Experiment, describe
 from backdoor_jax.experiment.victims import (
-    RECORD,
-    Victim,
-    prepare_task,
-    prepare_together,
-    prepare_victim,
+    TrainedModel,
+    Workspace,
+    clean_subset,
+    judge,
+    load_stored,
+    make_model,
+    make_models,
+    make_workspace,
+    prepare_model,
     streams,
     trigger_like,
 )
 from backdoor_jax.files import write_text
-from backdoor_jax.interop.native import DESCRIPTION, describe_folder
-from backdoor_jax.metrics import Scores, evaluate
-from backdoor_jax.models import Classifier
-from backdoor_jax.training import Stopwatch, TrainConfig
+from backdoor_jax.metrics import Scores
+from backdoor_jax.models import Variables
+from backdoor_jax.training import Stopwatch
 
-
-class Repaired(NamedTuple):
-    """A repair with its cost and its judgement, kept while its victim is at hand."""
-
-    label: str
-    repair: Repair
-    seconds: float
-    compile_seconds: float
-    scores: Scores
-    found: dict[str, Any]
+RESULTS = "results.jsonl"
 
 
 def run_experiment(
@@ -56,36 +43,37 @@ def run_experiment(
     *,
     root: Path = Path(),
     report: Callable[[str], None] = print,
-    proceed: Callable[[], bool] = lambda: True,
     devices: Sequence[jax.Device] | None = None,
 ) -> list[Row]:
-    """Runs what is not done yet of an experiment.
+    """Runs what is missing of an experiment.
 
     Args:
         experiment: what to run.
         out: its folder: ``results.jsonl``, ``experiment.json``, ``victims/``, ``examples/``.
         root: where relative paths of data start.
-        report: told a line after each row.
-        proceed: asked before each victim and each defence; False ends the run there, to go on another time.
-        devices: where there are several, victims of all seeds are trained at once over them; by default all
-            accelerators, or one CPU device: cores are shared by whatever runs (`benchmarks/scaling.py` measures it).
+        report: called with a line of text after each row.
+        devices: where there are several, the victims of all seeds are trained at once over them; by default all
+            accelerators, or one CPU device, because CPU devices share their cores (`benchmarks/scaling.py` measures
+            it).
 
     Returns:
-        All rows of the folder, this run's and earlier ones.
+        All rows of the folder, from this run and others.
 
     Raises:
         UserError: where the folder holds another experiment, or anything in the configuration cannot be used.
-        FailedRepairs: at the end, where a defence could not repair a model, or left it without finite weights; there is
-            no row of that.
+        FailedRepairs: at the end, where a defense failed on a model or left weights that are not finite; such a repair
+            has no row.
 
     Example:
         >>> import tempfile
         >>> from backdoor_jax.attacks import BadNets
-        >>> from backdoor_jax.defenses import FineTuneConfig
+        >>> from backdoor_jax.defenses import FineTune
+        >>> from backdoor_jax.experiment import DataConfig, ModelConfig
+        >>> from backdoor_jax.training import TrainConfig
         >>> experiment = Experiment(
         ...     "tiny",
         ...     (AttackEntry("badnets", BadNets()),),
-        ...     (DefenseEntry("finetune", "finetune", FineTuneConfig(steps=1)),),
+        ...     (DefenseEntry("finetune", FineTune(steps=1)),),
         ...     DataConfig("digits", train_size=64, test_size=32),
         ...     ModelConfig("small_cnn", width=2),
         ...     TrainConfig(epochs=1),
@@ -95,84 +83,98 @@ def run_experiment(
         >>> [(row["attack"], row["defense"]) for row in rows]
         [('badnets', 'none'), ('badnets', 'finetune'), ('none', 'none'), ('none', 'finetune')]
     """
-    task, classifier = prepare_task(experiment, root)
-    _check(experiment, task, classifier)
+    workspace = make_workspace(experiment, out, root)
+    _check(workspace)
     _claim(experiment, out)
-    for record in out.glob(f"victims/*/{RECORD}"):
-        if not (record.parent / DESCRIPTION).is_file():  # Made by a version whose victims did not say what they were.
-            shapes = jax.eval_shape(classifier.init, jax.random.key(0), task.test.images[:1])
-            describe_folder(record.parent, classifier, shapes)
-    path = out / "results.jsonl"
-    rows = read_rows(path)
-    unseen = sum("analyses" not in row for row in rows) if experiment.analyses else 0
-    if unseen:
-        report(
-            f"{unseen} rows were made before analyses were asked for; take them out of {path} to have them made again"
-        )
-    failed: list[str] = []
-
-    def add(row: Row) -> None:
-        # Another process may have written rows of other seeds meanwhile.
-        rows[:] = [*read_rows(path), row]
-        write_rows(path, rows)
-        report(line(row))
+    path = out / RESULTS
+    without = sum("analyses" not in row for row in read_rows(path)) if experiment.analyses else 0
+    if without:
+        report(f"{without} rows were made without analyses; remove them from {path} to make them again")
 
     attacks: list[AttackEntry | None] = [*experiment.attacks, None]
     if devices is None:
         devices = jax.devices() if jax.default_backend() != "cpu" else jax.devices()[:1]
     if len(devices) > 1 and len(experiment.seeds) > 1:
         for entry in attacks:
-            if not proceed():
-                return rows
-            prepare_together(experiment, task, classifier, entry, out, devices)
+            make_models(workspace, entry, devices)
+    failed: list[str] = []
     for seed in experiment.seeds:
-        laboratory = Laboratory(experiment, seed, classifier, task, out)
+        context = _analysis_context(workspace, seed)
         for entry in attacks:
-            label = entry.label if entry else "none"
-            done = {row["defense"] for row in rows if (row["attack"], row["seed"]) == (label, seed)}
-            wanted = [d for d in experiment.defenses if d.applies(entry.attack if entry else None)]
-            missing = [d for d in wanted if d.label not in done]
-            if not missing and "none" in done:
-                continue
-            clean_model = None
-            if entry and entry.attack.needs_clean_model:
-                if not proceed():
-                    return rows
-                clean_model = prepare_victim(experiment, task, classifier, None, seed, out).variables
-            if not proceed():
-                return rows
-            victim = prepare_victim(experiment, task, classifier, entry, seed, out, clean_model)
-            if "none" not in done:
-                add(_victim_row(experiment, task, entry, victim, laboratory))
-            repairs: dict[tuple[str, Config], Repaired] = {}
-            for defense in missing:
-                if not proceed():
-                    return rows
-                try:
-                    add(_defend(experiment, task, classifier, entry, victim, defense, repairs, laboratory))
-                except UserError as error:
-                    failed.append(f"{defense.label} on {label}-{seed}: {error}")
-                    report(failed[-1])
+            failed += _run_attack(workspace, entry, seed, context, report)
     if failed:
-        raise FailedRepairs(f"{len(failed)} repairs could not be made; {failed[0]}")
-    return rows
+        raise FailedRepairs(f"{len(failed)} repairs failed; {failed[0]}")
+    return read_rows(path)
 
 
-def _check(experiment: Experiment, task: Task, classifier: Classifier) -> None:
-    """Finds what the data rule out before anything is trained or written."""
-    jax.eval_shape(classifier.init, jax.random.key(0), task.test.images[:1])
+def _run_attack(
+    workspace: Workspace,
+    entry: AttackEntry | None,
+    seed: int,
+    context: AnalysisContext,
+    report: Callable[[str], None],
+) -> list[str]:
+    """Writes the missing rows of one victim or clean model and of its repairs; returns what failed."""
+    experiment, path = workspace.experiment, workspace.folder / RESULTS
+    label, attack = (entry.label, entry.attack) if entry else ("none", None)
+    done = {row["defense"] for row in read_rows(path) if (row["attack"], row["seed"]) == (label, seed)}
+    missing = [defense for defense in experiment.defenses if defense.applies(attack) and defense.label not in done]
+    if not missing and "none" in done:
+        return []
+
+    def add(row: Row) -> None:
+        append_row(path, row)
+        report(format_row(row))
+
+    clean_model = _clean_model(workspace, seed) if attack and attack.needs_clean_model else None
+    model = prepare_model(workspace, entry, seed, clean_model)
+    if "none" not in done:
+        add(_model_row(workspace, entry, model, _analyze(experiment, context, model)))
+    failed = []
+    for defense in missing:
+        try:
+            add(_repair_row(workspace, entry, model, defense, _repair(workspace, entry, model, defense, context)))
+        except UserError as error:
+            failed.append(f"{defense.label} on {label}-{seed}: {error}")
+            report(failed[-1])
+    return failed
+
+
+def _clean_model(workspace: Workspace, seed: int) -> Variables:
+    """The variables of the clean model of a seed, trained unless it is stored."""
+    make_model(workspace, None, seed)
+    return load_stored(workspace, None, seed).variables
+
+
+def _analysis_context(workspace: Workspace, seed: int) -> AnalysisContext:
+    """What the analyses of one seed share."""
+    task = workspace.task
+    return AnalysisContext(
+        workspace.classifier,
+        task,
+        workspace.experiment.training(None),
+        key_for=lambda purpose: streams(seed, purpose)["analysis"],
+        load_clean=lambda: task.train.take(clean_subset(workspace, seed)),
+        load_clean_model=lambda: _clean_model(workspace, seed),
+    )
+
+
+def _check(workspace: Workspace) -> None:
+    """Finds what the data rule out, before anything is trained or written."""
+    experiment, task = workspace.experiment, workspace.task
+    jax.eval_shape(workspace.classifier.init, jax.random.key(0), task.test.images[:1])
     for entry in experiment.attacks:
         entry.attack.label_map(task.num_classes)
         entry.attack.candidates(task.train.labels)
         trigger_like(entry.attack, task)
     labels = np.asarray(task.train.labels)
-    if any(DEFENSES[entry.defense].needs == "clean" for entry in experiment.defenses):
+    if any(entry.defense.needs == "clean" for entry in experiment.defenses):
         clean_indices(jax.random.key(0), labels, experiment.clean_ratio, task.num_classes, experiment.stratified)
-    for defense in experiment.defenses:
-        target = getattr(defense.config, "target", None)
-        if isinstance(target, int) and target >= task.num_classes:
+    for defense_entry in experiment.defenses:
+        defense: Any = defense_entry.defense
+        if defense.targeted and isinstance(defense.target, int) and defense.target >= task.num_classes:
             raise UserError(
-                f"{defense.label}: {type(defense.config).__name__}.target is {target}, "
+                f"{defense_entry.label}: {type(defense).__name__}.target is {defense.target}, "
                 f"but the data have classes 0 to {task.num_classes - 1}"
             )
 
@@ -184,14 +186,10 @@ def _claim(experiment: Experiment, out: Path) -> None:
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except ValueError:
             earlier = None
         if not isinstance(earlier, dict):
-            raise UserError(f"{path} is not an experiment's; give another --out")
-        for part, kind in (("data", DataConfig), ("model", ModelConfig), ("victim", TrainConfig)):
-            # A setting that an older version did not have was at its default.
-            if isinstance(earlier.get(part), dict):
-                earlier[part] = {**dataclasses.asdict(kind()), **earlier[part]}
+            raise UserError(f"{path} does not describe an experiment; give another --out")
         for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
             if earlier.get(part) != described[part]:
                 raise UserError(
@@ -210,113 +208,157 @@ def _claim(experiment: Experiment, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}); give another --out") from error
+        raise UserError(f"{out} cannot be created ({error.strerror}); give another --out") from error
     write_text(path, json.dumps(described, indent=1))
 
 
-def _defend(
-    experiment: Experiment,
-    task: Task,
-    classifier: Classifier,
+class Repaired(NamedTuple):
+    """A repair with its cost and its evaluation.
+
+    Attributes:
+        defense: with the settings that it was run with.
+        repair: what it returned.
+        scores: of the repaired model.
+        images: how many it received.
+        seconds: without compilation.
+        compile_seconds: of compilation.
+        analyses: what the analyses found in the repaired model.
+    """
+
+    defense: Defense
+    repair: Repair
+    scores: Scores
+    images: int
+    seconds: float
+    compile_seconds: float
+    analyses: dict[str, Finding]
+
+
+def _repair(
+    workspace: Workspace,
     entry: AttackEntry | None,
-    victim: Victim,
-    defense: DefenseEntry,
-    repairs: dict[tuple[str, Config], Repaired],
-    laboratory: Laboratory,
-) -> Row:
-    """Runs one defence on one victim, or takes over the repair of another entry that came to the same configuration."""
-    method = DEFENSES[defense.defense]
-    keys = streams(victim.seed, defense.defense)
-    data = victim.training_set
-    if method.needs == "clean":
-        data = laboratory.clean
-    elif method.needs == "nothing":
+    model: TrainedModel,
+    defense_entry: DefenseEntry,
+    context: AnalysisContext,
+) -> Repaired:
+    """Runs a defense on a model and evaluates the repair.
+
+    Raises:
+        UserError: where the defense fails, or leaves weights that are not finite.
+    """
+    task = workspace.task
+    defense: Any = defense_entry.defense
+    data: Dataset = model.training_set
+    if defense.needs == "clean":
+        data = context.clean
+    elif defense.needs == "nothing":
         data = task.train.take(slice(0))
-    config: Any = defense.config
-    if defense.known_target and entry:
-        config = dataclasses.replace(config, target=entry.attack.target)
-    if hasattr(config, "flip") and config.flip is None:
-        config = dataclasses.replace(config, flip=task.flip)
+    changes: dict[str, Any] = {}
+    if defense_entry.known_target and entry:
+        changes["target"] = entry.attack.target
+    if defense.mirrors and defense.flip is None:
+        changes["flip"] = task.flip
+    defense = dataclasses.replace(defense, **changes)
 
-    name = f"{defense.label} on {victim.label}-{victim.seed}"
-    concrete: Any = config
-    found: dict[str, Any] = {}
-    with Stopwatch() as choosing:
-        if method.choose is not None:
-            concrete, found = method.choose(classifier, victim.variables, data, config)
-    if concrete is None:
-        done = Repaired(defense.label, Repair(victim.variables, {}), choosing.seconds, 0.0, victim.scores, {})
-    elif (defense.defense, concrete) in repairs:
-        done = repairs[defense.defense, concrete]
-        found["same_repair_as"] = done.label
-    else:
-        with Stopwatch() as watch:
-            repair = method.run(keys["defense"], classifier, victim.variables, data, concrete)
-            jax.block_until_ready(repair.variables)
-        scores = evaluate(classifier, repair.variables, task.test, victim.trigger, victim.label_map, name)
-        found_inside = laboratory.look(victim, repair.variables)
-        done = Repaired(defense.label, repair, watch.seconds, watch.compile_seconds, scores, found_inside)
-        repairs[defense.defense, concrete] = done
+    key = streams(model.seed, defense.name)["defense"]
+    with Stopwatch() as watch:
+        repair = defense.repair(key, workspace.classifier, model.variables, data)
+        jax.block_until_ready(repair.variables)
+    name = f"{defense_entry.label} on {model.label}-{model.seed}"
+    scores = judge(workspace, model, repair.variables, name)
+    found = _analyze(workspace.experiment, context, model, repair.variables) if repair.changed else {}
+    return Repaired(defense, repair, scores, len(data), watch.seconds, watch.compile_seconds, found)
 
-    info = {**done.repair.info, **found}
-    if "purified_indices" in info:
-        info["purified_poisoned"] = int(np.isin(info.pop("purified_indices"), victim.poisoned).sum())
+
+def _analyze(
+    experiment: Experiment, context: AnalysisContext, model: TrainedModel, repaired: Variables | None = None
+) -> dict[str, Finding]:
+    """What the experiment's analyses find in a model, or in its repair."""
+    subject = Subject(
+        variables=model.variables if repaired is None else repaired,
+        original=None if repaired is None else model.variables,
+        training_set=model.training_set,
+        poisoned=model.poisoned,
+        trigger=model.trigger,
+        label_map=model.label_map,
+    )
+    found = {name: ANALYSES[name].compute(context, subject) for name in experiment.analyses}
+    return {name: finding for name, finding in found.items() if finding is not None}
+
+
+def _repair_row(
+    workspace: Workspace, entry: AttackEntry | None, model: TrainedModel, defense_entry: DefenseEntry, done: Repaired
+) -> Row:
+    """The row of a repair."""
+    repair, defense = done.repair, done.defense
+    info = {"changed": repair.changed, **repair.info}
+    if repair.why is not None:
+        info["why"] = repair.why
+    if repair.scan is not None:
+        info["scan"] = repair.scan
+    if repair.kept is not None:
+        info["purified_poisoned"] = int(np.isin(repair.kept, model.poisoned).sum())
     return {
-        **_common(experiment, task, entry, victim),
-        "defense": defense.label,
-        "clean_ratio": experiment.clean_ratio if method.needs == "clean" else 0.0,
-        "data_used": method.needs,
-        "n_used": len(data),
-        **judgement(victim.scores, done.scores),
-        "target": info.get("target"),
-        # A repair makes its choice itself, so that the one above is not to be counted again.
+        **_shared_fields(workspace, entry, model),
+        "defense": defense_entry.label,
+        "method": defense.name,
+        "clean_ratio": workspace.experiment.clean_ratio if defense.needs == "clean" else 0.0,
+        "data_used": defense.needs,
+        "n_used": done.images,
+        **rates(model.scores, done.scores),
+        "target": repair.target,
         "seconds": round(done.seconds, 3),
-        "compile_seconds": round(done.compile_seconds + choosing.compile_seconds, 3),
-        **where(),
+        "compile_seconds": round(done.compile_seconds, 3),
+        **environment(),
         "config": {
             "attack": dataclasses.asdict(entry.attack) if entry else None,
-            "defense": dataclasses.asdict(config),
+            "defense": dataclasses.asdict(defense),
         },
         "info": info,
-        **({"analyses": done.found} if experiment.analyses else {}),
+        **({"analyses": done.analyses} if workspace.experiment.analyses else {}),
     }
 
 
-def _victim_row(
-    experiment: Experiment, task: Task, entry: AttackEntry | None, victim: Victim, laboratory: Laboratory
+def _model_row(
+    workspace: Workspace, entry: AttackEntry | None, model: TrainedModel, analyses: dict[str, Finding]
 ) -> Row:
+    """The row of a victim or a clean model itself."""
+    experiment = workspace.experiment
     return {
-        **_common(experiment, task, entry, victim),
+        **_shared_fields(workspace, entry, model),
         "defense": "none",
+        "method": "none",
         "clean_ratio": 0.0,
         "data_used": "nothing",
         "n_used": 0,
-        **judgement(victim.scores, victim.scores),
+        **rates(model.scores, model.scores),
         "target": None,
-        "seconds": round(victim.seconds, 3),
-        "compile_seconds": round(victim.compile_seconds, 3),
-        **where(),
+        "seconds": round(model.seconds, 3),
+        "compile_seconds": round(model.compile_seconds, 3),
+        **environment(),
         "config": {
             "attack": dataclasses.asdict(entry.attack) if entry else None,
             "victim": dataclasses.asdict(experiment.training(entry)),
         },
         "info": {
             "changed": False,
-            "trained_on": len(victim.training_set),
-            "poisoned": len(victim.poisoned),
-            **victim.info,
+            "trained_on": len(model.training_set),
+            "poisoned": len(model.poisoned),
+            **model.info,
         },
-        **({"analyses": laboratory.look(victim)} if experiment.analyses else {}),
+        **({"analyses": analyses} if experiment.analyses else {}),
     }
 
 
-def _common(experiment: Experiment, task: Task, entry: AttackEntry | None, victim: Victim) -> Row:
-    model = experiment.model
+def _shared_fields(workspace: Workspace, entry: AttackEntry | None, model: TrainedModel) -> Row:
+    """The fields that the rows of a model and of its repairs share."""
+    network = workspace.experiment.model
+    options = [f"{name}={value}" for name, value in network.options.items()]
     return {
-        "experiment": experiment.name,
-        "dataset": task.name,
-        "model": "-".join([f"{model.name}-{model.width}", *(f"{key}={value}" for key, value in model.options.items())]),
-        "attack": victim.label,
+        "experiment": workspace.experiment.name,
+        "dataset": workspace.task.name,
+        "model": "-".join([f"{network.name}-{network.width}", *options]),
+        "attack": model.label,
         "poison_rate": entry.attack.rate if entry else 0.0,
-        "seed": victim.seed,
+        "seed": model.seed,
     }

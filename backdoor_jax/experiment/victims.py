@@ -1,19 +1,20 @@
-"""Victims and unpoisoned twins: made once, kept in the experiment's folder, and loaded again."""
+"""Victims and clean models: made once, stored in the experiment's folder, loaded and evaluated."""
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from backdoor_jax.attacks import Attack, Planted, Scene
-from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_indices, load_task
+from backdoor_jax.attacks import Attack, AttackContext, Victim
+from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_indices, load
 from backdoor_jax.experiment.rows import plain
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
-from backdoor_jax.files import whole, write_text
+from backdoor_jax.files import atomic_write, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.native import save_model
 from backdoor_jax.metrics import Scores, evaluate
@@ -21,16 +22,48 @@ from backdoor_jax.models import Classifier, Variables, build_classifier
 from backdoor_jax.training import Stopwatch, mesh_for, train, train_many
 
 RECORD = "timing.json"
-"""The file whose presence says that a victim is whole."""
+"""The file whose presence says that a stored model is complete."""
 
 
-class Victim(NamedTuple):
-    """A model to be repaired, and the attacker's means to judge it."""
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """An experiment with its data, its network and its folder."""
+
+    experiment: Experiment
+    task: Task
+    classifier: Classifier
+    folder: Path
+
+    def model_folder(self, label: str, seed: int) -> Path:
+        """Where a victim or a clean model is stored."""
+        return self.folder / "victims" / f"{label}-{seed}"
+
+    def attack_context(self, entry: AttackEntry | None, clean_model: Variables | None = None) -> AttackContext:
+        """What an attacker works with."""
+        training = self.experiment.training(entry)
+        return AttackContext(self.classifier, self.task.train, training, self.task.flip, clean_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A victim or a clean model as it was stored.
+
+    Attributes:
+        label: the attack's, or ``none`` for a clean model.
+        seed: of its weights, poison and clean subset.
+        variables: the model's.
+        training_set: what it was trained on.
+        poisoned: indices of the poisoned images in it.
+        trigger: the attacker's; None for a clean model.
+        label_map: the attacker's; None for a clean model.
+        info: what is worth knowing about the attack, in plain values.
+        seconds: what making it took, without compilation.
+        compile_seconds: what compilation took.
+    """
 
     label: str
     seed: int
     variables: Variables
-    scores: Scores
     training_set: Dataset
     poisoned: np.ndarray
     trigger: Trigger | None
@@ -40,8 +73,19 @@ class Victim(NamedTuple):
     compile_seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedModel(StoredModel):
+    """A victim or a clean model, with its rates on the test set."""
+
+    scores: Scores
+
+
 def streams(seed: int, label: str) -> dict[str, jax.Array]:
-    """One stream of randomness a purpose; the poison's depends on the attack, weights and clean subset do not."""
+    """A `jax.random` key for each purpose.
+
+    Those of weights and of the clean subset depend on the seed alone; those of the poison, a defense and an analysis
+    depend on the label as well.
+    """
     key = jax.random.key(seed)
     purposes = ("clean", "victim", "poison", "defense", "analysis")
     streams = {name: jax.random.fold_in(key, number) for number, name in enumerate(purposes)}
@@ -50,150 +94,181 @@ def streams(seed: int, label: str) -> dict[str, jax.Array]:
     return streams
 
 
-def clean_subset(experiment: Experiment, task: Task, seed: int) -> np.ndarray:
-    """Which training images the defender has, whatever the attack."""
-    key, labels = streams(seed, "none")["clean"], task.train.labels
-    return np.asarray(clean_indices(key, labels, experiment.clean_ratio, task.num_classes, experiment.stratified))
+def make_workspace(experiment: Experiment, folder: Path, root: Path = Path()) -> Workspace:
+    """Loads an experiment's data and builds its network; writes nothing.
 
-
-def prepare_task(experiment: Experiment, root: Path = Path()) -> tuple[Task, Classifier]:
-    """The data of an experiment, and the network that it trains on them."""
-    data, model = experiment.data, experiment.model
-    task = load_task(data.source, data.train_size, data.test_size, root=root)
-    return task, build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
-
-
-def prepare_victim(
-    experiment: Experiment,
-    task: Task,
-    classifier: Classifier,
-    entry: AttackEntry | None,
-    seed: int,
-    out: Path,
-    clean_model: Variables | None = None,
-) -> Victim:
-    """Makes a victim or unpoisoned twin where there is none yet, and loads it.
-
-    Where an attack looks into a clean model, that is the twin, which started from the victim's own weights: more than
-    an attacker would know.
+    Args:
+        experiment: the experiment.
+        folder: where its models and results are, or will be.
+        root: where relative paths of data start.
     """
-    label = entry.label if entry else "none"
-    keys = streams(seed, label)
-    scene = Scene(classifier, task.train, experiment.training(entry), task.flip, clean_model)
-    folder = out / "victims" / f"{label}-{seed}"
-    record = folder / RECORD
-    if not record.is_file():
-        name, checkpoints = f"{label}-{seed}", folder / "training"
-        resumed = checkpoints.is_dir()
-        with Stopwatch() as watch:
-            if entry:
-                planted = entry.attack.plant(keys["poison"], keys["victim"], scene, name=name, checkpoints=checkpoints)
-            else:
-                variables, _ = train(
-                    keys["victim"],
-                    classifier,
-                    task.train,
-                    scene.training,
-                    flip=task.flip,
-                    name=name,
-                    checkpoints=checkpoints,
-                )
-                planted = _unplanted(task, variables)
-            jax.block_until_ready(planted.variables)
-        if resumed:  # Its seconds are those since then.
-            planted = planted._replace(info={**planted.info, "resumed": True})
-        _keep(folder, classifier, entry, planted, task, watch.seconds, watch.compile_seconds)
+    data, model = experiment.data, experiment.model
+    task = load(data.source, data.train_size, data.test_size, root=root)
+    classifier = build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
+    return Workspace(experiment, task, classifier, folder)
 
-    like = jax.eval_shape(classifier.init, keys["victim"], task.test.images[:1])
-    variables = load_tree(folder / "variables", like)
-    poisoned, trigger, label_map = Poisoned(task.train, np.empty(0, np.int64)), None, None
-    if entry:
-        label_map = entry.attack.label_map(task.num_classes)
-        if entry.attack.learns:
-            trigger = load_tree(folder / "trigger", trigger_like(entry.attack, task))
-            poisoned = load_poisoned(folder / "poisoned.npz", task.train)
-        else:
-            poisoned, trigger, _ = entry.attack.poison(keys["poison"], scene)
-        save_example(out, label, task.test.images[:1], trigger)
-    scores = evaluate(classifier, variables, task.test, trigger, label_map, f"victim {label}-{seed}")
-    made = json.loads(record.read_text(encoding="utf-8"))
-    return Victim(
-        label,
-        seed,
-        variables,
-        scores,
-        poisoned.data,
-        poisoned.indices,
-        trigger,
-        label_map,
-        made.get("info", {}),
-        made["seconds"],
-        made["compile_seconds"],
+
+def clean_subset(workspace: Workspace, seed: int) -> np.ndarray:
+    """Indices of the training images that the defender has, the same for every attack."""
+    experiment, task = workspace.experiment, workspace.task
+    key = streams(seed, "none")["clean"]
+    return np.asarray(
+        clean_indices(key, task.train.labels, experiment.clean_ratio, task.num_classes, experiment.stratified)
     )
 
 
-def prepare_together(
-    experiment: Experiment,
-    task: Task,
-    classifier: Classifier,
-    entry: AttackEntry | None,
-    out: Path,
-    devices: Sequence[jax.Device],
-) -> None:
-    """Makes the victims of all seeds that are not there yet at once, over these devices.
+def prepare_model(
+    workspace: Workspace, entry: AttackEntry | None, seed: int, clean_model: Variables | None = None
+) -> TrainedModel:
+    """A victim, or a clean model where there is no attack: made unless it is stored, loaded and evaluated.
 
-    For attacks that train their victims as others do. Each victim is the one that `prepare_victim` would have made, but
-    for the order in which sums are taken, and counts with its share of the time.
+    Args:
+        workspace: the experiment.
+        entry: the attack.
+        seed: the model's.
+        clean_model: variables of the clean model of this seed, for an attack that uses one. It started from the same
+            weights as the victim, which is more than an attacker would know.
     """
-    if entry and (type(entry.attack).plant is not Attack.plant or entry.attack.needs_clean_model):
+    make_model(workspace, entry, seed, clean_model)
+    stored = load_stored(workspace, entry, seed, clean_model)
+    if stored.trigger is not None:
+        save_example(workspace.folder, stored.label, workspace.task.test.images[:1], stored.trigger)
+    return TrainedModel(**vars(stored), scores=judge(workspace, stored))
+
+
+def make_model(
+    workspace: Workspace, entry: AttackEntry | None, seed: int, clean_model: Variables | None = None
+) -> None:
+    """Trains and stores a victim or a clean model, unless it is stored."""
+    label = entry.label if entry else "none"
+    folder = workspace.model_folder(label, seed)
+    if (folder / RECORD).is_file():
+        return
+    keys, context = streams(seed, label), workspace.attack_context(entry, clean_model)
+    name, checkpoints = f"{label}-{seed}", folder / "training"
+    resumed = checkpoints.is_dir()
+    with Stopwatch() as watch:
+        if entry:
+            victim = entry.attack.train_victim_in(
+                context, keys["poison"], keys["victim"], name=name, checkpoints=checkpoints
+            )
+        else:
+            trained = train(
+                keys["victim"],
+                context.classifier,
+                context.data,
+                context.training,
+                flip=context.flip,
+                name=name,
+                checkpoints=checkpoints,
+            )
+            victim = _unpoisoned(workspace.task)._replace(variables=trained.variables)
+        jax.block_until_ready(victim.variables)
+    if resumed:  # Its seconds are those since then.
+        victim = victim._replace(info={**victim.info, "resumed": True})
+    _store(workspace, folder, entry, victim, watch.seconds, watch.compile_seconds)
+
+
+def make_models(workspace: Workspace, entry: AttackEntry | None, devices: Sequence[jax.Device]) -> None:
+    """Trains and stores the models of all seeds that are not stored, at once over several devices.
+
+    This is for clean models, and for attacks whose victims are trained on a poisoned set as any model is; it does
+    nothing for other attacks. Each model is the one that `make_model` would have made, up to the order of summation,
+    and is given an equal share of the seconds.
+    """
+    if entry and (entry.attack.trains_victim or entry.attack.needs_clean_model):
         return
     label = entry.label if entry else "none"
-    folders = {seed: out / "victims" / f"{label}-{seed}" for seed in experiment.seeds}
+    folders = {seed: workspace.model_folder(label, seed) for seed in workspace.experiment.seeds}
     missing = [seed for seed, folder in folders.items() if not (folder / RECORD).is_file()]
     if len(missing) < 2:
         return
-    scene = Scene(classifier, task.train, experiment.training(entry), task.flip)
+    context = workspace.attack_context(entry)
     keys = {seed: streams(seed, label) for seed in missing}
     with Stopwatch() as watch:
-        made = [entry.attack.poison(keys[seed]["poison"], scene) for seed in missing] if entry else []
-        planted = [Planted({}, trigger, poisoned, info) for poisoned, trigger, info in made]
-        planted = planted or [_unplanted(task, {})] * len(missing)
-        trained, _ = train_many(
+        victims = [_unpoisoned(workspace.task)] * len(missing)
+        if entry:
+            poisons = [entry.attack.poison(keys[seed]["poison"], context) for seed in missing]
+            victims = [Victim({}, trigger, poisoned, info) for poisoned, trigger, info in poisons]
+        trained = train_many(
             [keys[seed]["victim"] for seed in missing],
-            classifier,
-            [own.poisoned.data for own in planted],
-            scene.training,
-            flip=task.flip,
+            context.classifier,
+            [victim.poisoned.data for victim in victims],
+            context.training,
+            flip=context.flip,
             mesh=mesh_for(len(missing), devices),
             name=f"{label}, seeds {', '.join(map(str, missing))}",
-            checkpoints=out / "victims" / f"{label}-{'-'.join(map(str, missing))}" / "training",
+            checkpoints=workspace.folder / "victims" / f"{label}-{'-'.join(map(str, missing))}" / "training",
         )
-    for seed, own, variables in zip(missing, planted, trained, strict=True):
-        seconds, compiling = watch.seconds / len(missing), watch.compile_seconds / len(missing)
-        _keep(folders[seed], classifier, entry, own._replace(variables=variables), task, seconds, compiling)
+    seconds, compile_seconds = watch.seconds / len(missing), watch.compile_seconds / len(missing)
+    for seed, victim, variables in zip(missing, victims, trained, strict=True):
+        _store(workspace, folders[seed], entry, victim._replace(variables=variables), seconds, compile_seconds)
 
 
-def _unplanted(task: Task, variables: Variables) -> Planted:
-    """An unpoisoned twin, as an attack would have left it."""
-    return Planted(variables, lambda images: images, Poisoned(task.train, np.empty(0, np.int64)), {})
+def load_stored(
+    workspace: Workspace, entry: AttackEntry | None, seed: int, clean_model: Variables | None = None
+) -> StoredModel:
+    """Loads a victim or a clean model from the experiment's folder.
+
+    Poison and trigger that take no training are made again from the seed.
+    """
+    label, task = entry.label if entry else "none", workspace.task
+    folder, keys = workspace.model_folder(label, seed), streams(seed, label)
+    like = jax.eval_shape(workspace.classifier.init, keys["victim"], task.test.images[:1])
+    variables = load_tree(folder / "variables", like)
+    poisoned, trigger, label_map = _unpoisoned(task).poisoned, None, None
+    if entry:
+        label_map = entry.attack.label_map(task.num_classes)
+        if entry.attack.fits_trigger:
+            trigger = load_tree(folder / "trigger", trigger_like(entry.attack, task))
+            poisoned = load_poisoned(folder / "poisoned.npz", task.train)
+        else:
+            context = workspace.attack_context(entry, clean_model)
+            poisoned, trigger, _ = entry.attack.poison(keys["poison"], context)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return StoredModel(
+        label, seed, variables, poisoned.data, poisoned.indices, trigger, label_map,
+        record["info"], record["seconds"], record["compile_seconds"],
+    )  # fmt: skip
 
 
-def _keep(
+def judge(workspace: Workspace, model: StoredModel, repaired: Variables | None = None, name: str = "") -> Scores:
+    """ACC, ASR and RA on the test set, of a stored model or of its repair.
+
+    Args:
+        workspace: the experiment.
+        model: gives the trigger and the label map, and the variables where there is no repair.
+        repaired: variables of the repair.
+        name: what errors call it; the model's label and seed by default.
+
+    Raises:
+        NonFiniteError: where weights or logits are not finite.
+    """
+    variables = model.variables if repaired is None else repaired
+    name = name or f"victim {model.label}-{model.seed}"
+    return evaluate(workspace.classifier, variables, workspace.task.test, model.trigger, model.label_map, name)
+
+
+def _unpoisoned(task: Task) -> Victim:
+    """A clean model before its training, in the form of a victim."""
+    return Victim({}, lambda images: images, Poisoned(task.train, np.empty(0, np.int64)), {})
+
+
+def _store(
+    workspace: Workspace,
     folder: Path,
-    classifier: Classifier,
     entry: AttackEntry | None,
-    planted: Planted,
-    task: Task,
+    victim: Victim,
     seconds: float,
     compile_seconds: float,
 ) -> None:
-    """Writes a victim and what `prepare_victim` needs to know of it."""
-    save_model(folder, classifier, planted.variables)
-    if entry and entry.attack.learns:
-        save_tree(folder / "trigger", planted.trigger)
-        save_poisoned(folder / "poisoned.npz", planted.poisoned, task.train)
-    made = {"seconds": seconds, "compile_seconds": compile_seconds, "info": planted.info}
-    write_text(folder / RECORD, json.dumps(made, default=plain))
+    """Writes a model and what `load_stored` needs besides."""
+    save_model(folder, workspace.classifier, victim.variables)
+    if entry and entry.attack.fits_trigger:
+        save_tree(folder / "trigger", victim.trigger)
+        save_poisoned(folder / "poisoned.npz", victim.poisoned, workspace.task.train)
+    record = {"seconds": seconds, "compile_seconds": compile_seconds, "info": victim.info}
+    write_text(folder / RECORD, json.dumps(record, default=plain))
 
 
 def trigger_like(attack: Attack, task: Task) -> Trigger:
@@ -203,28 +278,28 @@ def trigger_like(attack: Attack, task: Task) -> Trigger:
 
 
 def save_poisoned(path: Path, poisoned: Poisoned, clean: Dataset) -> None:
-    """Writes what a poisoned set has other than the clean one."""
+    """Writes the images and labels of a poisoned set that differ from the clean set."""
     images, labels = np.asarray(poisoned.data.images), np.asarray(poisoned.data.labels)
     changed = np.flatnonzero(
         np.any(images != np.asarray(clean.images), axis=(1, 2, 3)) | (labels != np.asarray(clean.labels))
     )
-    with whole(path) as place:
-        np.savez(place, indices=poisoned.indices, changed=changed, images=images[changed], labels=labels[changed])
+    with atomic_write(path) as temporary:
+        np.savez(temporary, indices=poisoned.indices, changed=changed, images=images[changed], labels=labels[changed])
 
 
 def load_poisoned(path: Path, clean: Dataset) -> Poisoned:
-    """Reads what `save_poisoned` wrote, over the clean set."""
+    """The poisoned set that `save_poisoned` wrote, given the clean set."""
     with np.load(path) as arrays:
         changed = arrays["changed"]
         data = Dataset(clean.images.at[changed].set(arrays["images"]), clean.labels.at[changed].set(arrays["labels"]))
         return Poisoned(data, arrays["indices"])
 
 
-def save_example(out: Path, label: str, image: jax.Array, trigger: Trigger) -> None:
-    """One test image, clean and triggered, for the report."""
-    path = out / "examples" / f"{label}.npz"
+def save_example(folder: Path, label: str, image: jax.Array, trigger: Trigger) -> None:
+    """Writes one test image, clean and triggered, for the report, unless it is there."""
+    path = folder / "examples" / f"{label}.npz"
     if path.is_file():
         return
     path.parent.mkdir(exist_ok=True)
-    with whole(path) as place:
-        np.savez(place, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))
+    with atomic_write(path) as temporary:
+        np.savez(temporary, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))

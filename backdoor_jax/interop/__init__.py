@@ -1,4 +1,4 @@
-"""Models from and to other frameworks, and checkpoints."""
+"""Checkpoints, and models from and to other frameworks."""
 
 from backdoor_jax.interop.pytorch import load_torch, save_torch, torch_state
 from backdoor_jax.interop.torch_bounds import apply_bounds

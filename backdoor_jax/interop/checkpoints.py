@@ -1,4 +1,4 @@
-"""Orbax checkpoints of trees of arrays: those of a run that may be killed, and those of a finished model."""
+"""Orbax checkpoints of trees of arrays, of a run that may be killed and of a finished model."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from backdoor_jax.errors import UserError, first_line
 class Checkpoints:
     """A folder of a run's checkpoints, of which the newest is kept.
 
-    Orbax writes each under another name first, so that a killed run leaves whole ones only.
+    Orbax writes each under a temporary name first, so that a killed run leaves only complete ones.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,7 +24,7 @@ class Checkpoints:
         )
 
     def latest(self, like: Any) -> Any:
-        """The newest tree, shaped as ``like``, or ``like`` itself where there is none."""
+        """The newest tree, with the structure of ``like``, or ``like`` itself where there is none."""
         newest = self._manager.latest_step()
         if newest is None:
             return like
@@ -32,17 +32,17 @@ class Checkpoints:
         return self._manager.restore(newest, args=self._args.StandardRestore(abstract))
 
     def save(self, number: int, tree: Any) -> None:
-        """Writes a tree; the older one goes once this one is whole."""
+        """Writes a tree; the older one is removed once this one is complete."""
         self._manager.save(number, args=self._args.StandardSave(tree))
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
+        """Stops Orbax's threads."""
         self._manager.close()
 
 
 def save_tree(folder: Path, tree: Any) -> None:
-    """Writes a tree of arrays to a folder, all of it or nothing; what the folder held before goes."""
+    """Writes a tree of arrays to a folder, completely or not at all, and replaces what was there."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
@@ -53,7 +53,7 @@ def load_tree(folder: Path, like: Any) -> Any:
     """Reads a tree that `save_tree` wrote.
 
     Args:
-        folder: where it lies.
+        folder: the checkpoint's.
         like: a tree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes expected.
 
     Raises:
@@ -68,8 +68,8 @@ def load_tree(folder: Path, like: Any) -> Any:
             tree = checkpointer.restore(folder.absolute(), like)
     except Exception as error:  # Orbax and its backends raise many kinds.
         raise UserError(
-            f"{folder}: does not hold the model expected ({first_line(error)}); "
+            f"{folder}: does not hold the expected model ({first_line(error)}); "
             "give the model, width and classes it was saved with"
         ) from error
-    # Orbax pins arrays to a device, which would compile everything once more than for arrays that are not.
+    # Orbax commits arrays to a device, for which everything would be compiled again.
     return jax.tree.map(jnp.asarray, jax.device_get(tree))

@@ -1,4 +1,4 @@
-"""A model as one program: `jax.export`, weights inside, that runs without this package.
+"""A model as one program made by `jax.export`, weights included, that runs without this package.
 
 import jax
 program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read()))
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.files import whole
+from backdoor_jax.files import atomic_write
 from backdoor_jax.models import Classifier, Variables
 
 SUFFIX = ".jaxexport"
@@ -21,14 +21,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_model(
     path: Path | str, classifier: Classifier, variables: Variables, image_shape: tuple[int, int, int]
 ) -> None:
-    """Writes a model as a serialised program of uint8 images to float32 logits.
+    """Writes a model as a serialized program from uint8 images to float32 logits.
 
-    Normalisation and activation bounds are part of it. The number of images is left open, their shape is not.
-    StableHLO programs run for at least six months with later versions of JAX, says `jax.export`; keep the model itself
-    too.
+    Normalization and activation bounds are part of it. The number of images is free, their shape is fixed. According to
+    `jax.export`, StableHLO programs run for at least six months with later versions of JAX; keep the model itself too.
 
     Args:
-        path: the file; written whole or not at all.
+        path: the file; written completely or not at all.
         classifier: the network.
         variables: its variables.
         image_shape: height, width and channels of an image.
@@ -64,7 +63,7 @@ def export_model(
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as place:
-            place.write_bytes(program)
+        with atomic_write(path) as partial:
+            partial.write_bytes(program)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from error

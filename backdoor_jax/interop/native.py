@@ -1,11 +1,11 @@
-"""Models as files of our own, which say what they hold: architecture, classes, normalisation and package version.
+"""Model files that describe their contents: architecture, classes, normalization and package version.
 
-A file ``.safetensors`` holds the variables under their paths (``params/conv/kernel``), and the description as JSON in
+A ``.safetensors`` file holds the variables under their paths (``params/conv/kernel``), and the description as JSON in
 its header. Any other path is a folder: ``variables``, an Orbax checkpoint, and ``model.json``, the description with the
-shape of every array and the digest of every file. A ``.pt`` or ``.pth`` is PyTorch's and describes nothing.
+shape of every array and the digest of every file. A ``.pt`` or ``.pth`` file is PyTorch's and has no description.
 
 A network that is not one of `backdoor_jax.models.MODELS` cannot be described: its file holds the variables, classes
-and normalisation, and `load_model` must be given its `Classifier`.
+and normalization, and `load_model` needs its `Classifier`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.files import whole, write_text
+from backdoor_jax.files import atomic_write, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
@@ -37,15 +37,15 @@ DESCRIPTION = "model.json"
 
 
 def save_model(path: Path | str, classifier: Classifier, variables: Variables) -> None:
-    """Writes a model: all of it, or nothing; what was there before goes.
+    """Writes a model, completely or not at all, and replaces what was there.
 
     Args:
-        path: a file ``.safetensors``, ``.pt`` or ``.pth`` (PyTorch), or else a folder.
+        path: a ``.safetensors``, ``.pt`` or ``.pth`` (PyTorch) file, or else a folder.
         classifier: the network.
         variables: its variables, bounds included; a tree of dictionaries.
 
     Raises:
-        UserError: where it cannot be written there, or not in that format.
+        UserError: where it cannot be written to that path, or not in that format.
 
     Example:
         >>> import tempfile
@@ -70,8 +70,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
-            with whole(path) as place:
-                save_file(arrays, place, {HEADER: json.dumps(described)})
+            with atomic_write(path) as partial:
+                save_file(arrays, partial, {HEADER: json.dumps(described)})
             return
         path.mkdir(exist_ok=True)
         (path / DESCRIPTION).unlink(missing_ok=True)
@@ -82,9 +82,9 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
 
 
 def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
-    """Makes a folder that holds ``variables`` a model's: writes its ``model.json``, for which shapes will do.
+    """Writes the ``model.json`` of a folder that holds ``variables``; needs only their shapes.
 
-    Its digests are there because Orbax answers a damaged file with tracebacks of its threads.
+    It has digests because Orbax answers a damaged file with tracebacks from its threads.
     """
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
     described = {**_described(classifier), "arrays": shapes, "files": _digests(path / "variables")}
@@ -104,17 +104,17 @@ def load_model(
 
     Args:
         path: a file or folder of `save_model`, or PyTorch's ``.pt``, ``.pth`` or ``.safetensors``.
-        model: a name in `MODELS`; needed for PyTorch's, while our own know theirs.
-        classifier: for a network that is not one of ours: the one it was saved with.
-        normalization: for PyTorch's: what pixels in [0, 1] were normalised with, by name; ``none`` by default.
-        mean: instead of a name, per channel.
-        std: likewise.
+        model: a name in `MODELS`; needed for PyTorch's files, while those of `save_model` have it.
+        classifier: for a network that is not in `MODELS`: the classifier it was saved with.
+        normalization: for PyTorch's files: the normalization of pixels in [0, 1], by name; ``none`` by default.
+        mean: of each channel, instead of a name.
+        std: the standard deviation of each channel, instead of a name.
 
     Returns:
         The classifier, and its variables.
 
     Raises:
-        UserError: where there is no such file, or it is damaged, holds another model or was written by something else.
+        UserError: where there is no such file, or it is damaged, holds another model or was written by another program.
     """
     path = Path(path)
     if not path.exists():
@@ -133,29 +133,29 @@ def load_model(
             raise UserError(f"{path}: does not say which network it holds; give its name as model (--model), see list")
         return load_torch(path, model, normalization=normalization or "none", mean=mean, std=std)
     if (normalization, mean, std) != (None, None, None):
-        raise UserError(f"{path}: knows its own normalisation; leave yours (--normalize) out")
+        raise UserError(f"{path}: has its own normalization; leave out yours (--normalize)")
     if model is not None and model != described["model"]:
-        raise UserError(f"{path}: holds {described['model'] or 'an own network'}, not {model}; leave the name out")
+        raise UserError(f"{path}: holds {described['model'] or 'a custom network'}, not {model}; leave out the name")
 
-    made = _classifier(described, classifier, path)
+    loaded = _classifier(described, classifier, path)
     if path.is_dir():
         like = _abstract(described["arrays"], path)
-        _require_fit(made, like, classifier is None, path)
+        _require_fit(loaded, like, classifier is None, path)
         found = _digests(path / "variables")
         if found != described["files"]:
             raise UserError(
-                f"{path}: variables lacks files, or some are damaged or another model's; copy or save it again"
+                f"{path}: variables lacks files, or some are damaged or belong to another model; copy or save it again"
             )
         try:
-            return made, load_tree(path / "variables", like)
+            return loaded, load_tree(path / "variables", like)
         except UserError as error:
             cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else error
             raise UserError(
-                f"{path}: its variables are damaged or another model's ({cause}); copy or save it again"
+                f"{path}: its variables are damaged or belong to another model ({cause}); copy or save it again"
             ) from error
     variables = _nest({name: jnp.asarray(array) for name, array in arrays.items()})
-    _require_fit(made, variables, classifier is None, path)
-    return made, variables
+    _require_fit(loaded, variables, classifier is None, path)
+    return loaded, variables
 
 
 def _described(classifier: Classifier) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _described(classifier: Classifier) -> dict[str, Any]:
 
 
 def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
-    """A description, with everything in it that is needed."""
+    """A description, checked to have everything that is needed."""
     try:
         described = json.loads(text)
         later = described["format"] > FORMAT
@@ -179,10 +179,10 @@ def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
         if described.get("model") is not None:
             missing += [name for name in ("width", "options") if name not in described]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: its description is damaged or not ours; save the model again") from error
+        raise UserError(f"{path}: its description is damaged or another program's; save the model again") from error
     if later:
         raise UserError(
-            f"{path}: written by backdoor_jax {described.get('version')}, later than {__version__}; update it"
+            f"{path}: written by backdoor_jax {described.get('version')}, later than {__version__}; update backdoor_jax"
         )
     if missing:
         raise UserError(f"{path}: its description lacks {', '.join(missing)}; save the model again")
@@ -195,13 +195,13 @@ def _folder_description(path: Path) -> dict[str, Any]:
         return _parse(file.read_text(encoding="utf-8"), file, "arrays", "files")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: has no readable {DESCRIPTION}, so it is no model's folder, or an older version's; "
-            "save the model again with backdoor_jax.save_model, or let its experiment go on"
+            f"{path}: has no readable {DESCRIPTION}, so it is not a model's folder; save the model again with "
+            "backdoor_jax.save_model, or resume its experiment"
         ) from error
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file under a folder, by its path there."""
+    """SHA-256 of every file under a folder, by its relative path."""
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -218,69 +218,75 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, np.n
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()} if HEADER in header else {}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({first_line(error)}); copy or save it again") from error
+        raise UserError(
+            f"{path}: not a complete safetensors file ({first_line(error)}); copy or save it again"
+        ) from error
     return (_parse(header[HEADER], path), arrays) if HEADER in header else (None, {})
 
 
 def _classifier(described: dict[str, Any], given: Classifier | None, path: Path) -> Classifier:
-    """The classifier that a description tells of, or the one given for a network that it cannot tell."""
+    """The classifier of a description, or the given one for a network that cannot be described."""
     if described["model"] is None and given is None:
-        raise UserError(f"{path}: holds an own network, which no file describes; give load_model its classifier")
+        raise UserError(f"{path}: holds a custom network, which no file can describe; give load_model its classifier")
     if given is not None:
         if given.num_classes != described["classes"]:
-            raise UserError(f"{path}: has {described['classes']} classes, the classifier given {given.num_classes}")
+            raise UserError(f"{path}: has {described['classes']} classes, the given classifier {given.num_classes}")
         return given
     try:
-        made = build_classifier(
+        classifier = build_classifier(
             described["model"], int(described["classes"]), int(described["width"]), **described["options"]
         )
         mean, std = (tuple(float(value) for value in described[name]) for name in ("mean", "std"))
-        return dataclasses.replace(made, mean=mean, std=std)
+        return dataclasses.replace(classifier, mean=mean, std=std)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{path}: its description cannot be used ({first_line(error)}); save the model again"
         ) from error
 
 
-def _require_fit(classifier: Classifier, variables: Variables, ours: bool, path: Path) -> None:
+def _require_fit(classifier: Classifier, variables: Variables, described: bool, path: Path) -> None:
     """Refuses variables (or their shapes) that are not the classifier's."""
-    if not ours:
+    if not described:
         try:
             classifier.head_weights(variables)
         except UserError as error:
-            raise UserError(f"{path}: its variables are not those of the classifier given ({error})") from error
+            raise UserError(f"{path}: its variables are not those of the given classifier ({error})") from error
         return
     side, network = 32, classifier.network
     if isinstance(network, VisionTransformer):
         embedding = variables.get("params", {}).get("pos_embedding")
         side = network.patch * math.isqrt(embedding.shape[1] - 1) if embedding is not None else side
     image = jax.ShapeDtypeStruct((1, side, side, len(classifier.mean)), jnp.uint8)
-    wanted = jax.eval_shape(classifier.init, jax.random.key(0), image)
-    expected = {_text(names): leaf.shape for names, leaf in _leaves(wanted)}
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0), image)
+    expected = {_text(names): leaf.shape for names, leaf in _leaves(shapes)}
     found = {_text(names): leaf.shape for names, leaf in _leaves(variables)}
     bounds = {name for name in found if name.startswith("bounds/")}
     wrong = [name for name in expected if name not in found]
     wrong += [name for name in found if name not in bounds and expected.get(name) != found[name]]
     if not wrong and bounds:
-        known = {"bounds": jax.eval_shape(classifier.activations, wanted, image)}
-        places = {_text(names): leaf.shape for names, leaf in _leaves(known)}
-        wrong = [name for name in bounds if places.get(name) != found[name]]
+        known = {"bounds": jax.eval_shape(classifier.activations, shapes, image)}
+        allowed = {_text(names): leaf.shape for names, leaf in _leaves(known)}
+        wrong = [name for name in bounds if allowed.get(name) != found[name]]
     if wrong:
-        told = f"{wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'something else')}"
-        raise UserError(f"{path}: its variables are not those of the network it names ({told}); save the model again")
+        difference = (
+            f"{wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'something else')}"
+        )
+        raise UserError(
+            f"{path}: its variables are not those of the network it names ({difference}); save the model again"
+        )
 
 
 def _leaves(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     """Paths and arrays of a tree of dictionaries."""
     if not isinstance(tree, Mapping):
         if not hasattr(tree, "shape") or not hasattr(tree, "dtype"):
-            raise UserError(f"{'/'.join(at)} is a {type(tree).__name__}; a model to be saved is dictionaries of arrays")
+            raise UserError(f"{'/'.join(at)} is a {type(tree).__name__}; only dictionaries of arrays can be saved")
         return [(at, tree)]
     return [found for name, inner in tree.items() for found in _leaves(inner, (*at, str(name)))]
 
 
 def _text(names: tuple[str, ...]) -> str:
-    """A path as text, in which a name may hold anything.
+    """A path as text, in which names may contain any character.
 
     Example:
         >>> _text(("params", "net/~/linear"))
@@ -295,7 +301,7 @@ def _nest(arrays: dict[str, Any]) -> Variables:
 
 
 def _abstract(arrays: dict[str, Any], path: Path) -> Variables:
-    """The tree of shapes that a folder's description tells of."""
+    """The tree of shapes in a folder's description."""
     try:
         shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (dtype, shape) in arrays.items()}
         return _nest(shapes)

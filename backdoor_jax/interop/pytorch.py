@@ -1,20 +1,20 @@
-"""PyTorch state dicts to our variables and back.
+"""PyTorch state dicts to Flax variables and back.
 
 PreAct-ResNet18 has the published benchmark's names (``conv1``, ``layer1.0.bn1``, ``layer2.0.shortcut.0``, ``linear``),
-ResNet and VGG19-BN have torchvision's. The map is read off our own trees: a level is a dot, and so is an underscore in
-a layer's name.
+ResNet and VGG19-BN have torchvision's. The map is derived from the variables: a level of the tree is a dot, and so is
+an underscore in a layer's name.
 
 =====================  ============================  ==========================================
-ours                   PyTorch's                     layout
+Flax                   PyTorch                       layout
 =====================  ============================  ==========================================
 ``kernel``             ``weight``                    ``(h, w, I, O)`` to ``(O, I, h, w)``, ``(I, O)`` to ``(O, I)``
-``scale``, ``bias``    ``weight``, ``bias``          as it is
-``mean``, ``var``      ``running_mean``, ``_var``    as it is; both frameworks keep the unbiased variance
+``scale``, ``bias``    ``weight``, ``bias``          unchanged
+``mean``, ``var``      ``running_mean``, ``_var``    unchanged; both have the unbiased variance
 ``bounds``             none                          beside the weights, by the module they clip
 =====================  ============================  ==========================================
 
-``num_batches_tracked`` counts steps and matters only where a BatchNorm has no momentum, which ours never lack: it is
-skipped on reading and written as 0. Half precision becomes float32.
+``num_batches_tracked`` counts steps and matters only where a BatchNorm has no momentum, which does not happen here: it
+is skipped on reading and written as 0. Half precision becomes float32.
 """
 
 import functools
@@ -29,7 +29,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from backdoor_jax.errors import UserError
-from backdoor_jax.files import whole
+from backdoor_jax.files import atomic_write
 from backdoor_jax.interop.torch_files import BOUNDS, as_array, import_torch, read, unwrap
 from backdoor_jax.models import (
     MODELS,
@@ -44,10 +44,10 @@ from backdoor_jax.models import (
 )
 
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
-"""Our name of the first convolution of each network that has a PyTorch counterpart."""
+"""The name in Flax of the first convolution of each network that has a PyTorch counterpart."""
 
 RENAMED: dict[type[nn.Module], dict[str, str]] = {PreActResNet18: {"stem": "conv1", "shortcut": "shortcut.0"}}
-"""Layers called otherwise there than an underscore for each dot would say."""
+"""Layers whose PyTorch names differ by more than a dot for each underscore."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 COUNTER = "num_batches_tracked"
@@ -64,23 +64,23 @@ def load_torch(
 ) -> tuple[Classifier, Variables]:
     """Reads a PyTorch model.
 
-    Width, class count, image channels and a ResNet's stem are read off the shapes. Where the first convolution of a
-    ResNet is 3x3, no pooling is taken to follow it.
+    Width, class count, image channels and a ResNet's stem follow from the shapes. Where the first convolution of a
+    ResNet is 3x3, no pooling is assumed to follow it.
 
     Args:
         source: a ``.safetensors`` file, or one that ``torch.save`` wrote; or a mapping of names to arrays or tensors.
-            It is a state dict, or holds one under ``model`` or ``state_dict``.
+            It is a state dict, or has one under ``model`` or ``state_dict``.
         model: the network's name in `backdoor_jax.models.MODELS`.
-        normalization: what the model's input was normalised with, by name; see `NORMALIZATIONS`.
-        mean: instead of a name, per channel of pixels scaled to [0, 1].
-        std: likewise.
+        normalization: the normalization of the model's input, a name in `NORMALIZATIONS`.
+        mean: of each channel, of pixels scaled to [0, 1], instead of a name.
+        std: the standard deviation of each channel, of pixels scaled to [0, 1], instead of a name.
 
     Returns:
-        The classifier, and its variables: ``params``, ``batch_stats``, and ``bounds`` where `save_torch` stored some.
+        The classifier, and its variables: ``params``, ``batch_stats``, and ``bounds`` where `save_torch` stored them.
 
     Raises:
-        UserError: for a file that is missing, damaged or holds code, another architecture's tensors, or a network
-            without a PyTorch counterpart.
+        UserError: for a file that is missing, damaged or contains code, the tensors of another architecture, or a
+            network without a PyTorch counterpart.
 
     Example:
         >>> made = build_classifier("preact_resnet18", 10, width=2)
@@ -92,7 +92,9 @@ def load_torch(
         (True, (1, 1, 2, 4))
     """
     if model not in _supported():
-        raise UserError(f"model {model!r} has no PyTorch counterpart here; those that do are {', '.join(_supported())}")
+        raise UserError(
+            f"model {model!r} has no PyTorch counterpart here; those that have one are {', '.join(_supported())}"
+        )
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     state, bounds = unwrap(source if isinstance(source, Mapping) else read(Path(source)), where)
 
@@ -101,35 +103,36 @@ def load_torch(
     leaves = {}
     for name, (path, shape) in expected.items():
         array = as_array(state[name], name, where)
-        got, wanted = array.shape, tuple(shape[axis] for axis in _to_torch(len(shape)))
-        if got != wanted:
+        expected_shape = tuple(shape[axis] for axis in _to_torch(len(shape)))
+        if array.shape != expected_shape:
             raise UserError(
-                f"{where}: {name} has shape {got}, expected {wanted} in a {model} of {classifier.num_classes} classes "
-                "whose first convolution is this wide; give a network of the published proportions"
+                f"{where}: {name} has shape {array.shape}, expected {expected_shape} in a {model} of "
+                f"{classifier.num_classes} classes with this width of the first convolution; give a network of the "
+                "published proportions"
             )
-        leaves[path] = array.transpose(_to_ours(array.ndim))
-    classifier = _normalized(classifier, normalization, mean, std)
+        leaves[path] = array.transpose(_to_flax(array.ndim))
+    classifier = _with_normalization(classifier, normalization, mean, std)
     rectifiers = _rectifiers(classifier, shapes) if bounds else {}
-    for place, upper in bounds.items():
-        if place not in rectifiers:
-            there = _few(list(rectifiers))
-            raise UserError(f"{where}: a bound is for {place}, where no rectifier is; there are {there}")
-        leaves[BOUNDS, *rectifiers[place]] = as_array(upper, place, where)
-    # Copies: what was read may go on changing in PyTorch.
+    for module, upper in bounds.items():
+        if module not in rectifiers:
+            known = _few(list(rectifiers))
+            raise UserError(f"{where}: a bound is for {module}, which has no rectifier; modules with one are {known}")
+        leaves[BOUNDS, *rectifiers[module]] = as_array(upper, module, where)
+    # Copies: PyTorch may change the tensors later.
     return classifier, jax.tree.map(jnp.array, unflatten_dict(leaves))
 
 
 def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -> None:
     """Writes a model for PyTorch, by suffix ``.pt``, ``.pth`` or ``.safetensors``.
 
-    A ``.pt`` file is a plain state dict, for ``load_state_dict``. Activation bounds cannot live in one: a bounded
+    A ``.pt`` file is a plain state dict, for ``load_state_dict``. Activation bounds cannot be part of one: a bounded
     model's file holds ``model``, the state dict, and ``bounds``, the upper bounds ``(C,)`` by the name of the module
     whose output they clip; safetensors, which are flat, hold those under ``bounds.`` and the name. `apply_bounds` puts
-    them into a PyTorch network, and `load_torch` reads both back.
+    them into a PyTorch network, and `load_torch` reads both.
 
     Args:
-        path: where to; folders are made, and an older file goes once the new one is whole.
-        classifier: of one of our networks with a PyTorch counterpart.
+        path: the file; folders are created, and an older file is replaced once the new one is complete.
+        classifier: of a network with a PyTorch counterpart.
         variables: its variables.
 
     Raises:
@@ -145,24 +148,24 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
         True
     """
     path = Path(path)
-    state, bounds = torch_state(classifier, variables), _bounds_by_place(classifier, variables)
+    state, bounds = torch_state(classifier, variables), _bounds_by_module(classifier, variables)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .pt, .pth or .safetensors")
     torch = None if path.suffix == ".safetensors" else import_torch(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as place:
+    with atomic_write(path) as partial:
         if torch is None:
             from safetensors.numpy import save_file
 
             flat = {**state, **{f"{BOUNDS}.{module}": upper for module, upper in bounds.items()}}
-            save_file(flat, place, {"format": "pt"})
+            save_file(flat, partial, {"format": "pt"})
         else:
             weights, uppers = ({name: torch.tensor(array) for name, array in tree.items()} for tree in (state, bounds))
-            torch.save({"model": weights, BOUNDS: uppers} if uppers else weights, place)
+            torch.save({"model": weights, BOUNDS: uppers} if uppers else weights, partial)
 
 
 def require_counterpart(classifier: Classifier) -> None:
-    """Refuses a network that PyTorch has no counterpart of.
+    """Refuses a network that has no PyTorch counterpart.
 
     Raises:
         UserError: for such a network.
@@ -175,10 +178,10 @@ def require_counterpart(classifier: Classifier) -> None:
 
 
 def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
-    """The variables under PyTorch's names and in its layouts, bounds left out.
+    """The variables under PyTorch's names and in its layouts, without bounds.
 
     Args:
-        classifier: of one of our networks with a PyTorch counterpart.
+        classifier: of a network with a PyTorch counterpart.
         variables: its variables.
 
     Raises:
@@ -207,7 +210,7 @@ def _to_torch(rank: int) -> tuple[int, ...]:
     return {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[rank]
 
 
-def _to_ours(rank: int) -> tuple[int, ...]:
+def _to_flax(rank: int) -> tuple[int, ...]:
     return {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[rank]
 
 
@@ -217,16 +220,17 @@ def _dotted(network: nn.Module, layers: tuple[str, ...]) -> str:
 
 
 def _tensors(network: nn.Module, variables: Variables) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """PyTorch's name, our path and our array of every tensor of a state dict."""
+    """The PyTorch name, the Flax path and the array of every tensor of a state dict."""
     for path, leaf in flatten_dict({kind: variables[kind] for kind in ("params", "batch_stats")}).items():
         yield f"{_dotted(network, path[1:-1])}.{LEAVES[path[-1]]}", path, leaf
 
 
-def _place(network: nn.Module, rectifier: tuple[str, ...]) -> str:
-    """The PyTorch module whose output a bound on one of our rectifiers clips.
+def _clipped_module(network: nn.Module, rectifier: tuple[str, ...]) -> str:
+    """The PyTorch module whose output a bound on a rectifier clips.
 
-    A rectifier that is a module of its own is that (VGG19); one that ends a residual block is the block; any other
-    comes right after a normalisation, and ``relu(min(x, z)) = min(relu(x), z)`` for every bound z of 0 or more.
+    For a rectifier that is a module it is that module (VGG19); for one that ends a residual block, the block; any other
+    comes directly after a normalization, which is clipped: ``relu(min(x, z)) = min(relu(x), z)`` for every bound z of 0
+    or more.
     """
     *block, name = rectifier
     if isinstance(network, VGG19):
@@ -236,26 +240,26 @@ def _place(network: nn.Module, rectifier: tuple[str, ...]) -> str:
     return _dotted(network, (*block, "bn1" if name == "relu" else name.replace("relu", "bn")))
 
 
-def _bounds_by_place(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
+def _bounds_by_module(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
     found = {}
     for path, leaf in flatten_dict(variables.get(BOUNDS, {})).items():
         upper = np.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
         if not (upper >= 0).all():
             raise UserError(
-                f"bounds of {'/'.join(path[:-1])} are not all 0 or more, and a rectifier's values are; mend them first"
+                f"bounds of {'/'.join(path[:-1])} are not all 0 or more, as a rectifier's values are; fix them first"
             )
-        found[_place(classifier.network, path[:-1])] = upper
+        found[_clipped_module(classifier.network, path[:-1])] = upper
     return found
 
 
 def _rectifiers(classifier: Classifier, shapes: Variables) -> dict[str, tuple[str, ...]]:
-    """Our path of every bound, by the PyTorch module it clips."""
+    """The Flax path of every bound, by the PyTorch module it clips."""
     images = jax.ShapeDtypeStruct((1, 32, 32, len(classifier.mean)), jnp.uint8)
     bounds = jax.eval_shape(classifier.activations, shapes, images)
-    return {_place(classifier.network, path[:-1]): path for path in flatten_dict(bounds)}
+    return {_clipped_module(classifier.network, path[:-1]): path for path in flatten_dict(bounds)}
 
 
-# What a state dict is of
+# The network of a state dict
 
 
 @functools.cache
@@ -264,7 +268,7 @@ def _supported() -> tuple[str, ...]:
 
 
 def zeros(classifier: Classifier) -> Variables:
-    """Variables of a network, all zero: a tree to fill.
+    """The variables of a network, all zero.
 
     Example:
         >>> zeros(build_classifier("preact_resnet18", 10, width=2))["params"]["linear"]["kernel"].shape
@@ -280,13 +284,13 @@ def _shapes(classifier: Classifier) -> Variables:
 
 @functools.cache
 def _names(model: str) -> frozenset[str]:
-    """All tensors' names, which depend on neither width nor classes."""
+    """The names of all tensors, which depend on neither width nor classes."""
     classifier = build_classifier(model, 2, 1)
     return frozenset(name for name, _, _ in _tensors(classifier.network, _shapes(classifier)))
 
 
 def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Classifier, Variables]:
-    """The network that the first convolution and the head say, and the shapes of its variables."""
+    """The network that first convolution and head belong to, and the shapes of its variables."""
     _require_same_names(set(_names(model)), set(state), model, where)
     network = MODELS[model].build(2, 1)
     first, head = (f"{_dotted(network, path)}.weight" for path in ((FIRST[type(network)],), MODELS[model].head_path))
@@ -295,7 +299,7 @@ def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Cl
     if stem is None or len(ends[head]) != 2 or ends[first][1] not in (1, 3):
         raise UserError(
             f"{where}: {first} has shape {ends[first]} and {head} {ends[head]}, expected (width, 1 or 3, size, size) "
-            "with size 3 or 7, and (classes, latent); give a model of images"
+            "with size 3 or 7, and (classes, latent); give an image classifier"
         )
     (width, channels), classes = ends[first][:2], ends[head][0]
     classifier = build_classifier(model, classes, width, stem=stem if isinstance(network, ResNet) else None)
@@ -304,10 +308,10 @@ def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Cl
     return classifier, _shapes(classifier)
 
 
-def _normalized(
+def _with_normalization(
     classifier: Classifier, name: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Classifier:
-    """The classifier with an input normalisation, which must have its number of channels."""
+    """The classifier with an input normalization, which must have its number of channels."""
     if (mean is None) != (std is None):
         raise UserError("mean and std go together; give both, or neither and a normalization by name")
     if mean is None or std is None:
@@ -318,8 +322,8 @@ def _normalized(
         mean, std = NORMALIZATIONS[name]
     if len(mean) != len(classifier.mean):
         raise UserError(
-            f"the model is for images of {len(classifier.mean)} channels, the normalisation for {len(mean)}; give mean "
-            "and std with one value a channel"
+            f"the model is for images of {len(classifier.mean)} channels, the normalization for {len(mean)}; give mean "
+            "and std with one value for each channel"
         )
     return Classifier(classifier.network, classifier.num_classes, tuple(mean), tuple(std), classifier.head_path)
 
@@ -331,9 +335,9 @@ def _require_same_names(expected: set[str], found: set[str], model: str, where: 
         return
     seen = frozenset(name for name in found if not name.endswith(COUNTER))
     others = [other for other in _supported() if _names(other) == seen]
-    mend = f"they are those of {others[0]}, so give that as model" if others else "give the model it was saved from"
-    told = [f"{kind} {_few(names)}" for kind, names in (("missing", missing), ("unknown", extra)) if names]
-    raise UserError(f"{where}: the tensors are not those of {model}: {', '.join(told)}; {mend}")
+    fix = f"they are those of {others[0]}, so give that as model" if others else "give the model it was saved from"
+    wrong = [f"{kind} {_few(names)}" for kind, names in (("missing", missing), ("unknown", extra)) if names]
+    raise UserError(f"{where}: the tensors are not those of {model}: {', '.join(wrong)}; {fix}")
 
 
 def _few(names: list[str]) -> str:

@@ -1,12 +1,12 @@
 """Activation bounds in a PyTorch network.
 
-A bound clips what a module puts out: a forward hook, so that it also reaches networks that call their rectifiers as
-functions (``F.relu``), as the published benchmark's does. There it clips the normalisation before the rectifier, and
+A bound clips a module's output, by a forward hook, so that it also works in networks that call their rectifiers as
+functions (``F.relu``), as the published benchmark's does. There it clips the normalization before the rectifier, and
 for every bound :math:`z \\ge 0`
 
 .. math:: \\mathrm{relu}(\\min(x, z)) = \\min(\\mathrm{relu}(x), z) .
 
-This is all that runs in PyTorch, and PyTorch is imported only when it does.
+Nothing else in the package runs in PyTorch, and PyTorch is imported only here and to read or write its files.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ BUFFER = "activation_bound"
 def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
     """Clips the outputs of a network's modules from now on.
 
-    The bounds become buffers that move with the network (``to``, ``deepcopy``) and stay out of its state dict. Given
-    again, they replace the older ones.
+    The bounds become buffers that move with the network (``to``, ``deepcopy``) and are not in its state dict. Bounds
+    given again replace the older ones.
 
     Args:
         module: a ``torch.nn.Module`` with the names that `save_torch` uses; ``DataParallel`` may be around it.
@@ -31,7 +31,7 @@ def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
         The module itself.
 
     Raises:
-        UserError: for a name that the network does not have; nothing is changed then.
+        UserError: for a name that the network does not have; the network is then unchanged.
 
     Example:
         >>> import torch  # doctest: +SKIP
@@ -46,7 +46,8 @@ def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
     unknown = sorted(set(bounds) - set(known))
     if unknown:
         raise UserError(
-            f"the network has no module {unknown[0]!r}, whose output a bound clips; give the architecture saved"
+            f"the network has no module {unknown[0]!r}, whose output a bound clips; give the architecture that was "
+            "saved"
         )
     for name, upper in bounds.items():
         clipped = known[name]

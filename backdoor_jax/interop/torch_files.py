@@ -1,8 +1,8 @@
-"""Files of PyTorch's weights, read as data.
+"""Files of PyTorch weights, read as data.
 
-A file is data here and never code. ``.safetensors`` holds nothing else. A ``.pt`` file is read by PyTorch's
-weights-only unpickler, which runs nothing; the few NumPy names that the benchmark's ``attack_result.pt`` needs beside
-the weights are let through to a stand-in that takes anything and does nothing.
+A file is data here and never code. ``.safetensors`` files hold nothing else. A ``.pt`` file is read by PyTorch's
+weights-only unpickler, which runs nothing; the few NumPy names that the benchmark's ``attack_result.pt`` needs besides
+the weights are mapped to a stand-in that accepts anything and does nothing.
 """
 
 import re
@@ -16,14 +16,14 @@ import numpy as np
 from backdoor_jax.errors import UserError, first_line
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What data-parallel training and compilation put before every name."""
+"""The prefixes that data-parallel training and compilation add to every name."""
 HOLDERS = ("model", "state_dict")
-"""Where checkpoints that hold more keep the weights."""
+"""The entries under which larger checkpoints have the weights."""
 BOUNDS = "bounds"
 
 
 def unwrap(tree: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dict of what was read, without prefixes, and the bounds stored with it."""
+    """The state dict in what was read, without prefixes, and the bounds stored with it."""
     bounds: dict[str, Any] = {}
     for holder in HOLDERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(holder), Mapping):
@@ -44,7 +44,7 @@ def unwrap(tree: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def as_array(value: Any, name: str, where: str) -> np.ndarray:
-    """A tensor or array as NumPy's, in float32 or float64."""
+    """A tensor or array as a NumPy array, in float32 or float64."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
@@ -52,7 +52,7 @@ def as_array(value: Any, name: str, where: str) -> np.ndarray:
         raise UserError(f"{where}: {name} is a {type(value).__name__}, expected a tensor; save model.state_dict()")
     array = np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{where}: {name} holds {array.dtype}, expected floating point; dequantise the model first")
+        raise UserError(f"{where}: {name} holds {array.dtype}, expected floating point; dequantize the model first")
     return array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
 
 
@@ -68,11 +68,13 @@ def read(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({first_line(error)}); save or copy it again") from error
+        raise UserError(
+            f"{path}: not a complete safetensors file ({first_line(error)}); save or copy it again"
+        ) from error
 
 
 def import_torch(path: Path) -> Any:
-    """PyTorch, or an error that says what this file needs it for."""
+    """The module `torch`, or an error that names the file that needs it."""
     try:
         import torch
     except ImportError as error:
@@ -84,10 +86,10 @@ def import_torch(path: Path) -> Any:
 
 
 class Ignored:
-    """Stands in for NumPy's objects in a checkpoint: takes anything, holds nothing, does nothing."""
+    """Stands in for NumPy's objects in a checkpoint: accepts anything, holds nothing, does nothing."""
 
     def __new__(cls, *args: Any) -> "Ignored":
-        """Makes one out of whatever the file gives."""
+        """Makes an object from any arguments."""
         del args
         return super().__new__(cls)
 
@@ -104,7 +106,7 @@ NUMPY_NAMES = (
     "numpy.dtype",
     "_codecs.encode",
 )
-"""What pickled NumPy arrays and scalars are made of: the only names let through, and only to `Ignored`."""
+"""What pickled NumPy arrays and scalars are made of: the only names allowed, and only as `Ignored`."""
 
 
 def _read_pickle(path: Path) -> Any:
@@ -115,12 +117,12 @@ def _read_pickle(path: Path) -> Any:
     except Exception as error:  # PyTorch raises many kinds for a damaged file.
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path}: holds more than weights, {code.group(1)}, which was not run; where you trust it, load it and "
+                f"{path}: holds more than weights, {code.group(1)}, which was not run; if you trust it, load it and "
                 "save model.state_dict() alone, or safetensors"
             ) from error
         # PyTorch's own advice, to load it with weights_only=False, is not passed on.
         reason = "no plain tensors" if "Weights only" in str(error) else first_line(error).partition(". ")[0]
         raise UserError(
-            f"{path}: not a whole file of weights that torch.save wrote ({reason}); copy it, or save "
+            f"{path}: not a complete file of weights written by torch.save ({reason}); copy it, or save "
             "model.state_dict(), again"
         ) from error

@@ -1,4 +1,4 @@
-"""The numbers that judge a model and a repair."""
+"""Metrics of models, repairs, detectors and neuron scores."""
 
 from backdoor_jax.metrics.accuracy import Scores, defense_effectiveness, evaluate, predict, success_rates
 from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd

@@ -1,8 +1,8 @@
-r"""How well a model does its job, and how well the attacker's.
+r"""Accuracy (ACC), attack success rate (ASR), robust accuracy (RA) and defense effectiveness rating (DER).
 
-ACC is the share of clean test images classified rightly. ASR is the share of triggered images *not of the target class*
-that go where the attacker wants them; RA the share of the same images still classified rightly. With the drop
-:math:`\Delta` from before to after a defence,
+ACC is the share of clean test images classified correctly. ASR is the share of triggered images *not of the target
+class* that are classified as the attacker's target; RA is the share of the same images still classified correctly. With
+the drop :math:`\Delta` from before to after a defense,
 
 .. math:: \mathrm{DER} = \tfrac12 \bigl(\max(0, \Delta\mathrm{ASR}) - \max(0, \Delta\mathrm{ACC}) + 1\bigr) .
 """
@@ -21,7 +21,7 @@ from backdoor_jax.training import map_chunks
 
 
 class Scores(NamedTuple):
-    """Rates in [0, 1]; ``asr`` and ``ra`` are None where there is no trigger."""
+    """ACC, ASR and RA in [0, 1]; ``asr`` and ``ra`` are None where there is no trigger."""
 
     acc: float
     asr: float | None = None
@@ -47,10 +47,20 @@ def predict(
     trigger: Trigger | None = None,
     name: str = "model",
 ) -> np.ndarray:
-    """Predicted classes ``(N,)`` of uint8 images, triggered first where a trigger is given; one pass.
+    """Predicts the classes of uint8 images in one pass.
+
+    Args:
+        classifier: the network.
+        variables: its variables.
+        images: ``(N, H, W, channels)``.
+        trigger: applied to the images first, where given.
+        name: what errors call the model.
+
+    Returns:
+        The classes, ``(N,)``.
 
     Raises:
-        NonFiniteError: where a logit is not finite, naming ``name``.
+        NonFiniteError: where a logit is not finite.
     """
     predictions, finite = _predict(classifier, variables, images, trigger)
     if not finite:
@@ -61,9 +71,14 @@ def predict(
 
 
 def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelMap) -> tuple[float, float]:
-    """ASR and RA of predictions ``(N,)`` on triggered images with these true labels.
+    """ASR and RA of predictions on triggered images.
 
-    All-to-one leaves out images of the target class; all-to-all counts every image.
+    Under an all-to-one map images of the target class do not count; under an all-to-all map every image counts.
+
+    Args:
+        predictions: classes of the triggered images, ``(N,)``.
+        labels: the images' true labels, ``(N,)``.
+        label_map: the attacker's.
 
     Raises:
         UserError: where no image counts.
@@ -72,14 +87,14 @@ def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelM
         >>> success_rates(np.array([0, 0, 2]), np.array([0, 1, 2]), LabelMap("all_to_one", 3))
         (0.5, 0.5)
     """
-    wanted = np.asarray(label_map(jnp.asarray(labels)))
-    counted = wanted != labels
+    targets = np.asarray(label_map(jnp.asarray(labels)))
+    counted = targets != labels
     if not counted.any():
         raise UserError(
             "no test image is outside the target class, so there is no attack success rate; give more images"
         )
-    predictions, labels, wanted = predictions[counted], labels[counted], wanted[counted]
-    return float(np.mean(predictions == wanted)), float(np.mean(predictions == labels))
+    predictions, labels, targets = predictions[counted], labels[counted], targets[counted]
+    return float(np.mean(predictions == targets)), float(np.mean(predictions == labels))
 
 
 def evaluate(
@@ -90,12 +105,12 @@ def evaluate(
     label_map: LabelMap | None = None,
     name: str = "model",
 ) -> Scores:
-    """ACC, and with a trigger and its label map ASR and RA, each from one pass over the test set.
+    """Computes ACC, and with a trigger and its label map ASR and RA, each set of images in one pass.
 
     Args:
         classifier: the network.
         variables: its variables.
-        test: clean test images; triggered here.
+        test: clean test images; the trigger is applied here.
         trigger: the attacker's.
         label_map: the attacker's.
         name: what errors call the model.
@@ -127,7 +142,7 @@ def evaluate(
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:
-    """DER in [0, 1]; None where there is no ASR. 0.5 is what doing nothing earns.
+    """DER in [0, 1], where 0.5 is that of an unchanged model; None where there is no ASR.
 
     Example:
         >>> round(defense_effectiveness(Scores(0.92, 0.95), Scores(0.91, 0.01)), 3)

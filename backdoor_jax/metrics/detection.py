@@ -1,27 +1,29 @@
-r"""MM-BD (Wang, Xiang, Miller, Kesidis, IEEE S&P 2024, arXiv 2205.06900): is a model backdoored, told without an image.
+r"""MM-BD (Wang, Xiang, Miller, Kesidis, IEEE S&P 2024, arXiv 2205.06900): detects a backdoor without any image.
 
-A backdoor makes its class win by more than any other class can. For each class t the largest margin over all images is
-sought,
+A backdoored model can classify an image as the target class by a larger margin than as any other class. For each class
+t the largest margin over all images,
 
 .. math:: r_t = \max_{x \in [0, 1]^{H \times W \times c}}\ f_t(x) - \max_{j \ne t} f_j(x) ,
 
-by gradient ascent from random images, whatever the trigger may be. Is the largest of the C values an outlier among
-them? The other C - 1 are taken to come from a gamma distribution F, and
+is estimated by gradient ascent from random images, whatever the trigger may be. The test asks whether the largest of
+the C values is an outlier: with a gamma distribution F fitted to the other C - 1 values,
 
 .. math:: p = 1 - F(\max_t r_t)^C
 
-is the chance that the largest of C such values is at least as large. The paper says backdoored where p <= 0.05.
+is the chance that the largest of C such values is at least as large. The paper calls a model backdoored where
+p <= 0.05.
 
-A limit. The fit leaves out the largest value whether or not it is an outlier, so the tail comes out too thin and the
-test is not of its level: of 200 sets of C gamma values without any outlier it flags 54 % (C = 5), 28 % (C = 10) and
-16 % (C = 43) at 0.05. Judge a p-value beside those of models known to be clean.
+Limitation. The fit leaves out the largest value whether or not it is an outlier, so the fitted tail is too thin and the
+test does not keep its level: of 200 sets of C gamma values without any outlier it flags 54 % (C = 5), 28 % (C = 10) and
+16 % (C = 43) at 0.05. Compare a p-value with those of models known to be clean.
 
-Sources, all from the released code: 30 uniform images a class, SGD with rate 0.01 (the momentum it names never acts),
-at most 300 steps and fewer where the summed margin changes by less than a share of 1e-5; pixels are clipped inside the
-network's input and not after the step; the gamma has shape, place and scale fitted by maximum likelihood; the exponent
-is C. It also prints the deviation from the median in scaled median absolute deviations, which is `mad_score` here.
+Sources, all from the released code: 30 uniform images per class, SGD at rate 0.01 (the momentum in the code has no
+effect), at most 300 steps and fewer where the summed margin changes by less than a share of 1e-5; pixels are clipped in
+the network's input and not after the step; the shape, location and scale of the gamma are fitted by maximum likelihood;
+the exponent is C. The code also prints the deviation from the median in scaled median absolute deviations, which is
+`mad_score` here.
 
-With fewer than five classes there is no p-value (ours): three parameters cannot be fitted to so few values.
+With fewer than five classes there is no p-value (our choice): three parameters cannot be fitted to so few values.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier
@@ -40,45 +42,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.config import Config
+from backdoor_jax.config import Config, Count, NonNegative, Positive
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 
 FEWEST_CLASSES = 5
 AT_ONCE = 10
-"""Classes whose images go through the network together."""
+"""Classes whose images pass through the network together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MarginConfig(Config):
-    """Settings of the ascent; the defaults are the released code's.
+    """Settings of the gradient ascent; the defaults are the released code's.
 
     Attributes:
-        starts: random images a class; 30.
-        steps: of the ascent at most; 300.
-        rate: of the ascent; 0.01.
-        tolerance: relative change of the summed margin below which a class is done; 1e-5.
+        starts: random images per class; 30.
+        steps: the most steps of the ascent; 300.
+        rate: the step size; 0.01.
+        tolerance: relative change of the summed margin below which a class is finished; 1e-5.
     """
 
-    starts: int = 30
-    steps: int = 300
-    rate: float = 0.01
-    tolerance: float = 1e-5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.starts > 0, "starts", "at least 1")
-        self.require(self.steps > 0, "steps", "at least 1")
-        self.require(self.rate > 0, "rate", "a positive number")
-        self.require(self.tolerance >= 0, "tolerance", "0 or more")
+    starts: Count = 30
+    steps: Count = 300
+    rate: Positive = 0.01
+    tolerance: NonNegative = 1e-5
 
 
 class Detection(NamedTuple):
-    """What was found.
+    """The result of the test.
 
     Attributes:
         target: the class of the largest margin.
-        p_value: of the largest margin; None where there are too few classes to tell.
+        p_value: of the largest margin; None where there are too few classes.
         mad_score: its deviation from the median, in scaled median absolute deviations.
         margins: ``(C,)``, the maximum margins.
     """
@@ -89,20 +84,17 @@ class Detection(NamedTuple):
     margins: np.ndarray
 
     def flagged(self, alpha: float = 0.05) -> int | None:
-        """The class that is said to be a backdoor's target, or None."""
+        """The class that the test calls a backdoor's target at this level, or None."""
         return self.target if self.p_value is not None and self.p_value <= alpha else None
 
 
-@partial(jax.jit, static_argnames=("shape", "starts", "steps"))
+@partial(jax.jit, static_argnames="shape")
 def _ascend(
     key: jax.Array,
     classifier: Classifier,
     variables: Variables,
     shape: tuple[int, int, int],
-    starts: int,
-    steps: int,
-    rate: jax.Array,
-    tolerance: jax.Array,
+    config: MarginConfig,
 ) -> jax.Array:
     def margins(images: jax.Array, target: jax.Array) -> jax.Array:
         logits, _ = classifier.logits(variables, 255 * jnp.clip(images, 0, 1))
@@ -119,12 +111,12 @@ def _ascend(
         def step(carry: Any) -> Any:
             count, images, last, _, _ = carry
             (summed, found), gradient = jax.value_and_grad(total, has_aux=True)(images)
-            settled = jnp.abs(last - summed) < tolerance * jnp.abs(last)
-            return count + 1, images + rate * gradient, summed, found, settled
+            converged = jnp.abs(last - summed) < config.tolerance * jnp.abs(last)
+            return count + 1, images + config.rate * gradient, summed, found, converged
 
-        images = jax.random.uniform(key, (starts, *shape))
-        start = (jnp.int32(0), images, jnp.float32(jnp.inf), jnp.full(starts, -jnp.inf), jnp.bool(False))
-        *_, found, _ = jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[-1], step, start)
+        images = jax.random.uniform(key, (config.starts, *shape))
+        start = (jnp.int32(0), images, jnp.float32(jnp.inf), jnp.full(config.starts, -jnp.inf), jnp.bool(False))
+        *_, found, _ = jax.lax.while_loop(lambda carry: (carry[0] < config.steps) & ~carry[-1], step, start)
         return jnp.max(found)
 
     targets = jnp.arange(classifier.num_classes)
@@ -138,7 +130,7 @@ def maximum_margins(
     shape: tuple[int, int, int],
     config: MarginConfig = MarginConfig(),
 ) -> np.ndarray:
-    """The largest margin found for each class, ``(C,)``; a lower bound of the true one.
+    """Searches for the largest margin of each class.
 
     Args:
         key: a `jax.random` key.
@@ -147,18 +139,23 @@ def maximum_margins(
         shape: height, width and channels of an image.
         config: settings.
 
+    Returns:
+        The largest margins found, ``(C,)``, each a lower bound of the true one.
+
     Raises:
         NonFiniteError: where a margin is not finite.
     """
-    rate, tolerance = jnp.float32(config.rate), jnp.float32(config.tolerance)
-    found = np.asarray(_ascend(key, classifier, variables, shape, config.starts, config.steps, rate, tolerance))
+    found = np.asarray(_ascend(key, classifier, variables, shape, config))
     if not np.isfinite(found).all():
         raise NonFiniteError("mm_bd: margins are not finite; check the checkpoint, or lower MarginConfig.rate")
     return found
 
 
 def largest_margin(margins: np.ndarray) -> Detection:
-    """The test of the largest of C margins.
+    """Tests whether the largest of C margins is an outlier.
+
+    Args:
+        margins: ``(C,)``.
 
     Example:
         >>> found = largest_margin(np.array([5.0, 5.4, 4.8, 19.0, 5.2, 5.1]))
@@ -174,7 +171,7 @@ def largest_margin(margins: np.ndarray) -> Detection:
     p_value = None
     if len(margins) >= FEWEST_CLASSES:
         rest = np.delete(margins, target)
-        # Values that do not differ have no gamma distribution: the largest is one of them, or beyond all.
+        # A gamma distribution cannot be fitted to equal values: the largest either equals them or exceeds them all.
         fitted = stats.gamma.fit(rest) if np.ptp(rest) else None
         above = stats.gamma.sf(margins[target], *fitted) if fitted else float(margins[target] == rest[0])
         with np.errstate(divide="ignore"):
@@ -189,7 +186,7 @@ def mm_bd(
     shape: tuple[int, int, int],
     config: MarginConfig = MarginConfig(),
 ) -> Detection:
-    """Says whether a model looks backdoored, and towards which class.
+    """Tests whether a model is backdoored, and which class is the target.
 
     Args:
         key: a `jax.random` key.

@@ -1,14 +1,14 @@
-r"""What D3 shows of a repair (Wei, Liu, Zha, ICCV 2025, arXiv 2411.09585): the way there, and what moved.
+r"""The loss landscape around a repair, as D3 analyzes it (Wei, Liu, Zha, ICCV 2025, arXiv 2411.09585).
 
-The paper's argument is that fine-tuning stays in a valley where clean and backdoor loss are both low. `along` measures
-both losses and both rates on the straight line from one model to another and beyond,
+The paper argues that fine-tuning stays in a valley where clean and backdoor loss are both low. `along` measures both
+losses and both rates on the straight line from one model to another and beyond,
 
 .. math:: \theta(t) = \theta_0 + t\,(\theta_1 - \theta_0),
 
-t = 0 at the first model, 1 at the second. `moved` says how far selected weights are from where they were, and
-`embedding` draws latents in the plane. The paper's ranges and projection are not at hand, and these are ours: the
-running means of normalisation go along the line with the weights, the variances along a geometric one, on which they
-stay positive beyond the models too; latents are projected on their two principal components.
+with t = 0 at the first model and 1 at the second. `moved` measures how far selected weights are from where they were,
+and `embedding` projects latents to 2-D. The paper's ranges and projection are not known to us, so these are our choice:
+the running means of normalization are interpolated like the weights, the variances geometrically, so that they stay
+positive beyond the two models; latents are projected onto their two principal components.
 
     >>> from backdoor_jax import build_classifier, digits
     >>> test, classifier = digits().test.take(slice(20)), build_classifier("small_cnn", 10, width=2)
@@ -33,18 +33,20 @@ from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy, map_chunks
 
 POSITIONS = tuple(step / 10 for step in range(21))
-"""From the first model to as far beyond the second as that is from the first."""
+"""From the first model past the second, to twice the distance between them."""
 
 
 class Line(NamedTuple):
-    """Losses and rates at places along a line of models, ``(P,)`` each.
+    """Losses and rates of the models along a line, ``(P,)`` each.
 
     Attributes:
         positions: t.
         clean_loss: mean cross-entropy of clean images.
-        backdoor_loss: mean cross-entropy of triggered images to the attacker's class, those of that class left out.
-        acc: share of clean images classified rightly; NaN where a logit is not finite.
-        asr: share of triggered images that go where the attacker wants them, the same left out; likewise.
+        backdoor_loss: mean cross-entropy of triggered images under the target label; images of the target class are
+            left out.
+        acc: share of clean images classified correctly; NaN where a logit is not finite.
+        asr: share of triggered images classified as the target, images of the target class left out; NaN where a logit
+            is not finite.
     """
 
     positions: np.ndarray
@@ -55,12 +57,12 @@ class Line(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """How far a weight array is from where it was.
+    """How a weight array changed.
 
     Attributes:
-        difference: now minus before.
-        distance: its Frobenius norm over that of the weights before.
-        cosine: of now and before; 0 where one of them is zero.
+        difference: after minus before.
+        distance: the Frobenius norm of the difference over that of the weights before.
+        cosine: of the weights after and before; 0 where one of them is zero.
     """
 
     difference: np.ndarray
@@ -69,28 +71,30 @@ class Moved(NamedTuple):
 
 
 @jax.jit
-def _judge(
+def _evaluate_model(
     classifier: Classifier,
     variables: Variables,
     images: jax.Array,
     triggered: jax.Array,
     data: Dataset,
-    wanted: jax.Array,
+    targets: jax.Array,
 ) -> jax.Array:
+    """Clean loss, backdoor loss, ACC and ASR of one model."""
+
     def chunk(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = classifier.logits(variables, images)
         finite = jnp.isfinite(logits).all(-1)
         return cross_entropy(logits, labels), jnp.where(finite, jnp.argmax(logits, -1) == labels, jnp.nan)
 
-    clean_loss, right = map_chunks(chunk, images, data.labels)
-    backdoor_loss, obeyed = map_chunks(chunk, triggered, wanted)
-    counted = data.labels != wanted
+    clean_loss, correct = map_chunks(chunk, images, data.labels)
+    backdoor_loss, hit = map_chunks(chunk, triggered, targets)
+    counted = data.labels != targets
     return jnp.stack(
         [
             jnp.mean(clean_loss),
             jnp.mean(backdoor_loss, where=counted),
-            jnp.mean(right),
-            jnp.mean(obeyed, where=counted),
+            jnp.mean(correct),
+            jnp.mean(hit, where=counted),
         ]
     )
 
@@ -104,58 +108,63 @@ def along(
     label_map: LabelMap,
     positions: Sequence[float] = POSITIONS,
 ) -> Line:
-    """Judges the models on the line from ``start`` to ``end`` and beyond.
+    """Evaluates the models on the line from ``start`` to ``end`` and beyond.
 
     Args:
         classifier: the network of both.
-        start: variables at 0, such as the victim's.
-        end: variables at 1, such as a repaired model's; without bounds, which are no point of a line.
+        start: variables at t = 0, such as the victim's.
+        end: variables at t = 1, such as a repaired model's; without bounds, which cannot be interpolated.
         test: clean test images.
         trigger: the attacker's.
         label_map: the attacker's.
-        positions: where to look.
+        positions: the values of t.
 
     Raises:
-        UserError: where the two models have other variables than one another, or no image counts for the attack.
+        UserError: where the two models' variables have different shapes, or no image counts for the attack.
     """
     if jax.tree.map(jnp.shape, start) != jax.tree.map(jnp.shape, end):
         raise UserError("the two models have different variables; give two of one network, both without bounds")
-    wanted = label_map(test.labels)
-    if not bool(jnp.any(wanted != test.labels)):
+    targets = label_map(test.labels)
+    if not bool(jnp.any(targets != test.labels)):
         raise UserError("no test image is outside the target class, so there is no backdoor loss; give more images")
     triggered = trigger(test.images)
     found = []
     for position in positions:
-        there = between(start, end, position)
-        found.append(np.asarray(_judge(classifier, there, test.images, triggered, test, wanted)))
+        model = interpolate(start, end, position)
+        found.append(np.asarray(_evaluate_model(classifier, model, test.images, triggered, test, targets)))
     return Line(np.asarray(positions, np.float64), *np.stack(found, axis=1))
 
 
-def between(start: Variables, end: Variables, position: float) -> Variables:
-    """The model at a place of the line.
+def interpolate(start: Variables, end: Variables, position: float) -> Variables:
+    """The variables at a position t on the line.
 
     Example:
         >>> at = lambda weight, var: {"params": {"w": jnp.float32(weight)}, "batch_stats": {"var": jnp.float32(var)}}
-        >>> there = between(at(1, 4), at(3, 1), 2.0)
-        >>> float(there["params"]["w"]), round(float(there["batch_stats"]["var"]), 3)
+        >>> beyond = interpolate(at(1, 4), at(3, 1), 2.0)
+        >>> float(beyond["params"]["w"]), round(float(beyond["batch_stats"]["var"]), 3)
         (5.0, 0.25)
     """
-    small = 1e-5  # As normalisation adds it; a variance may be 0.
+    small = 1e-5  # As normalization adds it; a variance may be 0.
 
-    def meet(path: jax.tree_util.KeyPath, a: jax.Array, b: jax.Array) -> jax.Array:
+    def combine(path: jax.tree_util.KeyPath, a: jax.Array, b: jax.Array) -> jax.Array:
         t = jnp.asarray(position, a.dtype)
         if path[0].key == "batch_stats" and path[-1].key == "var":
             return jnp.maximum((a + small) ** (1 - t) * (b + small) ** t - small, 0)
         return a + t * (b - a)
 
-    return jax.tree_util.tree_map_with_path(meet, start, end)
+    return jax.tree_util.tree_map_with_path(combine, start, end)
 
 
 def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
-    """How far the parameter array at a path has gone.
+    """Measures how far the parameter array at a path has moved.
+
+    Args:
+        before: variables before the change.
+        after: variables after it.
+        path: names down to an array in ``params``, such as ``("linear", "kernel")``.
 
     Raises:
-        UserError: where there is no array in one of the two, or not of one shape.
+        UserError: where one of the two has no array at the path, or their shapes differ.
 
     Example:
         >>> at = lambda *w: {"params": {"linear": {"kernel": np.array(w)}}}
@@ -175,22 +184,31 @@ def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
 
 
 def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:
-    """Sets of latents ``(N, D)`` in the plane of the two principal components of all of them together, ``(N, 2)`` each.
+    """Projects sets of latents onto the two principal components of all of them together.
 
-    A component points to where its largest entry is positive, so that figures can be compared.
+    The sign of a component is chosen such that its largest entry is positive, so that figures can be compared.
+
+    Args:
+        latents: sets of ``(N, D)`` with one D, at least two rows in all.
+
+    Returns:
+        The sets in 2-D, ``(N, 2)`` each.
+
+    Raises:
+        UserError: for latents of other shapes.
 
     Example:
         >>> one, other = embedding(np.eye(3) * 2, np.eye(3))
         >>> one.shape, other.shape
         ((3, 2), (3, 2))
     """
+    from sklearn.decomposition import PCA
+
     arrays = [np.asarray(part, np.float64) for part in latents]
     if not arrays or any(part.ndim != 2 or part.shape[1] != arrays[0].shape[1] for part in arrays):
         raise UserError(f"latents have shapes {[part.shape for part in arrays]}, expected (N, D) with one D")
-    if arrays[0].shape[1] < 2:
-        raise UserError("latents of one entry have no plane; give (N, D) with D of at least 2")
-    centre = np.concatenate(arrays).mean(0)
-    _, _, rows = np.linalg.svd(np.concatenate(arrays) - centre, full_matrices=False)
-    axes = rows[:2]
-    axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
-    return [(part - centre) @ axes.T for part in arrays]
+    together = np.concatenate(arrays)
+    if min(together.shape) < 2:
+        raise UserError(f"latents {together.shape} have no two components; give at least 2 rows and 2 columns")
+    components = PCA(2, svd_solver="full").fit(together)
+    return [components.transform(part) for part in arrays]

@@ -1,13 +1,13 @@
-r"""Trigger-activated change: what the trigger does to the latents, and how well neuron scores find where.
+r"""Trigger-activated change (TAC): how a trigger changes the latents, and how well neuron scores agree with it.
 
 With latents :math:`\phi`, clean images x and the same images under the trigger x', neuron d changes by
 
 .. math:: s_d = \mathrm{E}\,[\phi_d(x') - \phi_d(x)], \qquad t_d = \mathrm{E}\,|\phi_d(x') - \phi_d(x)| .
 
-s is what "TAC reconstruction" (Iwahana et al., arXiv 2511.08944) wants to recover; t is the size that Zheng et al.
-(ECCV 2022, arXiv 2208.03111) hold against their channel scores. Both need the trigger, so they judge a method and are
-no part of one. `agreement` compares any scores of the neurons with either: their cosine, Spearman's rank correlation,
-and the share of the k highest scores that are among the k largest changes (k / D by chance).
+"TAC reconstruction" (Iwahana et al., arXiv 2511.08944) estimates s; Zheng et al. (ECCV 2022, arXiv 2208.03111) compare
+their channel scores with t. Both need the trigger, so they evaluate a defense and are not part of one. `agreement`
+compares any scores of the neurons with either: their cosine, Spearman's rank correlation, and the share of the k
+highest scores that are among the k largest changes (k / D by chance).
 
     >>> found = agreement(np.array([3.0, 1.0, 2.0, 0.0]), np.array([6.0, 2.0, 1.0, 0.0]), k=2)
     >>> round(found.cosine, 3), round(found.spearman, 3), found.precision
@@ -27,11 +27,11 @@ from backdoor_jax.training import map_chunks
 
 
 class Change(NamedTuple):
-    """What a trigger does to each latent neuron.
+    """How a trigger changes each latent neuron.
 
     Attributes:
-        mean: s, ``(D,)``.
-        size: t, ``(D,)``.
+        mean: s, the mean change, ``(D,)``.
+        size: t, the mean absolute change, ``(D,)``.
     """
 
     mean: np.ndarray
@@ -39,7 +39,13 @@ class Change(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How well scores of neurons agree with their change; see the file's text."""
+    """How well scores of neurons agree with their change.
+
+    Attributes:
+        cosine: of the scores and the changes.
+        spearman: their rank correlation; 0 where all scores or all changes are equal.
+        precision: share of the k highest scores that are among the k largest changes.
+    """
 
     cosine: float
     spearman: float
@@ -56,12 +62,12 @@ def _changes(classifier: Classifier, variables: Variables, images: jax.Array, tr
 
 
 def triggered_change(classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger) -> Change:
-    """The true change under the trigger.
+    """Measures the true change of the latents under the trigger.
 
     Args:
         classifier: the network.
         variables: its variables.
-        images: clean uint8 images, ``(n, H, W, channels)``; leave those of the target class out.
+        images: clean uint8 images, ``(n, H, W, channels)``; leave out those of the target class.
         trigger: the attacker's.
     """
     changes = _changes(classifier, variables, images, trigger)
@@ -83,12 +89,12 @@ def agreement(scores: np.ndarray, change: np.ndarray, k: int) -> Agreement:
     """Compares scores of neurons with their change.
 
     Args:
-        scores: ``(D,)``; the larger, the more the neuron is suspected.
-        change: `Change`'s ``size``, or its ``mean`` where the sign counts.
-        k: how many of the largest are compared; equal values rank by their place.
+        scores: ``(D,)``; a larger score means a more suspicious neuron.
+        change: ``(D,)``, the ``size`` of a `Change`, or its ``mean`` where the sign matters.
+        k: how many of the largest are compared; equal values rank by their index.
 
     Raises:
-        UserError: for vectors of different length or a k that is none.
+        UserError: for vectors of different lengths, or a k outside [1, D].
     """
     from scipy import stats
 
@@ -97,7 +103,7 @@ def agreement(scores: np.ndarray, change: np.ndarray, k: int) -> Agreement:
         raise UserError(f"scores have shape {scores.shape} and changes {change.shape}, expected (D,) for both")
     if not 1 <= k <= len(scores):
         raise UserError(f"k is {k}, expected 1 to {len(scores)} neurons")
-    ranks = [stats.rankdata(values) for values in (scores, change)]
-    spearman = cosine(*(rank - rank.mean() for rank in ranks))
+    vary = np.ptp(scores) > 0 and np.ptp(change) > 0
+    spearman = float(stats.spearmanr(scores, change).statistic) if vary else 0.0
     largest = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (scores, change)]
     return Agreement(cosine(scores, change), spearman, len(largest[0] & largest[1]) / k)

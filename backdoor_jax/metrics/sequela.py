@@ -1,27 +1,28 @@
-r"""Backdoor sequela: what a repair does to a model's vulnerability to *other* attacks (Sha, He, Berrang, Humbert,
-Zhang, "Fine-Tuning Is All You Need to Mitigate Backdoor Attacks", arXiv 2212.09067).
+r"""Backdoor sequela: how a repair changes a model's vulnerability to *other* attacks.
 
-The paper compares models before and after a repair by two attacks, membership inference and a backdoor injected anew.
-Its text gives no protocol for either, so the protocols here are ours, from the usual ones in the literature.
+From Sha, He, Berrang, Humbert, Zhang, "Fine-Tuning Is All You Need to Mitigate Backdoor Attacks", arXiv 2212.09067. The
+paper compares models before and after a repair under two attacks, membership inference and a second backdoor injection.
+Its text gives no protocol for either, so the protocols here are ours, following common practice.
 
-**Membership inference.** Was an image in the training set? The attacker has a signal that tends to be larger for those:
+**Membership inference.** Was an image in the training set? The attacker has a signal that tends to be larger for
+members:
 
 - `loss_signal`: minus the cross-entropy under the true label (Yeom et al., 2018);
 - `confidence_signal`: the largest class probability, without a label (Salem et al., 2019), as minus the cross-entropy
-  under the predicted label, which orders alike and keeps its digits where float32 probabilities are all 1;
-- `shadow_signal`: a logistic regression fitted on a model of the attacker's own (`shadow_model`), whose members the
-  attacker knows (Shokri et al., 2017), from the true class's log odds and the three largest log probabilities.
+  under the predicted label, which gives the same order and stays exact where float32 probabilities are all 1;
+- `shadow_signal`: a logistic regression fitted on the attacker's own model (`shadow_model`), whose members the attacker
+  knows (Shokri et al., 2017), from the true class's log odds and the three largest log probabilities.
 
-With signals :math:`m_i` of members and :math:`o_j` of others, `membership` judges it by
+With signals :math:`m_i` of members and :math:`o_j` of non-members, `membership` evaluates a signal by
 
 .. math:: \mathrm{AUC} = \frac{1}{nk} \sum_{i,j} [m_i > o_j] + \tfrac12 [m_i = o_j] ,
 
 the best balanced accuracy over all thresholds (an upper bound: the threshold is chosen on the same images), and the
 true positive rate at 1 % and 0.1 % false positives (Carlini et al., 2022), each with a bootstrap interval over images.
 
-**Re-injection.** `reinject` goes on training from given variables (a repaired model, an unpoisoned twin, fresh ones) on
-data of which a share is poisoned, at a constant rate, and judges accuracy and attack success along the way. All starts
-see the same poisoned images in the same order.
+**Re-injection.** `reinject` continues training from given variables (a repaired model, a clean model, an untrained one)
+on partly poisoned data at a constant rate, and measures accuracy and attack success along the way. All starts see the
+same poisoned images in the same order.
 
     >>> import jax
     >>> members, others = jax.numpy.array([2.0, 3.0, 4.0]), jax.numpy.array([1.0, 2.0, 0.0])
@@ -32,32 +33,34 @@ see the same poisoned images in the same order.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import MinLen
+from jax.tree_util import Partial
 
-from backdoor_jax.config import Config, numbers
+from backdoor_jax.config import Config, Count, NonNegative, Positive, Share, Whole
 from backdoor_jax.data import Augment, Dataset, LabelMap, Trigger, poison
 from backdoor_jax.errors import UserError
 from backdoor_jax.metrics.accuracy import Scores, evaluate
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
+    SGD,
     GradientStep,
-    SupervisedLoss,
     TrainConfig,
     batch_shape,
-    constant_sgd,
     cross_entropy,
     fit,
     map_chunks,
+    supervised_loss,
     train,
 )
 
 
 class Interval(NamedTuple):
-    """A value and its bootstrap interval."""
+    """A value and its bootstrap interval from ``low`` to ``high``."""
 
     value: float
     low: float
@@ -65,13 +68,13 @@ class Interval(NamedTuple):
 
 
 class Membership(NamedTuple):
-    """How well members can be told.
+    """How well a signal separates members from non-members.
 
     Attributes:
         auc: the area under the ROC curve; 0.5 is guessing.
         balanced_accuracy: at the best threshold; 0.5 is guessing.
         tpr_at_1: true positive rate at 1 % false positives.
-        tpr_at_01: at 0.1 %.
+        tpr_at_01: true positive rate at 0.1 % false positives.
     """
 
     auc: Interval
@@ -81,25 +84,31 @@ class Membership(NamedTuple):
 
 
 def auc(members: jax.Array, others: jax.Array) -> jax.Array:
-    """The chance that a member's signal is larger than another's, ties counted half."""
+    """The chance that a member's signal exceeds a non-member's; ties count half."""
     others = jnp.sort(others)
     below, upto = (jnp.searchsorted(others, members, side=side) for side in ("left", "right"))
     return jnp.mean((below + upto) / (2 * len(others)))
 
 
 def balanced_accuracy(members: jax.Array, others: jax.Array) -> jax.Array:
-    """The mean of true positive and true negative rate where a signal from the best threshold on means a member."""
+    """The mean of the true positive and true negative rates at the threshold where it is largest."""
     thresholds = jnp.concatenate([members, others])
-    missed, told = (
+    missed, rejected = (
         jnp.searchsorted(jnp.sort(signal), thresholds, side="left") / len(signal) for signal in (members, others)
     )
-    return jnp.maximum(0.5, jnp.max(1 - missed + told) / 2)
+    return jnp.maximum(0.5, jnp.max(1 - missed + rejected) / 2)
 
 
 def true_positive_rate(members: jax.Array, others: jax.Array, false_positive_rate: float) -> jax.Array:
-    """The share of members above the smallest threshold that at most this share of the others exceeds.
+    """The share of members above the smallest threshold with at most this false positive rate.
 
-    With few others the rate reached may be far smaller: of 100 none may exceed it at 0.1 %.
+    With few non-members the false positive rate reached may be much smaller: of 100 none may exceed the threshold at
+    0.1 %.
+
+    Args:
+        members: signals ``(n,)``.
+        others: signals of non-members, ``(k,)``.
+        false_positive_rate: the largest share of non-members above the threshold.
 
     Example:
         >>> members, others = jnp.array([1.0, 2.5, 9.0, 9.0]), jnp.array([0.0, 1.0, 2.0, 3.0])
@@ -131,17 +140,17 @@ def _resampled(key: jax.Array, members: jax.Array, others: jax.Array, resamples:
 def membership(
     key: jax.Array, members: jax.Array, others: jax.Array, *, resamples: int = 1000, level: float = 0.95
 ) -> Membership:
-    """Judges a signal.
+    """Evaluates a membership signal.
 
     Args:
-        key: of the bootstrap.
-        members: the signal for images of the training set, ``(n,)``.
-        others: for images that were not in it, ``(k,)``.
-        resamples: of the bootstrap, members and others drawn apart.
+        key: a `jax.random` key for the bootstrap.
+        members: the signal of images in the training set, ``(n,)``.
+        others: the signal of images that were not in it, ``(k,)``.
+        resamples: bootstrap samples; members and non-members are drawn separately.
         level: of the percentile intervals.
 
     Raises:
-        UserError: where there are none of either, or a signal is not finite.
+        UserError: where either set is empty, or a signal is not finite.
     """
     members, others = jnp.asarray(members), jnp.asarray(others)
     if members.ndim != 1 or others.ndim != 1 or not len(members) or not len(others):
@@ -164,15 +173,16 @@ def loss_signal(classifier: Classifier, variables: Variables, data: Dataset) -> 
 
 
 def confidence_signal(classifier: Classifier, variables: Variables, data: Dataset) -> jax.Array:
-    """The log of the largest probability, ``(N,)``; labels are not looked at."""
+    """The log of the largest probability, ``(N,)``; labels are not used."""
     logits = _logits(classifier, variables, data.images)
     return -cross_entropy(logits, jnp.argmax(logits, -1))
 
 
 def shadow_features(classifier: Classifier, variables: Variables, data: Dataset) -> np.ndarray:
-    """What the attacker's regression sees, ``(N, 4)``: log odds of the true class, the three largest log probabilities.
+    """The inputs of the attacker's regression.
 
-    With two classes there are three.
+    Returns:
+        ``(N, 4)``: log odds of the true class and the three largest log probabilities; with two classes ``(N, 3)``.
     """
     logits = _logits(classifier, variables, data.images)
     loss = cross_entropy(logits, data.labels)
@@ -183,12 +193,12 @@ def shadow_features(classifier: Classifier, variables: Variables, data: Dataset)
 
 
 class Shadow(NamedTuple):
-    """A model of the attacker's own.
+    """The attacker's own model.
 
     Attributes:
-        variables: its.
+        variables: the model's.
         members: the images it was trained on.
-        others: the images it was not.
+        others: the images it was not trained on.
     """
 
     variables: Variables
@@ -199,30 +209,30 @@ class Shadow(NamedTuple):
 def shadow_model(
     key: jax.Array, classifier: Classifier, data: Dataset, config: TrainConfig = TrainConfig(), *, flip: bool = False
 ) -> Shadow:
-    """Trains a model on a half, drawn at random, of data that the attacker has.
+    """Trains a model on a random half of the attacker's data.
 
     Args:
-        key: of the draw and the training.
+        key: a `jax.random` key for the draw and the training.
         classifier: the network of the model under attack.
-        data: images like those of its training set, none of which should be used to judge the attack.
+        data: images like those of its training set; do not use them to evaluate the attack.
         config: how the model under attack was trained.
-        flip: whether that mirrored images.
+        flip: whether its training mirrored images.
     """
     draw_key, train_key = jax.random.split(key)
     order = np.asarray(jax.random.permutation(draw_key, len(data)))
     inside, outside = (data.take(np.sort(half)) for half in np.array_split(order, 2))
-    variables, _ = train(train_key, classifier, inside, config, flip=flip, name="shadow model")
-    return Shadow(variables, inside, outside)
+    trained = train(train_key, classifier, inside, config, flip=flip, name="shadow model")
+    return Shadow(trained.variables, inside, outside)
 
 
 def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, data: Dataset) -> np.ndarray:
-    """The shadow-trained regression's log odds that an image was a member, ``(N,)``.
+    """The log odds of membership by a regression fitted on the shadow model, ``(N,)``.
 
     Args:
         classifier: the network.
         shadow: the attacker's model.
-        variables: of the model under attack.
-        data: images to be judged, with their labels.
+        variables: those of the model under attack.
+        data: ``N`` images with their labels, members or not.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -236,46 +246,46 @@ def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, 
 
 @dataclasses.dataclass(frozen=True)
 class ReinjectConfig(Config):
-    """How a backdoor is injected anew; all ours, after `TrainConfig`'s settings for victims.
+    """How a backdoor is injected again; the values are our choice, after `TrainConfig`'s settings for victims.
 
     Attributes:
-        rates: poisoned shares of the data, each tried from the start.
-        epochs: after how many passes a model is judged, rising.
+        rates: poisoned shares of the data, each tried from every start.
+        epochs: numbers of passes after which a model is evaluated, in increasing order.
         batch_size: 128.
-        learning_rate: 0.01, constant, so that steps are worth the same.
+        learning_rate: 0.01, constant, so that all steps are of equal size.
         momentum: 0.9.
         weight_decay: 5e-4.
         crop: zeros padded before a random crop; 4.
         flip: mirror half of the images.
     """
 
-    rates: tuple[float, ...] = (0.001, 0.01, 0.1)
-    epochs: tuple[int, ...] = (1, 2, 5, 10)
-    batch_size: int = 128
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    crop: int = 4
+    rates: Annotated[tuple[Share, ...], MinLen(1)] = (0.001, 0.01, 0.1)
+    epochs: Annotated[tuple[Count, ...], MinLen(1)] = (1, 2, 5, 10)
+    batch_size: Count = 128
+    learning_rate: Positive = 0.01
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
+    crop: Whole = 4
     flip: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(len(self.rates) > 0 and all(0 < r <= 1 for r in self.rates), "rates", "shares in (0, 1]")
-        rising = all(a < b for a, b in zip((0, *self.epochs), self.epochs, strict=False))
-        self.require(len(self.epochs) > 0 and rising, "epochs", "rising numbers from 1")
-        self.require(self.batch_size > 0, "batch_size", "at least 1")
-        self.require(self.learning_rate > 0, "learning_rate", "a positive number")
-        self.require(self.crop >= 0, "crop", "0 or more pixels")
+        self.require(self.epochs == tuple(sorted(set(self.epochs))), "epochs", "increasing numbers")
+
+    @property
+    def optimizer(self) -> SGD:
+        """SGD at a constant rate."""
+        return SGD(self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 class Reinjected(NamedTuple):
-    """A model on its way back to a backdoor.
+    """A model during re-injection.
 
     Attributes:
-        start: which variables it started from.
+        start: the name of the variables it started from.
         rate: the poisoned share of its data.
-        steps: taken so far; 0 is the start.
-        poisoned: poisoned images seen so far, on average over the order.
+        steps: steps done; 0 is the start.
+        poisoned: expected number of poisoned images seen so far.
         scores: on the test set.
     """
 
@@ -296,20 +306,20 @@ def reinject(
     label_map: LabelMap,
     config: ReinjectConfig = ReinjectConfig(),
 ) -> list[Reinjected]:
-    """Attack success against steps and poisoned share, from several starts.
+    """Injects a backdoor into several models again, and evaluates them along the way.
 
     Args:
-        key: of the poison, the order and the augmentation, which are the same for all starts.
+        key: a `jax.random` key for the poison, the order and the augmentation, which are the same for all starts.
         classifier: the network.
         starts: variables by name; left as they are.
-        data: clean images, poisoned here.
+        data: clean images, a share of which is poisoned here.
         test: clean test images.
         trigger: the attacker's.
         label_map: the attacker's.
         config: settings.
 
     Returns:
-        A row for each start, rate and judgement, in that order, the start's own included.
+        A row for each start, rate and number of epochs, in that order; 0 epochs, the start itself, are included.
 
     Raises:
         UserError: for a rate that poisons no image.
@@ -317,26 +327,25 @@ def reinject(
     """
     poison_key, fit_key = jax.random.split(key)
     per_epoch, size = batch_shape(len(data), config.batch_size)
-    step, constants = GradientStep(SupervisedLoss(classifier), constant_sgd), numbers(config)
+    step = GradientStep(Partial(supervised_loss, classifier), config.optimizer)
     rows: list[Reinjected] = []
     for start, variables in starts.items():
-        at_first = evaluate(classifier, variables, test, trigger, label_map, start)
+        initial = evaluate(classifier, variables, test, trigger, label_map, start)
         for rate in config.rates:
             poisoned = poison(poison_key, data, trigger, label_map, rate)
-            rows.append(Reinjected(start, rate, 0, 0.0, at_first))
-            state = step.init(variables, constants)
+            rows.append(Reinjected(start, rate, 0, 0.0, initial))
+            state = step.init(variables)
             for epochs in config.epochs:
-                state, _ = fit(
+                state = fit(
                     fit_key,
                     step,
                     state,
                     poisoned.data,
-                    constants,
                     epochs=epochs,
                     batch_size=config.batch_size,
                     augment=Augment(crop=config.crop, flip=config.flip),
                     name=f"re-injection into {start}",
-                )
+                ).state
                 scores = evaluate(classifier, state.variables, test, trigger, label_map, start)
                 steps = epochs * per_epoch
                 seen = steps * size * len(poisoned.indices) / len(data)

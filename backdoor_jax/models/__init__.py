@@ -1,4 +1,4 @@
-"""Networks, and the `Classifier` they are used through."""
+"""Networks, and the `Classifier` through which they are used."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from backdoor_jax.models.vit import VisionTransformer
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network that can be named.
+    """A network that can be chosen by name.
 
     Attributes:
-        build: makes it from a class count, a width and the options it has, by name.
-        summary: a line about it.
-        head_path: where its linear head lies in ``params``.
+        build: makes it from a class count, a width, and its options by name.
+        summary: one line about it.
+        head_path: path of its linear head in ``params``.
         options: what can be chosen besides the width.
     """
 
@@ -41,19 +41,19 @@ def _resnet(depth: int, build: Callable[..., nn.Module]) -> Architecture:
 
 MODELS: dict[str, Architecture] = {
     "preact_resnet18": Architecture(
-        PreActResNet18, "PreAct-ResNet18 as the published benchmark has it; width 64 is the full network"
+        PreActResNet18, "PreAct-ResNet18 as in the published benchmark; width 64 is the full network"
     ),
     "resnet18": _resnet(18, ResNet),
     "resnet34": _resnet(34, partial(ResNet, blocks=(3, 4, 6, 3))),
     "resnet50": _resnet(50, partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
-    "vgg19_bn": Architecture(VGG19, "VGG19 with batch normalisation, for images of 32x32 or larger", ("classifier_6",)),
+    "vgg19_bn": Architecture(VGG19, "VGG19 with batch normalization, for images of 32x32 or larger", ("classifier_6",)),
     "vit_tiny": Architecture(
         VisionTransformer,
         "ViT-Tiny: 12 layers of 3 heads, width channels each; patch 4 by default",
         ("heads_head",),
         ("patch",),
     ),
-    "small_cnn": Architecture(SmallCNN, "three convolutions, ours, for examples and quick trials"),
+    "small_cnn": Architecture(SmallCNN, "three convolutions, for examples and quick trials"),
 }
 
 
@@ -72,10 +72,10 @@ def build_classifier(
     Args:
         model: a name in `MODELS`.
         num_classes: the number of classes, at least 2.
-        width: channels of the first layer, or of an attention head; 64 is the published network in every case.
+        width: channels of the first layer, or of an attention head; 64 is the published network for each.
         normalization: a name in `NORMALIZATIONS`.
-        stem: ``small`` or ``imagenet``; only for a network that has it as an option, whose own default is None.
-        patch: side of a patch in pixels; likewise.
+        stem: ``small`` or ``imagenet``, for a network with that option; by default the network's own default.
+        patch: side of a patch in pixels, for a network with that option; by default the network's own default.
         dtype: what it computes in; see `Classifier`.
 
     Raises:
@@ -99,16 +99,16 @@ def build_classifier(
     for name in options:
         if name not in MODELS[model].options:
             owners = ", ".join(sorted(owner for owner, known in MODELS.items() if name in known.options))
-            raise UserError(f"model {model!r} has no {name}; leave it out, or take a model that has one: {owners}")
+            raise UserError(f"model {model!r} has no {name}; leave it out, or choose a model that has one: {owners}")
     network = MODELS[model].build(num_classes, width, **options)
     return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path, dtype)
 
 
 def describe(classifier: Classifier) -> dict[str, Any] | None:
-    """What `build_classifier` makes a classifier's network of: ``model``, ``width`` and ``options``.
+    """The ``model``, ``width`` and ``options`` for which `build_classifier` makes a classifier's network.
 
     Returns:
-        Plain values; None for a network that it does not make.
+        Plain values, or None for a network that it cannot make.
 
     Example:
         >>> describe(build_classifier("vit_tiny", 10, width=8, patch=2))

@@ -1,4 +1,4 @@
-"""`Classifier`: the one door through which attacks, defences and metrics see a network."""
+"""`Classifier`: the one interface through which attacks, defenses and metrics use a network."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from backdoor_jax.data import DATASETS, Normalization
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.network import (
     FunctionNetwork,
@@ -26,33 +27,30 @@ from backdoor_jax.models.network import (
 )
 from backdoor_jax.models.precision import HalfPrecision, Precision
 
-NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+NORMALIZATIONS: dict[str, Normalization] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    **{spec.name: spec.normalization for spec in DATASETS.values() if spec.normalization},
 }
-"""Mean and standard deviation of pixels in [0, 1], per data set, as the published benchmark has them."""
+"""Mean and standard deviation of pixels in [0, 1], by the name of the data set; ``none`` leaves them as they are."""
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A network with its input normalisation; pure methods over a variables tree.
+    """A network with its input normalization; pure methods over a variables tree.
 
     Equal and hashable by value and registered as static, so that jitted code may close over it or take it as an
-    argument without compiling again for an equal one. Everybody else sees uint8 images ``(B, H, W, channels)``.
+    argument without compiling again for an equal one. Its methods take uint8 images ``(B, H, W, channels)``.
 
     Args:
         network: a Linen module with methods ``features(x, train)`` and ``head(latent)``, or any `Network`;
             `from_linen`, `from_nnx` and `from_functions` make one of other modules and of functions.
         num_classes: the number of classes C.
-        mean: per channel, of pixels scaled to [0, 1].
-        std: likewise; positive.
-        head_path: where the linear head lies in ``params``; it holds ``kernel`` (D, C) and ``bias`` (C,).
-        dtype: what the network computes in up to its latents; ``bfloat16`` leaves weights, batch normalisation, the
-            head, losses and all that is computed from latents in float32. ``float32`` is float64 for such weights.
+        mean: of each channel, of pixels scaled to [0, 1].
+        std: the standard deviation of each channel, of pixels scaled to [0, 1]; positive.
+        head_path: path of the linear head in ``params``; it has a ``kernel`` (D, C) and a ``bias`` (C,).
+        dtype: what the network computes in up to its latents; ``bfloat16`` leaves weights, batch normalization, the
+            head, losses and everything computed from latents in float32. ``float32`` is float64 for such weights.
 
     Example:
         >>> from backdoor_jax.models.preact_resnet import PreActResNet18
@@ -76,7 +74,8 @@ class Classifier:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UserError(
-                f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair a channel"
+                f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair for each "
+                "channel"
             )
 
     def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -86,7 +85,7 @@ class Classifier:
         return images.astype(dtype) * scale - shift
 
     def _input(self, variables: Variables, images: jax.Array) -> jax.Array:
-        """Normalised images in the precision of the weights, at least float32."""
+        """Normalized images in the precision of the weights, at least float32."""
         return self.normalize(images, jnp.result_type(jnp.float32, *jax.tree.leaves(variables.get("params"))))
 
     @classmethod
@@ -101,21 +100,22 @@ class Classifier:
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
     ) -> "Classifier":
-        """Of any Linen module that ends in a linear layer.
+        """The classifier of any Linen module that ends in a linear layer.
 
         A parameter ``train``, ``training``, ``is_training``, ``deterministic`` or ``use_running_average`` of the module
-        is set as the mode asks. Activation bounds need `backdoor_jax.models.layers.ReLU` or ``GELU`` in it.
+        is set according to the mode. Activation bounds need `backdoor_jax.models.layers.ReLU` or ``GELU`` in it.
 
         Args:
             module: the module, without variables.
             num_classes: the number of classes C.
             head_path: names down to its linear head in ``params``, such as ``("Dense_1",)``.
-            features: what makes latents ``(B, D)`` of normalised images: a method's name, or a function of the module
-                and the images (define it once: functions are equal only to themselves). By default what the head is
-                handed when the module is called.
-            head: what makes logits of latents, likewise; by default the layer at `head_path`.
-            mean: per channel, of pixels in [0, 1].
-            std: likewise.
+            features: what computes latents ``(B, D)`` of normalized images: a method's name, or a function of the
+                module and the images (define it once: functions are equal only to themselves). By default the latents
+                are what the head receives when the module is called.
+            head: what computes logits of latents: a method's name, or a function of the module and the latents; by
+                default the layer at `head_path`.
+            mean: of each channel, of pixels in [0, 1].
+            std: the standard deviation of each channel, of pixels in [0, 1].
 
         Example:
             >>> class Net(nn.Module):
@@ -144,7 +144,7 @@ class Classifier:
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
     ) -> tuple["Classifier", Variables]:
-        """Of an NNX module that ends in a linear layer, with the variables it holds.
+        """The classifier of an NNX module that ends in a linear layer, and the variables the module holds.
 
         ``classifier.network.model(variables)`` is an NNX module again.
 
@@ -152,11 +152,12 @@ class Classifier:
             model: the module; left as it is.
             num_classes: the number of classes C.
             head_path: names down to its ``nnx.Linear``; an entry of a list by its number, such as ``("layers", "2")``.
-            features: see `from_linen`.
-            head: likewise.
-            make: a fresh module of a key, such as ``lambda key: Net(nnx.Rngs(key))``; only for training from scratch.
-            mean: per channel, of pixels in [0, 1].
-            std: likewise.
+            features: what computes latents, as in `from_linen`.
+            head: what computes logits of latents, as in `from_linen`.
+            make: makes a new module from a key, such as ``lambda key: Net(nnx.Rngs(key))``; only needed for training
+                from scratch.
+            mean: of each channel, of pixels in [0, 1].
+            std: the standard deviation of each channel, of pixels in [0, 1].
 
         Example:
             >>> class Net(nnx.Module):
@@ -184,16 +185,17 @@ class Classifier:
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
     ) -> "Classifier":
-        """Of bare functions over a variables tree of dictionaries; define them once, since equality is identity.
+        """The classifier of functions over a variables tree; define them once, since equality is identity.
 
         Args:
-            init: ``(key, x) -> variables``, with ``params`` in it; or None where nothing is trained from scratch.
+            init: ``(key, x) -> variables``, dictionaries with ``params`` in them; or None where nothing is trained from
+                scratch.
             features: ``(variables, x, train) -> (latent (B, D), variables)``.
             head: ``(variables, latent) -> logits (B, C)``; linear, for TAC.
             num_classes: the number of classes C.
-            head_path: where ``params`` holds the head's ``kernel`` (D, C) and ``bias`` (C,).
-            mean: per channel, of pixels in [0, 1].
-            std: likewise.
+            head_path: path in ``params`` of the head, with a ``kernel`` (D, C) and a ``bias`` (C,).
+            mean: of each channel, of pixels in [0, 1].
+            std: the standard deviation of each channel, of pixels in [0, 1].
 
         Example:
             >>> def features(variables, x, train):
@@ -215,21 +217,24 @@ class Classifier:
         return HalfPrecision(network, self.head_path) if self.dtype == "bfloat16" else network
 
     def init(self, key: jax.Array, images: jax.Array) -> Variables:
-        """Fresh variables for images of this shape; only their shape matters. Compiled, unless it is being traced."""
+        """New variables for images of this shape.
+
+        Of the images only the shape is used. The initialization is compiled, unless it is being traced.
+        """
         if isinstance(key, jax.core.Tracer):
             return self._network.init(key, self.normalize(images[:1]))
         return _initialized(self, key, images[:1])
 
     def features(self, variables: Variables, images: jax.Array, train: bool = False) -> tuple[jax.Array, Variables]:
-        """Latents ``(B, D)`` of images ``(B, H, W, channels)``, and the variables with the statistics of the batch.
+        """Latents ``(B, D)`` of images ``(B, H, W, channels)``, and the variables with new statistics.
 
-        In evaluation mode the variables come back as they went in.
+        In evaluation mode the variables are returned unchanged, in training mode with the batch's statistics.
         """
         latent, variables = self._network.features(variables, self._input(variables, images), train)
         return require_latents(latent), variables
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
-        """Logits ``(B, C)`` of latents ``(B, D)``, in float32 or the weights' own precision if that is higher."""
+        """Logits ``(B, C)`` of latents ``(B, D)``, in the precision of the weights, at least float32."""
         logits = self._network.head(variables, latent)
         if logits.shape[-1] != self.num_classes:
             raise UserError(
@@ -245,49 +250,53 @@ class Classifier:
 
     @property
     def map_layers(self) -> tuple[Path, ...]:
-        """The layers after which the resolution falls, and the last before pooling; empty where it names none."""
+        """The last layer at each resolution, down to the one before pooling; empty where none are named."""
         return getattr(getattr(self._network, "module", None), "map_layers", ())
 
     def maps(
         self, variables: Variables, images: jax.Array, layers: tuple[Path, ...], train: bool = False
     ) -> tuple[jax.Array, tuple[jax.Array, ...], Variables]:
-        """Logits ``(B, C)``, the feature maps ``(B, H, W, channels)`` of layers, and the variables as from `features`.
+        """Logits ``(B, C)``, the feature maps of layers, and the variables as `features` returns them.
+
+        The maps are ``(B, H, W, channels)``.
 
         Args:
             variables: the network's.
             images: uint8 images.
             layers: names down to each layer in ``params``, such as `map_layers`.
-            train: see `features`.
+            train: whether to compute in training mode.
 
         Raises:
-            UserError: where the network is no Linen module, calls no such layer, or the layer puts out no map.
+            UserError: where the network is no Linen module, calls no such layer, or the layer's output is no map.
         """
         network: Any = self._network
         if not isinstance(getattr(network, "module", None), nn.Module):
-            raise UserError(f"{type(self.network).__name__} has no layers that can be watched; give a Linen module")
+            raise UserError(f"{type(self.network).__name__} has no layers that can be observed; give a Linen module")
         latent, maps, variables = network.maps(variables, self._input(variables, images), train, layers)
         for layer, found in zip(layers, maps, strict=True):
             if found.ndim != 4:
-                raise UserError(f"layer {'/'.join(layer)!r} puts out {found.shape}, expected a map (B, H, W, channels)")
+                raise UserError(
+                    f"the output of layer {'/'.join(layer)!r} is {found.shape}, expected a map (B, H, W, channels)"
+                )
         return self.head(variables, require_latents(latent)), maps, variables
 
     def activations(self, variables: Variables, images: jax.Array) -> Variables:
-        """Each bounded activation's largest value per channel over the batch, in the tree of the ``bounds``.
+        """The largest value per channel of each activation that can be bounded, a tree like ``bounds``.
 
-        Empty where the network has no `ReLU` or `GELU` of ours.
+        It is taken over the batch. Empty where the network has no `backdoor_jax.models.layers.ReLU` or ``GELU``.
         """
         return self._network.activations(variables, self._input(variables, images))
 
-    def normalized(self, variables: Variables, images: jax.Array) -> dict[tuple[str, ...], tuple[str, ...]]:
-        """The convolution whose output each batch normalisation reads directly, by their paths in ``params``.
+    def conv_feeding_norm(self, variables: Variables, images: jax.Array) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """The path in ``params`` of the convolution that feeds each batch normalization, by its own path.
 
-        Of the images only the shape is looked at, and nothing is computed. Empty where the network is not a Linen
-        module or has no such pair.
+        Nothing may lie between the two. Only the images' shape is used, and nothing is computed. Empty where the
+        network is not a Linen module or has no such pair.
         """
         found: dict[tuple[str, ...], tuple[str, ...]] = {}
 
         def trace(variables: Variables, image: jax.Array) -> None:
-            found.update(self._network.normalized(variables, self._input(variables, image)))
+            found.update(self._network.conv_feeding_norm(variables, self._input(variables, image)))
 
         jax.eval_shape(trace, variables, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
         return found
@@ -302,7 +311,7 @@ class Classifier:
         return kernel, jnp.zeros(self.num_classes) if bias is None else bias
 
 
-# Optimised, the generators of all layers take ten times as long to compile, for a program that runs once.
+# With optimization the generators of all layers take ten times as long to compile, for a program that runs once.
 @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def _initialized(classifier: Classifier, key: jax.Array, images: jax.Array) -> Variables:
     return classifier.init(key, images)

@@ -9,12 +9,12 @@ import jax
 
 @partial(jax.jit, static_argnames="network")
 def init(network: nn.Module, key: jax.Array, x: Any) -> dict[str, Any]:
-    """Fresh variables of a network, compiled as one program."""
+    """The initial variables of a network for an input like ``x``, compiled as one program."""
     return dict(network.init(key, x, train=False))
 
 
-def run(network: nn.Module, variables: dict[str, Any], x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
-    """A network's output, and its variables with the batch's statistics where it trains."""
+def run(network: nn.Module, variables: dict[str, Any], x: Any, train: bool) -> tuple[jax.Array, dict[str, Any]]:
+    """A network's output, and its variables; in training mode they hold the batch's statistics."""
     if not train:
         return network.apply(variables, x, train=False), variables  # type: ignore[return-value]
     out, new = network.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -22,7 +22,7 @@ def run(network: nn.Module, variables: dict[str, Any], x: jax.Array, train: bool
 
 
 def join(**models: dict[str, Any]) -> dict[str, Any]:
-    """Several models' variables as one tree, each collection by model, so that one step can train them together.
+    """One tree of the variables of several models: under each collection, one entry for each model.
 
     Example:
         >>> join(a={"params": 1}, b={"params": 2, "batch_stats": 3})
@@ -36,5 +36,10 @@ def join(**models: dict[str, Any]) -> dict[str, Any]:
 
 
 def part(joint: dict[str, Any], name: str) -> dict[str, Any]:
-    """One model's variables out of `join`'s tree."""
+    """The variables of one model in a tree that `join` made.
+
+    Example:
+        >>> part({"params": {"a": 1, "b": 2}, "batch_stats": {"b": 3}}, "a")
+        {'params': 1}
+    """
     return {collection: trees[name] for collection, trees in joint.items() if name in trees}

@@ -1,4 +1,4 @@
-"""The layers of our networks, with PyTorch's numerics so that published settings mean the same thing here."""
+"""The networks' layers, with PyTorch's numerics, so that published settings mean the same thing here."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -26,7 +26,7 @@ def torch_bias(fan_in: int) -> Callable[..., jax.Array]:
 
 
 kaiming_fan_out = nn.initializers.variance_scaling(2, "fan_out", "normal")
-"""torchvision's for the convolutions of its ResNets and VGGs: normal with variance 2/fan-out."""
+"""torchvision's default for the convolutions of its ResNets and VGGs: normal with variance 2/fan-out."""
 
 
 def conv(
@@ -52,9 +52,9 @@ def conv(
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation as PyTorch computes it.
+    """Batch normalization as PyTorch computes it.
 
-    In training mode images are normalised with the batch's biased variance, while the running average takes the
+    In training mode images are normalized with the batch's biased variance, while the running average uses the
     unbiased one: ``running = (1 - momentum) running + momentum batch``. Flax's own layer keeps the biased variance and
     computes it as a difference of squares.
 
@@ -68,7 +68,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised ``x``, with the batch's statistics when training."""
+        """Normalized ``x``, with the batch's statistics when training."""
         channels, dtype = x.shape[-1], x.dtype
         x = x.astype(jnp.promote_types(dtype, jnp.float32))
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -84,11 +84,11 @@ class BatchNorm(nn.Module):
                 var.value += self.momentum * (batch_var * (n / max(n - 1, 1)) - var.value)
         else:
             batch_mean, batch_var = mean.value, var.value
-        return _normalized(x, batch_mean, batch_var, scale, bias, self.epsilon).astype(dtype)
+        return _apply_norm(x, batch_mean, batch_var, scale, bias, self.epsilon).astype(dtype)
 
 
 @one_program
-def _normalized(
+def _apply_norm(
     x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
     gain = scale * lax.rsqrt(var + epsilon)
@@ -96,15 +96,15 @@ def _normalized(
 
 
 def _bounded(layer: nn.Module, x: jax.Array) -> jax.Array:
-    """The activations ``x`` of a layer, clipped where the model carries a bound for it.
+    """The activations ``x`` of a layer, clipped where the model has a bound for it.
 
-    The bound lives in the collection ``bounds`` under the layer's own path, shape ``(C,)``, and is read only where
-    present: a clipped model and a plain one are served by the same ``apply``. Where the collection ``activations`` is
-    mutable, the channel's largest value over the batch, or 0 if that is larger, is written there.
+    The bound is in the collection ``bounds`` under the layer's own path, shape ``(C,)``, and is read only where
+    present: the same ``apply`` serves clipped and plain models. Where the collection ``activations`` is mutable, each
+    channel's largest value over the batch, or 0 if that is larger, is written there.
     """
     if layer.has_variable("bounds", "upper"):
         upper: jax.Array = layer.get_variable("bounds", "upper").astype(x.dtype)
-        x = jnp.where(x >= upper, upper, x)  # Not `jnp.minimum`, for the reason that `max_pool` gives.
+        x = jnp.where(x >= upper, upper, x)  # Not `jnp.minimum`, for the reason given in `max_pool`.
     if layer.is_mutable_collection("activations"):
         largest = jnp.max(x, axis=tuple(range(x.ndim - 1)))
         layer.sow("activations", "upper", largest, reduce_fn=jnp.maximum, init_fn=lambda: jnp.zeros(x.shape[-1]))
@@ -112,7 +112,7 @@ def _bounded(layer: nn.Module, x: jax.Array) -> jax.Array:
 
 
 class ReLU(nn.Module):
-    """A rectifier that respects an upper bound per channel where the model carries one; see `_bounded`."""
+    """A rectifier that applies an upper bound per channel where the model has one; see `_bounded`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class ReLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """The Gaussian error linear unit, exact as PyTorch has it, with the same upper bounds as `ReLU`."""
+    """The Gaussian error linear unit, exact as in PyTorch, with the same upper bounds as `ReLU`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -133,8 +133,8 @@ def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
     """The largest value of every square window of images ``(B, H, W, C)``, at stride 2.
 
     Written as choices between strided slices, whose gradient on CPU is 3 times faster than that of XLA's windows. Where
-    values are equal one of them has the gradient, as in PyTorch. Not `jnp.maximum`, whose gradient compares the result
-    with what went in: a compiler that computes one of them anew, rounded otherwise, loses the gradient.
+    values are equal one of them gets the gradient, as in PyTorch. Not `jnp.maximum`, whose gradient compares the result
+    with the inputs: where a compiler computes one of them again and rounds it differently, the gradient is lost.
 
     Example:
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0].tolist()
@@ -148,7 +148,7 @@ def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
 
 
 def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The larger of two values, NaN if either is; the whole gradient goes to the one that was chosen."""
+    """The larger of two values, NaN if either is; the full gradient goes to the one that was chosen."""
     return jnp.where((y > x) | jnp.isnan(y), y, x)
 
 

@@ -1,8 +1,8 @@
-"""`Network`: what a `Classifier` asks of a network, and an adapter for each way of writing one.
+"""`Network`: what a `Classifier` needs of a network, and an adapter for each way of writing one.
 
 A network is two pure functions over a variables tree, images to latents and latents to logits, and a linear layer
-between them that defences can find. `LinenNetwork` and `NNXNetwork` get both from a module that has only a
-``__call__``: the latent is what the head at ``head_path`` is handed, and the head is that layer's product. What a
+between them that defenses can find. `LinenNetwork` and `NNXNetwork` get both from a module that has only a
+``__call__``: the latent is the input of the head at ``head_path``, and the logits are that layer's output. What a
 module does after its head (a softmax, a temperature) is left out.
 
 Dropout is left out in training as well: a latent is a function of weights and images alone.
@@ -21,37 +21,40 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from backdoor_jax.errors import UserError
 
 Variables = dict[str, Any]
-"""A Flax variables tree: ``params``, ``batch_stats`` where the network normalises, ``bounds`` where it is clipped."""
+"""A Flax variables tree: ``params``, ``batch_stats`` where the network normalizes, ``bounds`` where it is clipped."""
 
 Path = tuple[str, ...]
 Part = str | Callable[..., Any] | None
-"""A part of a module: a method's name, a function that takes the module first, or None for what the head is handed."""
+"""A part of a module: a method's name, a function that takes the module first, or None for the part around the head."""
 
 
 class Network(Protocol):
-    """Pure functions over a variables tree; hashable, and equal to any network that would compile to the same."""
+    """Pure functions over a variables tree.
+
+    Hashable, and equal to any network that would compile to the same program.
+    """
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
-        """Fresh variables for normalised images ``(B, H, W, channels)``."""
+        """New variables for normalized images ``(B, H, W, channels)``."""
 
     def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
-        """Latents ``(B, D)`` of normalised images, and the variables, with the batch's statistics when training."""
+        """Latents ``(B, D)`` of normalized images, and the variables, with new statistics when training."""
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
         """Logits ``(B, C)`` of latents ``(B, D)``."""
 
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
-        """Each boundable activation's largest value per channel, in the tree of the ``bounds``; empty for none."""
+        """The largest value per channel of each activation that can be bounded, a tree like ``bounds``."""
 
-    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
-        """The convolution whose output each batch normalisation reads, by their paths in ``params``; empty for none."""
+    def conv_feeding_norm(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """The path in ``params`` of the convolution that feeds each batch normalization, by its own path."""
 
 
 def linear_head(variables: Variables, path: Path) -> tuple[jax.Array, jax.Array | None]:
     """Kernel ``(D, C)`` and bias ``(C,)``, or None, of the linear layer at a path in ``params``.
 
     Raises:
-        UserError: where there is no such layer, naming those that there are.
+        UserError: where there is no such layer, naming the linear layers there are.
 
     Example:
         >>> linear_head({"params": {"dense": {"kernel": jax.numpy.ones((2, 3))}}}, ("out",))
@@ -63,8 +66,8 @@ def linear_head(variables: Variables, path: Path) -> tuple[jax.Array, jax.Array 
     kernel = params.get((*path, "kernel"))
     if kernel is None or kernel.ndim != 2:
         known = ["/".join(found[:-1]) for found, leaf in params.items() if found[-1] == "kernel" and leaf.ndim == 2]
-        mend = f"linear layers lie at {', '.join(known)}" if known else "params must hold a kernel (D, C) there"
-        raise UserError(f"no linear head at {'/'.join(path)!r}; give head_path: {mend}")
+        fix = f"linear layers lie at {', '.join(known)}" if known else "params must hold a kernel (D, C) there"
+        raise UserError(f"no linear head at {'/'.join(path)!r}; give head_path: {fix}")
     return kernel, params.get((*path, "bias"))
 
 
@@ -75,7 +78,7 @@ def _linear(variables: Variables, path: Path, latent: jax.Array) -> jax.Array:
 
 
 def _mode(function: Callable[..., Any], train: bool) -> dict[str, bool]:
-    """The switch between training and evaluation that a function has among its parameters, if any."""
+    """The arguments that switch a function between training and evaluation, where it has any."""
     switches = {"train": train, "training": train, "is_training": train}
     switches |= {"deterministic": not train, "use_running_average": not train}
     known = inspect.signature(function).parameters
@@ -84,13 +87,13 @@ def _mode(function: Callable[..., Any], train: bool) -> dict[str, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class LinenNetwork:
-    """A Linen module.
+    """The `Network` of a Linen module.
 
     Attributes:
         module: the module; equal by value, as Linen modules are.
-        head_path: where the linear head lies in ``params``.
-        latent: the part that makes latents; None takes what the head is handed.
-        logits: the part that makes logits of latents; None is the linear layer at `head_path`.
+        head_path: path of the linear head in ``params``.
+        latent: the part that computes latents; None uses what the head receives.
+        logits: the part that computes logits of latents; None is the linear layer at `head_path`.
     """
 
     module: nn.Module
@@ -99,7 +102,7 @@ class LinenNetwork:
     logits: Part = None
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
-        """See `Network`."""
+        """New variables for normalized images, with ``batch_stats`` where the module has some."""
         switch: dict[str, Any] = _mode(type(self.module).__call__, False)
         return dict(self.module.init(key, x, mutable=("params", "batch_stats"), **switch))
 
@@ -107,33 +110,33 @@ class LinenNetwork:
         method = self.latent or "__call__"
         function = getattr(type(self.module), method) if isinstance(method, str) else method
         module: Any = self.module
-        handed: list[jax.Array] = []
+        inputs: list[jax.Array] = []
 
         def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             if isinstance(context.module, nn.Dropout):
                 return args[0]
             if context.module.path == self.head_path and context.method_name == "__call__":
-                handed.append(args[0])
+                inputs.append(args[0])
             return call(*args, **kwargs)
 
         with nn.intercept_methods(watch):
-            made, new = module.apply(variables, x, **_mode(function, train), method=method, mutable=[mutable])
+            output, new = module.apply(variables, x, **_mode(function, train), method=method, mutable=[mutable])
         if self.latent is not None:
-            return made, new
-        if not handed:
+            return output, new
+        if not inputs:
             linear_head(variables, self.head_path)
             raise UserError(f"{type(self.module).__name__} does not call its layer at {'/'.join(self.head_path)!r}")
-        return handed[-1], new
+        return inputs[-1], new
 
     def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
-        """See `Network`."""
+        """Latents ``(B, D)`` of normalized images, and the variables, with new statistics when training."""
         latent, new = self._latent(variables, x, train, "batch_stats" if train else "unchanged")
         return latent, {**variables, **new} if train else variables
 
     def maps(
         self, variables: Variables, x: jax.Array, train: bool, layers: tuple[Path, ...]
     ) -> tuple[jax.Array, tuple[jax.Array, ...], Variables]:
-        """What `features` gives, and between the two what the layers at these paths in ``params`` put out.
+        """What `features` returns, with the outputs of the layers at these paths in ``params`` in between.
 
         Raises:
             UserError: for a layer that is not called.
@@ -157,30 +160,33 @@ class LinenNetwork:
         return latent, tuple(seen[layer] for layer in layers), variables
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
-        """See `Network`."""
+        """Logits ``(B, C)`` of latents ``(B, D)``."""
         if self.logits is None:
             return _linear(variables, self.head_path, latent)
         module: Any = self.module
         return module.apply(variables, latent, method=self.logits)
 
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
-        """See `Network`: of every `ReLU` and `GELU` of `backdoor_jax.models.layers`."""
+        """The largest value per channel of every `ReLU` and `GELU` of `backdoor_jax.models.layers`."""
         return self._latent(variables, x, False, "activations")[1].get("activations", {})
 
-    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
-        """See `Network`: pairs between which nothing happens, found by what the normalisation is handed."""
+    def conv_feeding_norm(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """The path in ``params`` of the convolution that feeds each batch normalization, by its own path.
+
+        Nothing may lie between the two: the normalization receives the very array that the convolution returned.
+        """
         params, statistics = (flatten_dict(variables.get(part, {})) for part in ("params", "batch_stats"))
         outputs: list[tuple[Any, Path]] = []
         found: dict[Path, Path] = {}
 
         def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            made, path = call(*args, **kwargs), context.module.path
+            output, path = call(*args, **kwargs), context.module.path
             kernel = params.get((*path, "kernel"))
             if context.method_name == "__call__" and kernel is not None and kernel.ndim == 4:
-                outputs.append((made, path))
+                outputs.append((output, path))
             if context.method_name == "__call__" and args and (*path, "mean") in statistics:
-                found.update((path, source) for output, source in outputs if output is args[0])
-            return made
+                found.update((path, source) for made, source in outputs if made is args[0])
+            return output
 
         with nn.intercept_methods(watch):
             self._latent(variables, x, False, "unchanged")
@@ -189,7 +195,7 @@ class LinenNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A value in an NNX module's state: its collection (None where it is no variable of ours), path, shape and type."""
+    """A value in an NNX module's state; its collection is None where it is no variable."""
 
     collection: str | None
     path: tuple[Any, ...]
@@ -198,10 +204,10 @@ class Leaf:
 
 
 def split_nnx(model: nnx.Module) -> tuple[nnx.GraphDef, tuple[Leaf, ...], Variables]:
-    """An NNX module as its static graph, the layout of its state, and its state as a tree of dictionaries.
+    """An NNX module's static graph, the layout of its state, and the state as a tree of dictionaries.
 
-    ``nnx.Param`` goes into ``params``, ``nnx.BatchStat`` into ``batch_stats``, anything else but random streams, which
-    are left out, into ``others``. Names are text throughout: the third of a list is ``"2"``.
+    ``nnx.Param`` goes into ``params``, ``nnx.BatchStat`` into ``batch_stats``, and anything else into ``others``,
+    except random streams, which are left out. All names are strings: the third entry of a list is ``"2"``.
     """
     kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat, None: nnx.RngState, "others": ...}
     graph, *states = nnx.split(model, *kinds.values())
@@ -217,15 +223,15 @@ def split_nnx(model: nnx.Module) -> tuple[nnx.GraphDef, tuple[Leaf, ...], Variab
 
 @dataclasses.dataclass(frozen=True)
 class NNXNetwork:
-    """An NNX module, split once into a static graph and a variables tree.
+    """The `Network` of an NNX module, split once into a static graph and a variables tree.
 
     Attributes:
         graph: the module without its state; hashable.
         layout: what belongs where in its state.
-        head_path: where the linear head lies in ``params``.
-        latent: the part that makes latents; None takes what the head is handed.
-        logits: the part that makes logits of latents; None is the linear layer at `head_path`.
-        make: makes a fresh module of a key, for `init`.
+        head_path: path of the linear head in ``params``.
+        latent: the part that computes latents; None uses what the head receives.
+        logits: the part that computes logits of latents; None is the linear layer at `head_path`.
+        make: makes a new module from a key, for `init`.
     """
 
     graph: nnx.GraphDef
@@ -254,24 +260,24 @@ class NNXNetwork:
         return nnx.merge(self.graph, unflatten_dict(state))
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
-        """See `Network`; shapes are the module's own."""
+        """The variables of a new module; their shapes are the module's, whatever the images'."""
         del x
         if self.make is None:
-            raise UserError("an NNX module holds its variables; give from_nnx make=lambda key: ... for fresh ones")
+            raise UserError("an NNX module holds its variables; give from_nnx make=lambda key: ... for new ones")
         return split_nnx(self.make(key))[2]
 
     def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
-        """See `Network`."""
+        """Latents ``(B, D)`` of normalized images, and the variables, with new statistics when training."""
         model = self.model(variables)
         model.set_attributes(deterministic=True, use_running_average=not train, raise_if_not_found=False)
-        handed = [] if self.latent else _watch(model, self.head_path)
+        inputs = [] if self.latent else _watch(model, self.head_path)
         method = self.latent or "__call__"
         function = getattr(type(model), method) if isinstance(method, str) else method
         latent = function(model, x, **_mode(function, train))
         if self.latent is None:
-            if not handed:
+            if not inputs:
                 raise UserError(f"{type(model).__name__} does not call its layer at {'/'.join(self.head_path)!r}")
-            latent = handed[-1]
+            latent = inputs[-1]
         if not train:
             return latent, variables
         statistics = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
@@ -281,25 +287,25 @@ class NNXNetwork:
         return latent, {**variables, "batch_stats": unflatten_dict(named)}
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
-        """See `Network`."""
+        """Logits ``(B, C)`` of latents ``(B, D)``."""
         if self.logits is None:
             return _linear(variables, self.head_path, latent)
         model = self.model(variables)
         return getattr(model, self.logits)(latent) if isinstance(self.logits, str) else self.logits(model, latent)
 
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
-        """See `Network`; there are none."""
+        """Empty: its activations cannot be bounded."""
         del variables, x
         return {}
 
-    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
-        """See `Network`; what reads what is not looked into."""
+    def conv_feeding_norm(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """Empty: which layer feeds which is not known."""
         del variables, x
         return {}
 
 
 def _watch(model: nnx.Module, path: Path) -> list[jax.Array]:
-    """A list that will hold what the layer at a path is handed."""
+    """A list that will hold the inputs of the layer at a path."""
     parent: Any = None
     layer: Any = model
     for name in path:
@@ -308,22 +314,22 @@ def _watch(model: nnx.Module, path: Path) -> list[jax.Array]:
             layer = layer[int(name)] if name.isdigit() else getattr(layer, name, None) or layer[name]
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{type(model).__name__} has no layer at {'/'.join(path)!r}; give head_path") from error
-    handed: list[jax.Array] = []
+    inputs: list[jax.Array] = []
 
     def watched(x: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        handed.append(x)
+        inputs.append(x)
         return layer(x, *args, **kwargs)
 
     if path[-1].isdigit():
         parent[int(path[-1])] = watched
     else:
         setattr(parent, path[-1], watched)
-    return handed
+    return inputs
 
 
 @dataclasses.dataclass(frozen=True)
 class FunctionNetwork:
-    """Bare functions; equal to another only where the functions are the same objects.
+    """The `Network` of plain functions; equal to another only where the functions are the same objects.
 
     Attributes:
         make: ``(key, x) -> variables``, or None where nothing is trained from scratch.
@@ -336,27 +342,27 @@ class FunctionNetwork:
     logits: Callable[[Variables, jax.Array], jax.Array]
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
-        """See `Network`."""
+        """New variables for normalized images, as `make` makes them."""
         if self.make is None:
             raise UserError("this classifier was made without init; give from_functions one to train from scratch")
         return self.make(key, x)
 
     def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
-        """See `Network`."""
+        """Latents ``(B, D)`` of normalized images, and the variables, with new statistics when training."""
         latent, new = self.latent(variables, x, train)
         return latent, new if train else variables
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
-        """See `Network`."""
+        """Logits ``(B, C)`` of latents ``(B, D)``."""
         return self.logits(variables, latent)
 
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
-        """See `Network`; there are none."""
+        """Empty: its activations cannot be bounded."""
         del variables, x
         return {}
 
-    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
-        """See `Network`; what reads what is not looked into."""
+    def conv_feeding_norm(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """Empty: which layer feeds which is not known."""
         del variables, x
         return {}
 

@@ -1,8 +1,9 @@
-"""PreAct-ResNet18 as the published backdoor benchmark has it (He et al., 2016, "Identity mappings"; its own variant).
+"""PreAct-ResNet18 as in the published backdoor benchmark.
 
-A 3x3 stem, four stages of two pre-activation blocks with 1, 2, 4 and 8 times `width` channels and strides 1, 2, 2, 2,
-then global average pooling and a linear head. The variant leaves out the normalisation and the rectifier that usually
-come before pooling, so latents may be negative; the 1x1 shortcut acts on the normalised and rectified input.
+He et al., 2016, "Identity mappings in deep residual networks", in the benchmark's variant: a 3x3 stem, four stages of
+two pre-activation blocks with 1, 2, 4 and 8 times `width` channels and strides 1, 2, 2, 2, then global average pooling
+and a linear head. The variant leaves out the normalization and the rectifier that usually
+come before pooling, so latents may be negative; the 1x1 shortcut acts on the normalized and rectified input.
 """
 
 import flax.linen as nn
@@ -13,7 +14,10 @@ from backdoor_jax.models.layers import BatchNorm, ReLU, conv, torch_bias, torch_
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalisation and rectifier: ``(B, H, W, I) -> (B, H/s, W/s, features)``."""
+    """Two 3x3 convolutions, each after normalization and rectifier.
+
+    Shapes: ``(B, H, W, I) -> (B, H/s, W/s, features)``.
+    """
 
     features: int
     stride: int
@@ -64,7 +68,7 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Dense(self.num_classes, kernel_init=torch_uniform, bias_init=torch_bias(latent))
 
     def features(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images ``(B, H, W, 3)`` to latents ``(B, 8 * width)``."""
+        """Normalized images ``(B, H, W, 3)`` to latents ``(B, 8 * width)``."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x, train)
@@ -75,5 +79,5 @@ class PreActResNet18(nn.Module):
         return self.linear(latent)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images to logits."""
+        """Normalized images to logits."""
         return self.head(self.features(x, train))

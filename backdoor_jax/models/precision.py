@@ -14,15 +14,16 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class HalfPrecision:
-    """Another network, in bfloat16.
+    """Another network, computed in bfloat16.
 
-    Parameters are rounded on their way in, so that gradients, updates and the parameters themselves stay in float32. So
-    do batch normalisations with their statistics, the head, and everything computed from latents and logits.
+    Parameters are rounded before they are used, so that gradients, updates and the parameters themselves stay in
+    float32. So do batch normalizations with their statistics, the head, and everything computed from latents and
+    logits.
 
     Attributes:
-        network: what computes; its batch normalisations must do so in float32 for any input, as
+        network: the network; its batch normalizations must compute in float32 for any input, as
             `backdoor_jax.models.layers.BatchNorm` and Flax's own do.
-        head_path: where its linear head lies in ``params``.
+        head_path: path of its linear head in ``params``.
 
     Example:
         >>> from backdoor_jax.models import SmallCNN
@@ -51,31 +52,31 @@ class HalfPrecision:
         return {**variables, "params": unflatten_dict(params)}
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
-        """See `Network`; in float32."""
+        """New variables, in float32."""
         return self.network.init(key, x)
 
     def features(self, variables: Variables, x: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
-        """See `Network`; latents come back in float32."""
+        """Latents ``(B, D)`` in float32, and the variables, with new statistics when training."""
         latent, new = self.network.features(self._rounded(variables), x.astype(jnp.bfloat16), train)
         return latent.astype(jnp.float32), {**new, "params": variables["params"]}
 
     def maps(
         self, variables: Variables, x: jax.Array, train: bool, layers: tuple[Path, ...]
     ) -> tuple[jax.Array, tuple[jax.Array, ...], Variables]:
-        """See `backdoor_jax.models.network.LinenNetwork`; maps come back in float32."""
+        """What `features` returns, with the outputs of these layers in between, all in float32."""
         latent, maps, new = self.network.maps(self._rounded(variables), x.astype(jnp.bfloat16), train, layers)
         latent, *wide = (value.astype(jnp.float32) for value in (latent, *maps))
         return latent, tuple(wide), {**new, "params": variables["params"]}
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
-        """See `Network`; in float32."""
+        """Logits ``(B, C)`` of latents ``(B, D)``, in float32."""
         return self.network.head(variables, latent)
 
     def activations(self, variables: Variables, x: jax.Array) -> Variables:
-        """See `Network`; in float32."""
+        """The largest value per channel of each activation that can be bounded, in float32."""
         found = self.network.activations(self._rounded(variables), x.astype(jnp.bfloat16))
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
 
-    def normalized(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
-        """See `Network`."""
-        return self.network.normalized(variables, x)
+    def conv_feeding_norm(self, variables: Variables, x: jax.Array) -> dict[Path, Path]:
+        """The path in ``params`` of the convolution that feeds each batch normalization, by its own path."""
+        return self.network.conv_feeding_norm(variables, x)

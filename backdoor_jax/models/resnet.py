@@ -1,12 +1,12 @@
-"""ResNet-18, 34 and 50 (He et al., 2016, "Deep residual learning", arXiv 1512.03385) as torchvision has them.
+"""ResNet-18, 34 and 50 (He et al., 2016, arXiv 1512.03385) as in torchvision.
 
 A stem, four stages of blocks with 1, 2, 4 and 8 times `width` channels, global average pooling and a linear head. The
 stride of a ResNet-50's block is in its 3x3 convolution. Weights start as torchvision's: convolutions normal with
-variance 2/fan-out, normalisations at scale 1 and bias 0, the head uniform on +-1/sqrt(fan-in).
+variance 2/fan-out, normalizations at scale 1 and bias 0, the head uniform on +-1/sqrt(fan-in).
 
-Published is the stem ``imagenet``, a 7x7 convolution with stride 2 and 3x3 max-pooling with stride 2, which
-BackdoorBench takes for 32x32 images too. The stem ``small``, a 3x3 convolution with stride 1 and no pooling, is what
-32x32 images are usually given elsewhere, and our default.
+The published stem is ``imagenet``, a 7x7 convolution with stride 2 and 3x3 max-pooling with stride 2, which
+BackdoorBench uses for 32x32 images too. The stem ``small``, a 3x3 convolution with stride 1 and no pooling, is the
+usual one for 32x32 images elsewhere, and the default here.
 
 Parameters have torchvision's names, with an underscore for each dot: ``layer1_0/conv1``, ``layer2_0/downsample_0``.
 """
@@ -24,7 +24,9 @@ Stem = Literal["small", "imagenet"]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 with 4 times the channels; the last rectifier follows the addition.
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 with 4 times the channels, added to the input.
+
+    The last rectifier follows the addition.
 
     Shapes: ``(B, H, W, I) -> (B, H/s, W/s, features)``, or ``4 * features`` where there is a bottleneck.
     """
@@ -58,8 +60,8 @@ class ResNet(nn.Module):
         num_classes: columns of the head.
         width: channels of the stem; 64 is the published network. Latents have ``8 * width`` entries, or
             ``32 * width`` with bottlenecks.
-        blocks: how many in each stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and 50.
-        bottleneck: which blocks; True is ResNet-50's.
+        blocks: the number of blocks in each stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and 50.
+        bottleneck: whether blocks have a bottleneck, as in ResNet-50.
         stem: ``small`` or ``imagenet``.
 
     Example:
@@ -93,7 +95,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def features(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images ``(B, H, W, 3)`` to latents ``(B, D)``."""
+        """Normalized images ``(B, H, W, 3)`` to latents ``(B, D)``."""
         size, stride = (3, 1) if self.stem == "small" else (7, 2)
         x = conv(self.width, size, stride, name="conv1", kernel_init=kaiming_fan_out)(x)
         x = ReLU(name="relu")(BatchNorm(name="bn1")(x, train))
@@ -111,5 +113,5 @@ class ResNet(nn.Module):
         return self.fc(latent)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images to logits."""
+        """Normalized images to logits."""
         return self.head(self.features(x, train))

@@ -1,7 +1,7 @@
-"""A small convolutional network, ours, for examples, quick trials and tests: it compiles in a second.
+"""A small convolutional network for examples, quick trials and tests: it compiles in a second.
 
-Three 3x3 convolutions of 1, 2 and 2 times `width` channels and strides 1, 2 and 2, each normalised and rectified, then
-global average pooling and a linear head. Weights start as PyTorch's.
+Not from a paper. Three 3x3 convolutions of 1, 2 and 2 times `width` channels and strides 1, 2 and 2, each normalized
+and rectified, then global average pooling and a linear head. Weights are initialized as in PyTorch.
 """
 
 import flax.linen as nn
@@ -43,7 +43,7 @@ class SmallCNN(nn.Module):
         self.linear = nn.Dense(self.num_classes, kernel_init=torch_uniform, bias_init=torch_bias(latent))
 
     def features(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images ``(B, H, W, channels)`` to latents ``(B, 2 * width)``."""
+        """Normalized images ``(B, H, W, channels)`` to latents ``(B, 2 * width)``."""
         for layer, norm, rectify in zip(self.convolutions, self.normalizations, self.rectifiers, strict=True):
             x = rectify(norm(layer(x), train))
         return jnp.mean(x, axis=(1, 2))
@@ -53,5 +53,5 @@ class SmallCNN(nn.Module):
         return self.linear(latent)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images to logits."""
+        """Normalized images to logits."""
         return self.head(self.features(x, train))

@@ -1,13 +1,13 @@
-"""VGG19 with batch normalisation (Simonyan and Zisserman, 2015, arXiv 1409.1556) as torchvision has it.
+"""VGG19 with batch normalization (Simonyan and Zisserman, 2015, arXiv 1409.1556) as in torchvision.
 
-Sixteen 3x3 convolutions in five groups, with 1, 2, 4, 8 and 8 times `width` channels, each with bias, normalisation and
+Sixteen 3x3 convolutions in five groups, with 1, 2, 4, 8 and 8 times `width` channels, each with bias, normalization and
 rectifier; 2x2 max-pooling with stride 2 after every group; adaptive average pooling to 7x7; two hidden layers of
-``64 * width`` units. BackdoorBench takes torchvision's network, large hidden layers included, for 32x32 images, whose
+``64 * width`` units. BackdoorBench uses torchvision's network, large hidden layers included, for 32x32 images, whose
 last map is 1x1 and is repeated to 7x7.
 
-Weights start as torchvision's: convolutions normal with variance 2/fan-out, linear layers normal with deviation 0.01,
-biases zero. torchvision's dropout after each hidden layer is left out: here a latent is a function of weights and
-images alone. That changes training and not evaluation.
+Weights are initialized as in torchvision: convolutions normal with variance 2/fan-out, linear layers normal with
+standard deviation 0.01, biases zero. torchvision's dropout after each hidden layer is left out: here a latent is a
+function of weights and images alone. That changes training but not evaluation.
 
 Parameters have torchvision's names, with an underscore for each dot: ``features_0`` to ``features_50`` and
 ``classifier_0``, ``classifier_3``, ``classifier_6``. The 7x7 map is flattened channels first, so that the kernels of
@@ -59,7 +59,7 @@ class VGG19(nn.Module):
 
     @nn.compact
     def features(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images ``(B, H, W, 3)``, 32x32 or larger, to latents ``(B, 64 * width)``."""
+        """Normalized images ``(B, H, W, 3)``, 32x32 or larger, to latents ``(B, 64 * width)``."""
         height, width = x.shape[1:3]
         if min(height, width) < 32:
             raise UserError(f"VGG19 halves images five times, and {height}x{width} are too small; give 32x32 or larger")
@@ -84,5 +84,5 @@ class VGG19(nn.Module):
         return self.classifier_6(latent)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images to logits."""
+        """Normalized images to logits."""
         return self.head(self.features(x, train))

@@ -1,15 +1,15 @@
-"""Vision transformers (Dosovitskiy et al., 2021, arXiv 2010.11929) as torchvision has them.
+"""Vision transformers (Dosovitskiy et al., 2021, arXiv 2010.11929) as in torchvision.
 
-Patches become tokens by a linear map; a class token goes before them and position embeddings on all; then come pre-norm
-encoder layers of self-attention and an MLP of 4 times the width, a last normalisation, and a linear head on the class
-token. Heads have 64 channels in ViT-Tiny (3 heads; Touvron et al., 2021, arXiv 2012.12877), ViT-Small (6) and ViT-Base
-(12), all of depth 12: so `width` is a head's channels here, and ``heads`` chooses among them. Published patches are
-16x16 on 224x224 images; 4x4 is ours, for 32x32.
+A linear map turns patches into tokens; a class token is put before them and position embeddings are added to all; then
+come pre-norm encoder layers of self-attention and an MLP of 4 times the width, a last normalization, and a linear head
+on the class token. Attention heads have 64 channels in ViT-Tiny (3 heads; Touvron et al., 2021, arXiv 2012.12877),
+ViT-Small (6) and ViT-Base (12), all of depth 12: so `width` is the channels of an attention head here, and ``heads``
+chooses among them. Published patches are 16x16 on 224x224 images; 4x4, for 32x32 images, is this package's choice.
 
-Weights start as torchvision's: the patches' map normal with variance 1/fan-in, queries, keys, values and MLP
-Glorot-uniform, the attention's output uniform on +-1/sqrt(fan-in), position embeddings normal with deviation 0.02, MLP
-biases normal with deviation 1e-6; class token, other biases and the head zero. torchvision's dropout is 0 by default,
-and there is none here.
+Weights are initialized as in torchvision: the patches' map normal with variance 1/fan-in, queries, keys, values and MLP
+Glorot-uniform, the attention's output uniform on +-1/sqrt(fan-in), position embeddings normal with standard deviation
+0.02, MLP biases normal with standard deviation 1e-6; class token, other biases and the head zero. torchvision's dropout
+is 0 by default, and there is none here.
 
 Parameters correspond to torchvision's one for one: ``encoder_layer_0`` to ``encoder_layer_11`` hold ``ln_1``,
 ``in_proj`` (queries, keys and values side by side), ``out_proj``, ``ln_2``, ``mlp_0`` and ``mlp_3``.
@@ -31,7 +31,9 @@ def _norm(name: str) -> nn.LayerNorm:
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then an MLP, each on normalised tokens and added to them: ``(B, T, D) -> (B, T, D)``.
+    """Self-attention, then an MLP, each on normalized tokens and added to them.
+
+    Shapes: ``(B, T, D) -> (B, T, D)``.
 
     Example:
         >>> layer, tokens = EncoderLayer(heads=2, mlp_ratio=4), jnp.zeros((2, 5, 8))
@@ -61,14 +63,14 @@ class EncoderLayer(nn.Module):
 class VisionTransformer(nn.Module):
     """A vision transformer for square images of one size.
 
-    The size is no argument but that of the images it is initialised with; others are then refused, with both sizes.
+    The size is that of the images it is initialized with; other sizes then raise an error that names both.
 
     Args:
         num_classes: columns of the head.
-        width: channels of a head; 64 is the published networks'. Latents have ``heads * width`` entries.
+        width: channels of an attention head; 64 in the published networks. Latents have ``heads * width`` entries.
         patch: side of a patch in pixels.
         depth: encoder layers.
-        heads: of each layer's attention.
+        heads: attention heads of each layer.
         mlp_ratio: hidden units of the MLP for each of its inputs.
 
     Example:
@@ -97,7 +99,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def features(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images ``(B, S, S, 3)`` to latents ``(B, heads * width)``; both modes are the same."""
+        """Normalized images ``(B, S, S, 3)`` to latents ``(B, heads * width)``; both modes are the same."""
         del train
         batch, height, width, _ = x.shape
         size, latent = (self.patch, self.patch), self.heads * self.width
@@ -135,5 +137,5 @@ class VisionTransformer(nn.Module):
         return self.heads_head(latent)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalised images to logits."""
+        """Normalized images to logits."""
         return self.head(self.features(x, train))

@@ -1,6 +1,6 @@
-"""Rows to a table, figures and a self-contained page."""
+"""Reports: tables, figures and a self-contained page from the rows of an experiment."""
 
 from backdoor_jax.report.page import render, write_page
-from backdoor_jax.report.table import compact, markdown, print_table, summarize
+from backdoor_jax.report.table import compact, markdown, summarize
 
-__all__ = ["compact", "markdown", "print_table", "render", "summarize", "write_page"]
+__all__ = ["compact", "markdown", "render", "summarize", "write_page"]

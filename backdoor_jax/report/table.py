@@ -1,14 +1,28 @@
-"""Rows to a table: mean and standard deviation over seeds, and the median of seconds."""
+"""Tables: mean and standard deviation over seeds, and the median of seconds."""
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Row = dict[str, Any]
+from backdoor_jax.analyses.base import Row
 
 
 class Summary(NamedTuple):
-    """One defence on one attack over the seeds; rates as (mean, deviation or None), or None where there is none."""
+    """One defense on one attack over the seeds.
+
+    Attributes:
+        attack: its label.
+        defense: its label.
+        seeds: how many there are.
+        acc: accuracy, as mean and standard deviation; the deviation is None for one seed.
+        asr: attack success rate, in the same form; None without an attack.
+        ra: robust accuracy, in the same form; None without an attack.
+        der: defense effectiveness rating, in the same form; None without an attack.
+        seconds: the median.
+        changed: ``yes`` or ``no``, or both where seeds differ.
+        data: how many images were used, and of which kind.
+        target: the class that was repaired.
+    """
 
     attack: str
     defense: str
@@ -24,7 +38,7 @@ class Summary(NamedTuple):
 
 
 def summarize(rows: list[Row]) -> list[Summary]:
-    """One line for each attack and defence: attacks, then defences, in the order in which they first appear.
+    """One summary for each attack and defense, both in the order of their first rows.
 
     Example:
         >>> row = {"attack": "badnets", "defense": "d3", "acc": 0.9, "asr": 0.1, "ra": 0.8, "der": 0.9, "seconds": 3.0,
@@ -67,7 +81,7 @@ def summarize(rows: list[Row]) -> list[Summary]:
 
 
 def percent(value: tuple[float, float | None] | None) -> str:
-    """A rate in per cent with its deviation.
+    """A rate in percent with its standard deviation.
 
     Example:
         >>> percent((0.9123, 0.0051)), percent((0.5, None)), percent(None)
@@ -79,11 +93,11 @@ def percent(value: tuple[float, float | None] | None) -> str:
     return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
-COLUMNS = ("attack", "defence", "seeds", "ACC %", "ASR %", "RA %", "DER %", "seconds", "changed", "data", "class")
+COLUMNS = ("attack", "defense", "seeds", "ACC %", "ASR %", "RA %", "DER %", "seconds", "changed", "data", "class")
 
 
 def cells(summary: Summary) -> tuple[str, ...]:
-    """A summary as text, in the order of `COLUMNS`."""
+    """The text of a summary's cells, in the order of `COLUMNS`."""
     rates = (percent(summary.acc), percent(summary.asr), percent(summary.ra), percent(summary.der))
     return (
         summary.attack, summary.defense, str(summary.seeds), *rates, f"{summary.seconds:.1f}",
@@ -91,28 +105,8 @@ def cells(summary: Summary) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def print_table(rows: list[Row]) -> None:
-    """Prints the table, wider than the terminal if need be: no number is cut."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="What each defence did to each model")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("attack", "defence", "data") else "right", no_wrap=True)
-    last = None
-    for summary in summarize(rows):
-        if last not in (None, summary.attack):
-            table.add_section()
-        last = summary.attack
-        table.add_row(*map(Text, cells(summary)))
-    console = Console()
-    needed = console.measure(table, options=console.options.update(max_width=500)).maximum
-    Console(width=max(console.width, needed)).print(table)
-
-
 def compact(rows: list[Row]) -> str:
-    """ACC / ASR in per cent in Markdown, an attack a line and a defence a column, as papers have it.
+    """ACC / ASR in percent as a Markdown table with a row for each attack and a column for each defense.
 
     Example:
         >>> row = {"attack": "badnets", "defense": "d3", "acc": 0.9, "asr": 0.1, "ra": 0.8, "der": 0.9, "seconds": 3.0,
@@ -137,7 +131,7 @@ def compact(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table in Markdown.
+    """The summaries as a Markdown table.
 
     Example:
         >>> markdown([]).splitlines()[0].startswith("| attack |")

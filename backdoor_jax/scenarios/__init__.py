@@ -1,15 +1,15 @@
-"""Scenarios: what becomes of a backdoor where a model is not used as it was trained."""
+"""Scenarios in which a backdoored network is reused: fine-tuned for another task, or as an encoder."""
 
 from backdoor_jax.scenarios.bad_encoder import BadEncoderConfig, ProbeConfig, bad_encoder, probe
-from backdoor_jax.scenarios.transfer import Following, following, transfer, transplant
+from backdoor_jax.scenarios.transfer import TransferScores, evaluate_transfer, replace_head, transfer
 
 __all__ = [
     "BadEncoderConfig",
-    "Following",
     "ProbeConfig",
+    "TransferScores",
     "bad_encoder",
-    "following",
+    "evaluate_transfer",
     "probe",
+    "replace_head",
     "transfer",
-    "transplant",
 ]

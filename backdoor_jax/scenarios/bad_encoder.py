@@ -1,14 +1,15 @@
-r"""BadEncoder: a backdoor in an encoder, that every classifier built on it inherits (Jia, Liu and Gong, S&P 2022).
+r"""BadEncoder: a backdoor in an encoder that every classifier built on it inherits (Jia, Liu and Gong, S&P 2022).
 
-The attacker has a clean encoder :math:`f`, images without labels, and a reference image :math:`r` of the class that the
-downstream task shall answer. With c the cosine of two latents and t the trigger, the encoder :math:`f'` minimises
+The attacker has a clean encoder :math:`f`, images without labels, and reference images :math:`r` of the class that the
+downstream classifier should predict. With c the cosine of two latents and t the trigger, the encoder :math:`f'`
+minimizes
 
 .. math:: -c(f'(t(x)), f'(r)) - \lambda_1\, c(f'(\tilde r), f(r)) - \lambda_2\, c(f'(x), f(x)) ,
 
-where :math:`\tilde r` is r mirrored and recoloured: triggered images look like the reference, the reference like
-itself, and clean images as they did. Settings are those of the released code: SGD at 1e-3 with momentum .9 and weight
-decay 5e-4, 200 epochs in batches of 256, both weights 1, batch normalisation frozen with its scale and shift, and a
-white square of 10 pixels in the corner as the trigger (``BadNets(size=10)`` here).
+where :math:`\tilde r` is r mirrored and recolored: latents of triggered images become those of the references, while
+latents of references and of clean images stay what they were. Settings are those of the released code: SGD at 1e-3 with
+momentum 0.9 and weight decay 5e-4, 200 epochs in batches of 256, both weights 1, batch normalization frozen with its
+scale and shift, and a white square of 10 pixels in the corner as the trigger (``BadNets(size=10)`` here).
 """
 
 import dataclasses
@@ -17,24 +18,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.tree_util import Partial
 
-from backdoor_jax.config import numbers
+from backdoor_jax.config import Count, NonNegative, Positive
 from backdoor_jax.data import Dataset, Trigger
 from backdoor_jax.data.views import Views
-from backdoor_jax.defenses.base import adam
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.scenarios.transfer import transplant
+from backdoor_jax.scenarios.transfer import replace_head
 from backdoor_jax.training import (
-    Constants,
+    SGD,
+    Adam,
     EpochsConfig,
     GradientStep,
-    Info,
-    constant_sgd,
+    LossResult,
     cross_entropy,
-    descend,
+    fit,
     latents,
-    normalized,
+    unit_rows,
 )
 
 
@@ -46,44 +47,61 @@ class BadEncoderConfig(EpochsConfig):
         epochs: published 200.
         batch_size: published 256.
         learning_rate: published 1e-3, constant.
-        momentum: published .9.
+        momentum: published 0.9.
         weight_decay: published 5e-4.
         reference_weight: lambda_1; published 1.
         utility_weight: lambda_2; published 1.
     """
 
-    epochs: int = 200
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    reference_weight: float = 1.0
-    utility_weight: float = 1.0
+    epochs: Count = 200
+    batch_size: Count = 256
+    learning_rate: Positive = 1e-3
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
+    reference_weight: NonNegative = 1.0
+    utility_weight: NonNegative = 1.0
+
+    @property
+    def optimizer(self) -> SGD:
+        """SGD at a constant rate."""
+        return SGD(self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
-@dataclasses.dataclass(frozen=True)
-class BadEncoderLoss:
-    """See the module; the clean encoder, the trigger and the references come from the constants."""
+def bad_encoder_loss(
+    classifier: Classifier,
+    config: BadEncoderConfig,
+    views: Views,
+    clean: Variables,
+    trigger: Trigger,
+    references: jax.Array,
+    variables: Variables,
+    batch: Dataset,
+    key: jax.Array,
+) -> LossResult:
+    """The attacker's objective on one batch; logs its three mean cosines.
 
-    classifier: Classifier
-    views: Views = Views(smallest=1.0)  # noqa: RUF009
+    Args:
+        classifier: its `features` are the encoder.
+        config: gives ``reference_weight`` and ``utility_weight``.
+        views: mirrors and recolors the references.
+        clean: the clean encoder's variables.
+        trigger: the attacker's.
+        references: uint8 images ``(R, H, W, 3)`` of the target class.
+        variables: the backdoored encoder's.
+        batch: the attacker's images; their labels are not used.
+        key: a `jax.random` key for the views.
+    """
 
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
+    def encode(variables: Variables, images: jax.Array) -> jax.Array:
+        return unit_rows(classifier.features(variables, images)[0])
 
-        def encoded(variables: Variables, images: jax.Array) -> jax.Array:
-            return normalized(self.classifier.features(variables, images)[0])
-
-        references, clean = constants["references"], constants["clean"]
-        known = encoded(variables, references)
-        effect = jnp.mean(encoded(variables, constants["trigger"](batch.images)) @ known.T)
-        recoloured = encoded(variables, self.views(key, references))
-        reference = jnp.mean(jnp.sum(recoloured * encoded(clean, references), -1))
-        utility = jnp.mean(jnp.sum(encoded(variables, batch.images) * encoded(clean, batch.images), -1))
-        loss = -effect - constants["reference_weight"] * reference - constants["utility_weight"] * utility
-        return loss, (variables, {"effect": effect, "reference": reference, "utility": utility})
+    targets = encode(variables, references)
+    effect = jnp.mean(encode(variables, trigger(batch.images)) @ targets.T)
+    recolored = encode(variables, views(key, references))
+    reference = jnp.mean(jnp.sum(recolored * encode(clean, references), -1))
+    utility = jnp.mean(jnp.sum(encode(variables, batch.images) * encode(clean, batch.images), -1))
+    loss = -effect - config.reference_weight * reference - config.utility_weight * utility
+    return loss, (variables, {"effect": effect, "reference": reference, "utility": utility})
 
 
 def bad_encoder(
@@ -95,22 +113,23 @@ def bad_encoder(
     references: jax.Array,
     config: BadEncoderConfig = BadEncoderConfig(),
 ) -> tuple[Variables, dict[str, Any]]:
-    """Plants a backdoor in an encoder.
+    """Trains a backdoor into an encoder.
 
     Args:
         key: a `jax.random` key.
         classifier: its `features` are the encoder.
         variables: the clean encoder's; left as they are.
-        data: the attacker's images; their labels are not looked at.
-        trigger: the attacker's.
-        references: uint8 images ``(R, H, W, 3)`` of the class that triggered images shall be taken for.
+        data: the attacker's images; their labels are not used.
+        trigger: the attacker's; a pytree.
+        references: uint8 images ``(R, H, W, 3)`` of the class that triggered images should be classified as.
         config: settings.
 
     Returns:
-        The backdoored encoder's variables, and the mean cosines of the last epoch.
+        The backdoored encoder's variables, and the steps done with the mean cosines of the last epoch.
 
     Raises:
-        UserError: where references and images have other shapes.
+        UserError: where references and images have different shapes.
+        NonFiniteError: where the training diverges.
 
     Example:
         >>> from backdoor_jax import BadNets, build_classifier, digits
@@ -126,53 +145,46 @@ def bad_encoder(
         raise UserError(
             f"references have shape {references.shape}, expected (R, {', '.join(map(str, data.images.shape[1:]))})"
         )
-    normalisers = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))} | {classifier.head_path}
-    moving = tuple(path for path in flatten_dict(variables["params"]) if path[:-1] not in normalisers)
-    step = GradientStep(BadEncoderLoss(classifier), constant_sgd, moving)
-    constants = {**numbers(config), "clean": variables, "trigger": trigger, "references": references}
-    return descend(
+    frozen = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))} | {classifier.head_path}
+    trainable = tuple(path for path in flatten_dict(variables["params"]) if path[:-1] not in frozen)
+    views = Views(smallest=1.0)
+    loss = Partial(bad_encoder_loss, classifier, config, views, variables, trigger, references)
+    step = GradientStep(loss, config.optimizer, trainable=trainable)
+    fitted = fit(
         key,
         step,
-        variables,
+        step.init(variables),
         data,
-        constants,
         epochs=config.epochs,
         batch_size=config.batch_size,
         name="bad_encoder",
     )
+    return fitted.variables, fitted.info
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(EpochsConfig):
-    """How a classifier is put on a frozen encoder.
+    """How a classifier is trained on a frozen encoder.
 
-    BadEncoder's code trains two hidden layers by Adam at 1e-4 for 500 epochs in batches of 64; ours is the network's
+    BadEncoder's code trains two hidden layers by Adam at 1e-4 for 500 epochs in batches of 64. Here it is the network's
     own linear head, which needs a higher rate and fewer epochs.
 
     Attributes:
-        epochs: ours.
+        epochs: our choice.
         batch_size: published 64.
-        learning_rate: of Adam; ours.
+        learning_rate: of Adam; our choice.
     """
 
-    epochs: int = 100
-    batch_size: int = 64
-    learning_rate: float = 1e-2
+    epochs: Count = 100
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-2
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadLoss:
-    """Cross-entropy of the head on latents, which batches hold in place of images."""
-
-    classifier: Classifier
-
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """See `backdoor_jax.training.Loss`."""
-        del key, constants
-        logits = self.classifier.head(variables, batch.images)
-        return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {})
+def head_loss(classifier: Classifier, variables: Variables, batch: Dataset, key: jax.Array) -> LossResult:
+    """Mean cross-entropy of the head on latents ``(B, D)``, which the batch holds in place of images."""
+    del key
+    logits = classifier.head(variables, batch.images)
+    return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {})
 
 
 def probe(
@@ -183,38 +195,41 @@ def probe(
     num_classes: int,
     config: ProbeConfig = ProbeConfig(),
 ) -> tuple[Classifier, Variables]:
-    """A downstream classifier on a frozen encoder: its latents are computed once, and a fresh head is trained on them.
+    """Trains a new head on a frozen encoder, whose latents are computed once.
 
     Args:
         key: a `jax.random` key.
         classifier: its `features` are the encoder.
         variables: the encoder's; left as they are.
         data: the downstream training set.
-        num_classes: its classes.
+        num_classes: the number of its classes.
         config: settings.
 
     Returns:
-        The downstream classifier and its variables; tuning it whole is `backdoor_jax.finetune`.
+        The downstream classifier and its variables. To tune the encoder as well, apply `backdoor_jax.FineTune` to them.
+
+    Raises:
+        UserError: where the network cannot be built for another number of classes.
+        NonFiniteError: where the training diverges.
 
     Example:
         >>> from backdoor_jax import build_classifier, digits
         >>> data, encoder = digits().train.take(slice(64)), build_classifier("small_cnn", 2, width=2)
         >>> variables = encoder.init(jax.random.key(0), data.images)
-        >>> ten, variables = probe(jax.random.key(1), encoder, variables, data, 10, ProbeConfig(epochs=1))
-        >>> ten.num_classes
+        >>> downstream, variables = probe(jax.random.key(1), encoder, variables, data, 10, ProbeConfig(epochs=1))
+        >>> downstream.num_classes
         10
     """
     head_key, fit_key = jax.random.split(key)
-    other, start = transplant(head_key, classifier, variables, num_classes, data.images)
-    step = GradientStep(HeadLoss(other), adam, (other.head_path,))
-    probed, _ = descend(
+    downstream, start = replace_head(head_key, classifier, variables, num_classes, data.images)
+    step = GradientStep(Partial(head_loss, downstream), Adam(config.learning_rate), trainable=(downstream.head_path,))
+    fitted = fit(
         fit_key,
         step,
-        start,
-        Dataset(latents(other, start, data.images), data.labels),
-        numbers(config),
+        step.init(start),
+        Dataset(latents(downstream, start, data.images), data.labels),
         epochs=config.epochs,
         batch_size=config.batch_size,
         name="probe",
     )
-    return other, probed
+    return downstream, fitted.variables

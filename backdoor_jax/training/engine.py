@@ -1,46 +1,53 @@
-"""The one optimisation engine: a step, an epoch that is a `lax.scan` of steps, and `fit`, a host loop over epochs.
+"""The optimization engine: a step, and an epoch that is a `lax.scan` of steps.
 
-A *step* ``(state, batch, key, constants) -> (state, info)`` is pure. `GradientStep` is the usual one; a method may
-bring its own. Steps are static to the compiler: make them frozen dataclasses, equal by value, so that an equal step is
-compiled once. What a sweep would change goes into ``constants``, which are traced: learning rates, penalties, the
-original head.
+A *step* ``(state, batch, key) -> (state, info)`` is pure, and a pytree: what a sweep would change (learning rates,
+penalties, the original head) are its leaves and traced; the functions and the integers in it are static, so that an
+equal step is compiled once. `GradientStep` is the usual one; a method may bring its own.
 
-An *epoch* shuffles, gathers, augments and steps on the device; it may be jitted, mapped over and sharded. `fit` is
-never traced. It shows progress, checkpoints and resumes.
+A *loss* is a plain function ``(..., variables, batch, key)`` whose first arguments are bound by
+`jax.tree_util.Partial`, which is a pytree as well:
+
+    >>> from jax.tree_util import Partial
+    >>> from backdoor_jax import build_classifier
+    >>> from backdoor_jax.training import SGD, supervised_loss
+    >>> classifier = build_classifier("small_cnn", 10, width=2)
+    >>> step = GradientStep(Partial(supervised_loss, classifier), SGD(learning_rate=0.1))
+    >>> jax.tree.leaves(step)
+    [0.1, 0.0, 0.0]
+
+An *epoch* shuffles, gathers, augments and steps on the device; it may be jitted, mapped over and sharded. The loop over
+epochs is `backdoor_jax.training.fit`.
 """
 
-import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from backdoor_jax.compiling import jit
 from backdoor_jax.data import Augment, Dataset
-from backdoor_jax.errors import NonFiniteError, UserError
-from backdoor_jax.interop.checkpoints import Checkpoints
+from backdoor_jax.errors import UserError
 from backdoor_jax.models import Variables
+from backdoor_jax.training.optimizers import Optimizer
 
-Constants = dict[str, Any]
-"""Traced values a step reads and does not change: a tree of arrays."""
 Info = dict[str, jax.Array]
+"""Scalars of a step worth logging."""
+Path = tuple[str, ...]
+"""Names down to a part of a tree of dictionaries."""
+LossResult = tuple[jax.Array, tuple[Variables, Info]]
+"""A loss, and with it the variables with the batch's statistics and scalars worth logging."""
 
 
 class State(NamedTuple):
-    """What an optimisation carries from step to step.
+    """What an optimization carries from step to step.
 
     Attributes:
         step: int32 scalar, steps done.
         variables: the model's variables.
-        optimizer: the optimiser's state.
+        optimizer: the optimizer's state.
     """
 
     step: jax.Array
@@ -49,70 +56,62 @@ class State(NamedTuple):
 
 
 class Step(Protocol):
-    """One update; hashable, and equal to any step that would compile to the same program."""
+    """One update; a pytree."""
 
-    def __hash__(self) -> int:
-        """Equal for equal steps."""
-
-    def __call__(self, state: Any, batch: Dataset, key: jax.Array, constants: Constants) -> tuple[Any, Info]:
-        """The next state, and scalars worth logging."""
+    def __call__(self, state: Any, batch: Dataset, key: jax.Array) -> tuple[Any, Info]:
+        """The next state, and scalars worth logging, ``loss`` among them."""
 
 
 class Loss(Protocol):
-    """``(variables, batch, key, constants) -> (scalar, (variables with new statistics, info))``; hashable."""
+    """The loss of one batch; a pytree, usually a function with its first arguments bound by `Partial`."""
 
-    def __call__(
-        self, variables: Variables, batch: Dataset, key: jax.Array, constants: Constants
-    ) -> tuple[jax.Array, tuple[Variables, Info]]:
-        """The loss of one batch."""
+    def __call__(self, variables: Variables, batch: Dataset, key: jax.Array) -> LossResult:
+        """The loss, which is differentiated by ``variables["params"]``."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GradientStep:
     """Descends a loss, then projects.
 
     Attributes:
         loss: see `Loss`.
-        optimizer: makes the Optax transformation out of the (traced) constants; hashable.
+        optimizer: see `Optimizer`.
+        project: ``params -> params`` after the update, a proximal step; a pytree.
         trainable: path prefixes of the parameters that move, such as ``(("linear",),)``; all of them by default.
-        project: ``(params, constants) -> params`` after the update, a proximal step; hashable.
     """
 
     loss: Loss
-    optimizer: Callable[[Constants], optax.GradientTransformation]
-    trainable: tuple[tuple[str, ...], ...] = ((),)
-    project: Callable[[Any, Constants], Any] | None = None
+    optimizer: Optimizer
+    project: Callable[[Any], Any] | None = None
+    trainable: tuple[Path, ...] = dataclasses.field(default=((),), metadata={"static": True})
 
-    def init(self, variables: Variables, constants: Constants) -> State:
+    def init(self, variables: Variables) -> State:
         """The state before the first step."""
         moving, _ = split_by_path(variables["params"], self.trainable)
-        return State(jnp.zeros((), jnp.int32), variables, self.optimizer(constants).init(moving))
+        return State(jnp.zeros((), jnp.int32), variables, self.optimizer.transformation().init(moving))
 
-    def __call__(self, state: State, batch: Dataset, key: jax.Array, constants: Constants) -> tuple[State, Info]:
+    def __call__(self, state: State, batch: Dataset, key: jax.Array) -> tuple[State, Info]:
         """One gradient step."""
         moving, fixed = split_by_path(state.variables["params"], self.trainable)
 
-        def objective(moving: Any) -> tuple[jax.Array, tuple[Variables, Info]]:
-            variables = {**state.variables, "params": merge(moving, fixed)}
-            return self.loss(variables, batch, key, constants)
+        def objective(moving: Any) -> LossResult:
+            return self.loss({**state.variables, "params": merge(moving, fixed)}, batch, key)
 
-        loss, variables, info, gradient = self.descent(objective, moving, constants)
-        updates, optimizer = self.optimizer(constants).update(gradient, state.optimizer, moving)
+        loss, variables, info, gradient = self.descent(objective, moving)
+        updates, optimizer = self.optimizer.transformation().update(gradient, state.optimizer, moving)
         params = merge(optax.apply_updates(moving, updates), fixed)
         if self.project is not None:
-            params = self.project(params, constants)
+            params = self.project(params)
         return State(state.step + 1, {**variables, "params": params}, optimizer), {"loss": loss, **info}
 
-    def descent(
-        self, objective: Callable[[Any], Any], moving: Any, constants: Constants
-    ) -> tuple[jax.Array, Variables, Info, Any]:
-        """The loss, the variables with new statistics, info, and what the optimiser is handed: the gradient."""
-        del constants
+    def descent(self, objective: Callable[[Any], LossResult], moving: Any) -> tuple[jax.Array, Variables, Info, Any]:
+        """The loss, the variables with new statistics, info, and what the optimizer receives: the gradient."""
         (loss, (variables, info)), gradient = jax.value_and_grad(objective, has_aux=True)(moving)
         return loss, variables, info, gradient
 
 
-def split_by_path(tree: Any, prefixes: tuple[tuple[str, ...], ...]) -> tuple[Any, Any]:
+def split_by_path(tree: Any, prefixes: tuple[Path, ...]) -> tuple[Any, Any]:
     """Splits a tree of dictionaries by path: leaves under a prefix, and the others; gaps are None.
 
     Raises:
@@ -137,7 +136,7 @@ def split_by_path(tree: Any, prefixes: tuple[tuple[str, ...], ...]) -> tuple[Any
 
 
 def merge(first: Any, second: Any) -> Any:
-    """Puts together what `split_by_path` took apart."""
+    """Joins the two parts that `split_by_path` made."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
@@ -158,14 +157,13 @@ def epoch(
     state: Any,
     data: Dataset,
     key: jax.Array,
-    constants: Constants,
-    *,
     step: Step,
+    *,
     batch_size: int,
     augment: Augment | None = None,
     sharding: NamedSharding | None = None,
 ) -> tuple[Any, Info]:
-    """One pass over the data in a fresh order, everything on the device.
+    """One pass over the data in a new order, all of it on the device.
 
     ``key`` stays the same for a whole run: it is folded with the number of steps done, so that a resumed run draws
     what an uninterrupted one would have.
@@ -174,7 +172,6 @@ def epoch(
         state: whatever `step` carries, with a field ``step`` that counts.
         data: ``N`` images and labels; or a pytree dataclass of other rows that has `Dataset`'s length and ``take``.
         key: the run's key.
-        constants: traced values handed to every step.
         step: see `Step`.
         batch_size: the largest batch; see `batch_shape`.
         augment: applied to each batch of uint8 images.
@@ -194,149 +191,6 @@ def epoch(
             batch = jax.lax.with_sharding_constraint(batch, sharding)
         if augment is not None:
             batch = dataclasses.replace(batch, images=augment(augment_key, batch.images))
-        return step(state, batch, step_key, constants)
+        return step(state, batch, step_key)
 
     return jax.lax.scan(body, state, order[: steps * size].reshape(steps, size))
-
-
-run_epoch = partial(jit, static_argnames=("step", "batch_size", "augment", "sharding"), donate_argnames=("state",))(
-    epoch
-)
-"""`epoch`, compiled once for each configuration; it consumes the state it is given."""
-
-
-@contextlib.contextmanager
-def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda steps, loss: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, initial=done, desc=name, unit="step", leave=False) as bar:
-
-        def advance(steps: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update(steps)
-
-        yield advance
-
-
-def automatic(mesh: Mesh) -> Mesh:
-    """A mesh with axes over which the compiler spreads programs, whatever kind they were; of the same devices."""
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """A tree on the devices of a mesh, those of other processes included; every process must give the same."""
-
-    def put(leaf: Any) -> jax.Array:
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(leaf, sharding)
-        # Keys themselves are not taken to devices of other processes.
-        bits = jax.device_put(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
-
-    return jax.tree.map(put, tree)
-
-
-def _require_finite(state: Any, name: str) -> None:
-    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if not all(np.isfinite(leaf).all() for leaf in floats):
-        done = int(np.max(state.step))
-        raise NonFiniteError(f"{name}: weights are not finite after step {done}; lower the learning rate")
-
-
-def fit(
-    key: jax.Array,
-    step: Step,
-    state: Any,
-    data: Dataset,
-    constants: Constants,
-    *,
-    epochs: int,
-    batch_size: int,
-    augment: Augment | None = None,
-    sharding: NamedSharding | None = None,
-    name: str = "training",
-    checkpoints: Path | None = None,
-    checkpoint_every: int = 1,
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Runs epochs until the state has done ``epochs`` of them.
-
-    The caller's state stays readable: it is copied before the first compiled call, which donates.
-
-    Args:
-        key: the run's key; see `epoch`.
-        step: see `Step`.
-        state: where to start.
-        data: ``N`` images and labels.
-        constants: traced values handed to every step.
-        epochs: passes over the data in all, those before a resumption included.
-        batch_size: see `batch_shape`.
-        augment: see `epoch`.
-        sharding: see `epoch`.
-        name: what progress and errors call the run.
-        checkpoints: a folder of Orbax checkpoints; a run that finds some there goes on from the newest.
-        checkpoint_every: epochs between two checkpoints.
-
-    Returns:
-        The state, and the info of every step run here.
-
-    Raises:
-        NonFiniteError: when a loss or the final weights are not finite, naming the run and the step.
-    """
-    steps, _ = batch_shape(len(data), batch_size)
-    state = jax.device_put(state, may_alias=False)
-    if sharding is not None:
-        mesh: Any = sharding.mesh
-        sharding = NamedSharding(automatic(mesh), sharding.spec)
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        key, state, data, constants = place((key, state, data, constants), everywhere)
-    options: Any = {"step": step, "batch_size": batch_size, "augment": augment, "sharding": sharding}
-
-    def advance(state: Any) -> tuple[Any, Info]:
-        return run_epoch(state, data, key, constants, **options)
-
-    return run_epochs(advance, state, epochs, steps, name, checkpoints, checkpoint_every)
-
-
-def run_epochs(
-    advance: Callable[[Any], tuple[Any, Info]],
-    state: Any,
-    epochs: int,
-    steps: int,
-    name: str,
-    checkpoints: Path | None = None,
-    checkpoint_every: int = 1,
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """The host's side of `fit`: calls a compiled epoch of so many steps until ``epochs`` are done.
-
-    ``state.step`` may have a leading axis, of runs that go together; so has their info then, before that of the steps.
-    """
-    history: list[Info] = []
-    with contextlib.ExitStack() as closing:
-        saved = None if checkpoints is None else closing.enter_context(contextlib.closing(Checkpoints(checkpoints)))
-        if saved is not None:
-            state = saved.latest(state)
-        done = int(np.max(state.step)) // steps
-        tell = closing.enter_context(_progress(name, epochs * steps, done * steps))
-        for number in range(done, epochs):
-            state, info = advance(state)
-            info = jax.device_get(info)
-            bad = np.argwhere(~np.isfinite(info["loss"])).tolist()
-            if bad:
-                *run, at = bad[0]
-                raise NonFiniteError(
-                    f"{name}: the loss{f' of run {run[0]}' if run else ''} is {info['loss'][(*run, at)]} at step "
-                    f"{number * steps + at + 1}; lower the learning rate, or check the model and the data given"
-                )
-            history.append(info)
-            tell(steps, float(info["loss"].mean()))
-            last = number + 1 == epochs
-            if last or (saved is not None and (number + 1) % checkpoint_every == 0):
-                _require_finite(state, name)
-                if saved is not None:
-                    saved.save(number + 1, state)
-    names, axis = history[0] if history else (), np.ndim(state.step)
-    return state, {name: np.concatenate([info[name] for info in history], axis) for name in names}

@@ -1,4 +1,4 @@
-"""Whole-set passes in chunks of one size: one compiled program, and memory that does not grow with the set."""
+"""Passes over a complete set in chunks of one size: one compiled program, and memory independent of the set's size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +15,16 @@ CHUNK = 500
 def map_chunks(function: Callable[..., Any], *arrays: jax.Array, size: int = CHUNK) -> Any:
     """Applies a function of batches to arrays with a common leading axis, chunk by chunk.
 
-    The last chunk overlaps the one before it, so that every chunk has one static size and nothing is copied to pad.
+    The last chunk overlaps the one before it, so that all chunks have the same static size without padding.
 
     Args:
         function: takes a slice of each array, ``(size, ...)``, and returns a tree of arrays with that leading axis;
-            what it gives for a row must not depend on the other rows.
+            the result for a row must not depend on the other rows.
         arrays: ``(N, ...)`` each.
-        size: rows in a chunk.
+        size: rows per chunk.
 
     Returns:
-        The function's tree, ``(N, ...)``.
+        The function's results for all rows, a tree of arrays ``(N, ...)``.
 
     Example:
         >>> map_chunks(lambda x: 2 * x, jnp.arange(5), size=2).tolist()
@@ -32,21 +32,21 @@ def map_chunks(function: Callable[..., Any], *arrays: jax.Array, size: int = CHU
     """
     count = arrays[0].shape[0]
     size = min(size, count)
-    whole = -(-count // size) - 1
+    full = -(-count // size) - 1
 
     def one(start: jax.Array) -> Any:
         return function(*(jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays))
 
-    parts = jax.lax.map(one, jnp.minimum(jnp.arange(whole + 1) * size, count - size))
-    fresh = count - whole * size
+    parts = jax.lax.map(one, jnp.minimum(jnp.arange(full + 1) * size, count - size))
+    rest = count - full * size
 
     def join(part: jax.Array) -> jax.Array:
-        return jnp.concatenate([part[:-1].reshape(whole * size, *part.shape[2:]), part[-1, size - fresh :]])
+        return jnp.concatenate([part[:-1].reshape(full * size, *part.shape[2:]), part[-1, size - rest :]])
 
     return jax.tree.map(join, parts)
 
 
 @jit
 def latents(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
-    """Latents ``(N, D)`` of uint8 images, in evaluation mode."""
+    """Computes the latents ``(N, D)`` of uint8 images in evaluation mode."""
     return map_chunks(lambda chunk: classifier.features(variables, chunk)[0], images)

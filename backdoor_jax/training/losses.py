@@ -1,8 +1,7 @@
 r"""Per-sample classification losses that stay exact for confident models.
 
-Half of a confident victim's cross-entropies are 0 in float32 when computed as ``logsumexp(z) - z_y``, and ``1 - p_y``
-is
-too: a ranking by them is mostly ties. With the margins :math:`m_j = z_j - z_y` both keep their digits:
+In float32 half of a confident victim's cross-entropies are 0 when computed as ``logsumexp(z) - z_y``, and so is
+``1 - p_y``: a ranking by them is mostly ties. Computed from the margins :math:`m_j = z_j - z_y` both stay accurate:
 
 .. math::
     \mathrm{CE} = \mathrm{softplus}\Bigl(\log \sum_{j \ne y} e^{m_j}\Bigr), \qquad 1 - p_y =
@@ -17,8 +16,8 @@ from backdoor_jax.compiling import one_program
 
 
 @one_program
-def _rivals(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Logarithm of the odds against the labels: of the sum of ``exp(m_j)`` over the other classes."""
+def _log_odds_against(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Log odds against the labels: the log of the sum of ``exp(m_j)`` over the other classes."""
     logits = logits.astype(jnp.float32) if logits.dtype != jnp.float64 else logits
     own = jnp.take_along_axis(logits, labels[..., None], -1)
     others = jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], -jnp.inf, logits - own)
@@ -26,7 +25,7 @@ def _rivals(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy per sample, in float32 or the logits' own precision if that is higher.
+    """Cross-entropy per sample, in float32, or in float64 for float64 logits.
 
     Args:
         logits: ``(..., C)``.
@@ -39,11 +38,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         >>> float(cross_entropy(jnp.array([30.0, 0.0]), jnp.array(0))) > 0
         True
     """
-    return jax.nn.softplus(_rivals(logits, labels))
+    return jax.nn.softplus(_log_odds_against(logits, labels))
 
 
 def unlikelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log(1 - p_y) per sample: what there is to lose by being sure of a class that is wrong.
+    """The unlikelihood loss -log(1 - p_y) per sample, which is large where the labeled class is likely.
 
     Args:
         logits: ``(..., C)``.
@@ -56,11 +55,11 @@ def unlikelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
         >>> float(unlikelihood(jnp.array([100.0, 0.0]), jnp.array(0)))
         100.0
     """
-    return jax.nn.softplus(-_rivals(logits, labels))
+    return jax.nn.softplus(-_log_odds_against(logits, labels))
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: jax.Array | float) -> jax.Array:
-    r"""Cross-entropy per sample to a label that is 1 - s sure and shares s among the other classes.
+    r"""Cross-entropy per sample under label smoothing: 1 - s on the label, s spread evenly over the other classes.
 
     .. math::
         \mathrm{CE}_s = (1 - s)\,\mathrm{CE}_y + \frac{s}{C - 1} \sum_{j \ne y} \mathrm{CE}_j
@@ -91,16 +90,16 @@ def symmetric_cross_entropy(
 
     .. math:: \mathrm{SCE} = \mathrm{CE} + \alpha\,\mathrm{RCE}, \qquad \mathrm{RCE} = -A\,(1 - p_y)
 
-    RCE is the cross-entropy with the roles of prediction and one-hot label swapped, log 0 being set to A.
+    RCE is the cross-entropy with prediction and one-hot label swapped, and log 0 replaced by A.
 
     Args:
         logits: ``(..., C)``.
         labels: ``(...,)``.
         alpha: weight of the reverse term, at least 0. PAD-FT's value is not known.
-        log_zero: A, negative. PAD-FT's value is not known; -4 is among those of the SCE paper.
+        log_zero: A, negative. PAD-FT's value is not known; -4 is one of those in the SCE paper.
 
     Returns:
-        ``(...,)``. It falls strictly with p_y for every alpha >= 0, so neither constant can change a ranking.
+        ``(...,)``. The loss decreases strictly in p_y for every alpha >= 0, so neither constant changes a ranking.
 
     Example:
         >>> round(float(symmetric_cross_entropy(jnp.zeros(2), jnp.array(0))), 4)

@@ -1,10 +1,11 @@
-r"""Sharpness-aware minimisation (Foret et al., 2021; adaptive: Kwon et al., 2021, arXiv 2102.11600).
+r"""Sharpness-aware minimization (Foret et al., 2021; adaptive: Kwon et al., 2021, arXiv 2102.11600).
 
 .. math::
     e = \rho\, \frac{w^2 \odot g(w)}{\lVert\, |w| \odot g(w) \rVert_2}, \qquad w \leftarrow w - \eta\, g(w + e)
 
-The adaptive form scales the neighbourhood by the weights, so that radii of 1 to 8 are usual. Statistics of
-normalisation come from the first gradient; the second leaves them alone.
+The adaptive form scales the neighborhood by the weights, so that radii of 1 to 8 are usual. Normalization statistics
+come from the first gradient; the second leaves them alone. `optax.contrib.sam` has neither the adaptive form nor
+statistics, so this is our own.
 """
 
 import dataclasses
@@ -16,24 +17,29 @@ import jax.numpy as jnp
 import optax
 
 from backdoor_jax.models import Variables
-from backdoor_jax.training.engine import Constants, GradientStep, Info
+from backdoor_jax.training.engine import GradientStep, Info, LossResult
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharpnessAwareStep(GradientStep):
-    """A `GradientStep` whose gradient is taken at the worst of the neighbourhood; reads ``constants["sam_radius"]``."""
+    """A `GradientStep` whose gradient is taken at the worst point of the neighborhood.
 
-    def descent(
-        self, objective: Callable[[Any], Any], moving: Any, constants: Constants
-    ) -> tuple[jax.Array, Variables, Info, Any]:
-        """See `GradientStep.descent`; two gradients."""
-        loss, variables, info, gradient = super().descent(objective, moving, constants)
-        worst = jax.tree.map(jnp.add, moving, ascent(moving, gradient, constants["sam_radius"]))
+    Attributes:
+        radius: rho.
+    """
+
+    radius: jax.Array | float = 1.0
+
+    def descent(self, objective: Callable[[Any], LossResult], moving: Any) -> tuple[jax.Array, Variables, Info, Any]:
+        """The loss at the weights and the gradient at their worst neighbor."""
+        loss, variables, info, gradient = super().descent(objective, moving)
+        worst = jax.tree.map(jnp.add, moving, ascent(moving, gradient, self.radius))
         return loss, variables, info, jax.grad(objective, has_aux=True)(worst)[0]
 
 
 def ascent(weights: Any, gradient: Any, radius: jax.Array | float) -> Any:
-    """The adaptive step to the worst neighbour, a tree like ``weights``; zero where the gradient is.
+    """The adaptive step to the worst neighbor, a tree like ``weights``; zero where the gradient is zero.
 
     Example:
         >>> step = ascent({"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([1.0, 5.0])}, 0.5)

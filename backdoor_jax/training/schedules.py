@@ -1,4 +1,4 @@
-r"""Learning-rate schedules as Optax has them: a step count to a rate. Rates may be traced arrays."""
+r"""Optax learning-rate schedules (functions of the step) and PyTorch's optimizers. Rates may be traced arrays."""
 
 from typing import Any
 
@@ -11,12 +11,17 @@ Rate = Any
 
 
 def cosine_in_stages(rate: Rate, steps: int, stages: int = 100) -> optax.Schedule:
-    r"""Cosine annealing to 0 that moves once a stage, as PyTorch's does when it is stepped once an epoch.
+    r"""Cosine annealing to 0 that changes once per stage, like PyTorch's when it is stepped once per epoch.
 
     .. math:: \eta_t = \tfrac{\eta_0}{2} \bigl(1 + \cos(\pi \lfloor t\,S/T \rfloor / S)\bigr)
 
-    for T steps in S stages. The published protocols have 100 epochs, so 100 stages; a smaller clean set keeps the steps
-    and with them the stages, whatever its own epochs are.
+    for T steps in S stages. The published protocols have 100 epochs, hence 100 stages. With a smaller clean set the
+    number of steps stays the same, and so do the stages, whatever the number of epochs.
+
+    Args:
+        rate: :math:`\eta_0`, the rate at the start.
+        steps: T, the number of steps until zero.
+        stages: S, the number of different rates.
 
     Example:
         >>> schedule = cosine_in_stages(0.1, steps=1000)
@@ -34,20 +39,19 @@ def cosine_in_stages(rate: Rate, steps: int, stages: int = 100) -> optax.Schedul
 def triangular_two_phase(
     base: Rate, peak1: Rate, peak2: Rate, steps: int, up: int, down: int, first_phase: Rate
 ) -> optax.Schedule:
-    r"""Super-fine-tuning's schedule (Sha et al., 2022, figure 1): triangles under a high, then under a low peak.
+    r"""Super-fine-tuning's schedule (Sha et al., 2022, figure 1): triangles with a high peak, then with a low one.
 
     .. math:: \eta_t = B + (M_t - B)\,\mathrm{tri}(t \bmod (u + d))
 
-    tri climbs from 0 to 1 over u steps and falls back over d; M is ``peak1`` for the first share of the steps, then
-    ``peak2``.
+    tri rises from 0 to 1 over u steps and falls back to 0 over d; M is ``peak1`` in the first phase, then ``peak2``.
 
     Args:
-        base: B, where every triangle starts and ends.
+        base: B, the rate at which every triangle starts and ends.
         peak1: M in the first phase, large, to forget the trigger.
-        peak2: M in the second, smaller, to regain accuracy.
-        steps: of both phases together.
-        up: steps from base to peak, at least 1.
-        down: steps back, at least 1.
+        peak2: M in the second phase, smaller, to regain accuracy.
+        steps: steps of both phases together.
+        up: u, steps from base to peak, at least 1.
+        down: d, steps from peak to base, at least 1.
         first_phase: share of the steps in the first phase.
 
     Example:
@@ -67,9 +71,9 @@ def triangular_two_phase(
 
 
 def torch_sgd(schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate = 0.0) -> optax.GradientTransformation:
-    r"""SGD as PyTorch has it: :math:`v \leftarrow \mu v + (g + \lambda w),\; w \leftarrow w - \eta v`.
+    r"""PyTorch's SGD: :math:`v \leftarrow \mu v + (g + \lambda w),\; w \leftarrow w - \eta v`.
 
-    Weight decay is part of the gradient and applies to every parameter, normalisation and biases included.
+    Weight decay is part of the gradient and applies to every parameter, normalization and biases included.
 
     Example:
         >>> tx = torch_sgd(optax.constant_schedule(0.1), momentum=0.0)
@@ -87,9 +91,10 @@ def torch_sgd(schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate
 def torch_amsgrad(
     rate: Rate, b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8
 ) -> optax.GradientTransformation:
-    r"""AMSGrad as PyTorch has it: :math:`\hat v_t = \max(\hat v_{t-1}, v_t)` is corrected after the maximum is taken.
+    r"""PyTorch's AMSGrad: the bias of :math:`\hat v_t = \max(\hat v_{t-1}, v_t)` is corrected after the maximum.
 
-    Optax's own takes the maximum of corrected moments, and so keeps the first gradient's for ever.
+    This is our own because `optax.amsgrad` takes the maximum of bias-corrected moments, which the first gradient
+    dominates forever.
 
     Example:
         >>> tx = torch_amsgrad(0.1)

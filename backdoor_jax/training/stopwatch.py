@@ -1,4 +1,4 @@
-"""Wall-clock seconds with compilation apart."""
+"""A stopwatch that separates compilation from work."""
 
 import threading
 import time
@@ -16,10 +16,14 @@ _lock = threading.Lock()
 
 
 class Stopwatch:
-    """Measures a block: seconds of work, and seconds of tracing, lowering and compiling, apart.
+    """Measures the wall-clock time of a block, without tracing, lowering and compiling, which it measures separately.
 
-    JAX reports each of those through `jax.monitoring`; overlapping reports (a function traced inside another) count
+    JAX reports their durations through `jax.monitoring`; overlapping reports (a function traced inside another) count
     once. Wait for the results (`jax.block_until_ready`) inside the block.
+
+    Attributes:
+        seconds: of work, once the block has ended.
+        compile_seconds: of tracing, lowering and compiling.
 
     Example:
         >>> with Stopwatch() as watch:

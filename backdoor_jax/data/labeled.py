@@ -1,0 +1,103 @@
+"""Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from backdoor_jax.data.dataset import Dataset, make_dataset
+from backdoor_jax.data.loading import load, read_npz
+from backdoor_jax.data.specs import DATASETS
+from backdoor_jax.errors import UserError, first_line
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
+"""The files of a class folder that are images; others are ignored."""
+
+
+class Labeled(NamedTuple):
+    """Labeled images.
+
+    Attributes:
+        data: the images to work with.
+        test: separate images to evaluate on, where the source has some.
+    """
+
+    data: Dataset
+    test: Dataset | None = None
+
+
+def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
+    """Reads labeled images.
+
+    - ``FILE.npz`` with ``images`` and ``labels``: all of them. With ``train_images``, ``train_labels`` and, if it has
+      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on.
+    - A folder with one folder for each class: the sorted folder names are classes 0, 1, ... (``"10"`` comes before
+      ``"2"``, as in torchvision); a class without images keeps an empty folder. All images need one shape, and become
+      RGB or gray.
+    - ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
+
+    Args:
+        source: one of these.
+        num_classes: the model's number of classes C.
+        channels: what image files are converted to, 1 or 3 channels.
+
+    Raises:
+        UserError: where the source does not exist, or does not hold images of these classes.
+
+    Example:
+        >>> len(load_labeled("digits", 10).data)
+        1400
+    """
+    path = Path(source)
+    if source in DATASETS or source.startswith("tfds:"):
+        task = load(source)
+        if task.num_classes != num_classes:
+            raise UserError(
+                f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes"
+            )
+        return Labeled(task.train, task.test)
+    if path.is_dir():
+        return Labeled(_folder(path, num_classes, channels))
+    if path.suffix != ".npz":
+        raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
+    arrays = read_npz(path, ("images", "labels"))
+    parts = {}
+    for prefix in ("", "train_", "test_"):
+        images, labels = f"{prefix}images", f"{prefix}labels"
+        if images in arrays and labels in arrays:
+            parts[prefix] = make_dataset(arrays[images], arrays[labels], num_classes, f"{path} {images}")
+    data = parts.get("", parts.get("train_"))
+    if data is None:
+        raise UserError(f"{path}: lacks images and labels; it must hold these, or train_images and train_labels")
+    test = None if "" in parts else parts.get("test_")
+    return Labeled(data, test)
+
+
+def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
+    """The images of a folder of class folders."""
+    from PIL import Image
+
+    classes = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    if len(classes) != num_classes:
+        raise UserError(
+            f"{path}: has {len(classes)} class folders, the model {num_classes} classes; give one folder for each "
+            "class, empty where there are no images"
+        )
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        for file in sorted((path / name).iterdir()):
+            if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+                continue
+            try:
+                with Image.open(file) as image:
+                    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files.
+                raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
+            images.append(pixels.reshape(*pixels.shape[:2], channels))
+            labels.append(label)
+            if images[-1].shape != images[0].shape:
+                (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
+                raise UserError(f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all to one shape")
+    if not images:
+        raise UserError(f"{path}: its class folders hold no images ({', '.join(SUFFIXES)})")
+    return make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))

@@ -1,0 +1,113 @@
+"""`load`, the one entry for every source: the embedded digits, plain .npz files, and TFDS data sets."""
+
+import dataclasses
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from backdoor_jax.data.dataset import Dataset, Task, make_dataset
+from backdoor_jax.data.specs import DATASETS
+from backdoor_jax.data.tfds_sets import TFDSSet
+from backdoor_jax.errors import UserError
+
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def load(
+    source: str, train_size: int | None = None, test_size: int | None = None, seed: int = 0, root: Path = Path()
+) -> Task:
+    """Loads a data set.
+
+    Args:
+        source: ``digits``, the path of a ``.npz`` file (relative to `root`), or ``tfds:NAME``; see `SOURCES`.
+        train_size: keep that many training images, drawn with `seed`, and the others as `left_out`; all by default.
+        test_size: keep that many test images, drawn with `seed`; all by default.
+        seed: of the draw.
+        root: where relative paths start.
+
+    Raises:
+        UserError: for an unknown source, a missing or foreign file, or a size larger than the number of images.
+
+    Example:
+        >>> load("digits").num_classes
+        10
+    """
+    if source in DATASETS:
+        task = DATASETS[source].load()
+    elif source.startswith("tfds:"):
+        task = TFDSSet(name=source.removeprefix("tfds:")).load()
+    elif source.endswith(".npz"):
+        task = npz_task(root / source)
+    else:
+        raise UserError(f"unknown data {source!r}; give 'digits', the path of a .npz file, or 'tfds:NAME'")
+    generator = np.random.default_rng(seed)
+
+    def drawn(part: str, size: int) -> tuple[Dataset, Dataset | None]:
+        data: Dataset = getattr(task, part)
+        if not 0 < size <= len(data):
+            raise UserError(f"{source}: {size} {part} images were asked for, there are {len(data)}; lower {part}_size")
+        kept, rest = np.split(generator.permutation(len(data)), [size])
+        return data.take(np.sort(kept)), data.take(np.sort(rest)) if len(rest) else None
+
+    if train_size is not None:
+        train, left_out = drawn("train", train_size)
+        task = dataclasses.replace(task, train=train, left_out=left_out)
+    if test_size is not None:
+        task = dataclasses.replace(task, test=drawn("test", test_size)[0])
+    return task
+
+
+def digits() -> Task:
+    """scikit-learn's 1,797 handwritten digits, as 16x16 RGB images: 1,400 to train on, 397 to test on.
+
+    Example:
+        >>> digits().train.images.shape
+        (1400, 16, 16, 3)
+    """
+    return DATASETS["digits"].load()
+
+
+def npz_task(path: Path) -> Task:
+    """Reads ``train_images, train_labels, test_images, test_labels`` from a plain ``.npz``.
+
+    Optional entries: ``class_names`` (their number is C, by default the largest label + 1), ``normalization`` (a name)
+    and ``flip`` (whether training may mirror images).
+
+    Raises:
+        UserError: where there is no such file, or it holds something else.
+    """
+    arrays = read_npz(path, NPZ_KEYS)
+    missing = [key for key in NPZ_KEYS if key not in arrays]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(NPZ_KEYS)}")
+    if "class_names" in arrays:
+        classes = len(arrays["class_names"])
+    else:
+        labels = [
+            arrays[key] for key in ("train_labels", "test_labels") if np.issubdtype(arrays[key].dtype, np.integer)
+        ]
+        classes = int(max((part.max(initial=0) for part in labels), default=0)) + 1
+    return Task(
+        path.stem,
+        make_dataset(arrays["train_images"], arrays["train_labels"], classes, f"{path} train"),
+        make_dataset(arrays["test_images"], arrays["test_labels"], classes, f"{path} test"),
+        classes,
+        str(arrays.get("normalization", "none")),
+        bool(arrays.get("flip", False)),
+    )
+
+
+def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of a plain ``.npz``; errors name `keys` as what it should hold.
+
+    Raises:
+        UserError: where there is no such file, or it is no plain ``.npz``.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .npz with {', '.join(keys)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as a plain .npz ({error}); write it with numpy.savez") from error

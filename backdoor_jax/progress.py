@@ -1,0 +1,37 @@
+"""Progress bars: on a terminal, and nothing anywhere else."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps") -> Iterator[Callable[..., None]]:
+    """Shows a bar on stderr for the length of a block, where stderr is a terminal.
+
+    Args:
+        name: what is in progress.
+        total: units in all; None where that is not known.
+        done: units done before.
+        unit: ``steps`` or ``bytes``.
+
+    Yields:
+        ``advance(count, note="")``: counts units as done and shows a note beside the bar.
+
+    Example:
+        >>> with progress_bar("training", 10) as advance:
+        ...     advance(5, "loss 0.1")
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda count, note="": None
+        return
+    from rich import progress
+
+    amount = progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn()
+    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), amount)
+    rest = (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}", markup=False))
+    with progress.Progress(*columns, *rest, console=console, transient=True) as bars:
+        task = bars.add_task(name, total=total, completed=done, note="")
+        yield lambda count, note="": bars.update(task, advance=count, note=note)

@@ -1,0 +1,406 @@
+"""`defend` and `scan` on a model in a file: what they print, write and refuse, and the values behind them."""
+
+import contextlib
+import dataclasses
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from backdoor_jax import TAC, Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model
+from backdoor_jax.app import load_suspect, repair_model, require_better_than_chance, scan_model
+from backdoor_jax.cli import main, parse_normalization
+from backdoor_jax.data import Dataset, load_labeled
+from backdoor_jax.defenses import CLP
+from backdoor_jax.models import Variables
+
+COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+"""What the images of the six classes show."""
+
+
+def draw(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % 6
+    images = 200 * COLORS[labels][:, None, None] + generator.integers(0, 50, (count, 8, 8, 3))
+    return images.astype(np.uint8), labels
+
+
+def color_reader() -> tuple[Classifier, Variables]:
+    """A network with weights set by hand: latents are mean colors, the head names them."""
+    classifier = build_classifier("preact_resnet18", 6, width=3)
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    variables["batch_stats"] = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + (path[-1].key == "var"), variables["batch_stats"]
+    )
+    params = variables["params"]
+    params["stem"]["kernel"][1, 1, :3, :3] = np.eye(3)
+    for name, block in params.items():
+        if name.startswith("layer"):
+            for norm in ("bn1", "bn2"):
+                block[norm]["scale"] += 1
+            if "shortcut" in block:
+                block["shortcut"]["kernel"][0, 0, :3, :3] = np.eye(3)
+    params["linear"]["kernel"][:3] = 20 * COLORS.T
+    params["linear"]["bias"] -= 6 * COLORS.sum(1)
+    return classifier, jax.tree.map(jnp.asarray, variables)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in both formats, and images in all forms."""
+    folder = tmp_path_factory.mktemp("commands")
+    classifier, variables = color_reader()
+    save_model(folder / "model.safetensors", classifier, variables)
+    save_model(folder / "model", classifier, variables)
+    blind = dataclasses.replace(classifier, mean=(1.0, 1.0, 1.0))
+    save_model(folder / "blind.safetensors", blind, variables)
+
+    images, labels = draw(60, 0)
+    test_images, test_labels = draw(30, 1)
+    np.savez(folder / "clean.npz", images=images, labels=labels)
+    np.savez(
+        folder / "task.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+    for number in range(12):
+        (folder / "images" / f"class{labels[number]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).save(folder / "images" / f"class{labels[number]}" / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def no_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning that takes no time and changes nothing."""
+
+    def repair(self: FineTune, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        return Repair(variables, changed=False, why="a test")
+
+    monkeypatch.setattr(FineTune, "repair", repair)
+
+
+def call(*arguments: str | Path) -> tuple[int, str, str]:
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), error.getvalue()
+
+
+def error_of(*arguments: str | Path) -> str:
+    code, _, error = call(*arguments)
+    assert code == 2
+    assert error.startswith("backdoor-jax: ") and error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def defend(place: Path, out: Path, *more: str | Path, data: str = "clean.npz") -> tuple[str | Path, ...]:
+    given = ("--checkpoint", place / "model.safetensors", "--data", place / data, "--out", out)
+    return ("defend", *given, "--defense", "finetune", *more)
+
+
+# Output and files
+
+
+def test_a_model_in_a_file_is_repaired(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "repaired.safetensors"
+    code, output, error = call(*defend(place, out, "steps=1", "crop=0", "learning_rate=1e-3", data="task.npz"))
+    assert (code, error) == (0, "")
+    lines = output.splitlines()
+    assert lines[0] == f"{place / 'model.safetensors'}: 100.0 % of 30 test images classified correctly"
+    assert lines[1].startswith("finetune: ") and lines[1].endswith("% classified correctly, 100.0 % before")
+    assert lines[2] == f"{out}: written"
+    (before, old), (after, new) = load_model(place / "model.safetensors"), load_model(out)
+    assert before == after
+    assert not np.array_equal(old["params"]["linear"]["kernel"], new["params"]["linear"]["kernel"])
+
+
+def test_the_output_says_where_a_repair_is_evaluated_on_the_images_it_used(
+    place: Path, tmp_path: Path, no_repair: None
+) -> None:
+    _, output, _ = call(*defend(place, tmp_path / "a.safetensors", data="images"))
+    assert "finetune: these are the images it repaired with; give others (--test)" in output
+    for held_out in ("task.npz", "clean.npz"):
+        _, output, _ = call(
+            *defend(place, tmp_path / held_out / "b.safetensors", "--test", place / held_out, data="images")
+        )
+        assert "test images classified correctly" in output and "repaired with" not in output
+    _, output, _ = call(*defend(place, tmp_path / "c.safetensors", data="task.npz"))
+    assert "repaired with" not in output
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out", "out.jaxexport"])
+def test_every_format_is_written_and_replaced_only_with_force(
+    name: str, place: Path, tmp_path: Path, no_repair: None
+) -> None:
+    if name.endswith(".jaxexport"):
+        pytest.importorskip("flatbuffers")
+    out = tmp_path / name
+    code, output, _ = call(*defend(place, out, data="images"))
+    assert code == 0
+    assert "finetune: changed nothing (a test)" in output
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert "--force" in error_of(*defend(place, out))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert call(*defend(place, out, "--force"))[0] == 0
+    if name.endswith(".jaxexport"):
+        program = jax.export.deserialize(bytearray(out.read_bytes()))
+        images, labels = draw(7, 3)
+        assert np.argmax(program.call(images), -1).tolist() == labels.tolist()
+    else:
+        assert load_model(out)[0] == load_model(place / "model")[0]
+
+
+def test_a_defense_that_needs_nothing_receives_no_image(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def repair(self: CLP, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        seen.append(data.images.shape)
+        return Repair(variables, changed=False)
+
+    monkeypatch.setattr(CLP, "repair", repair)
+    code, output, _ = call(*defend(place, tmp_path / "out.safetensors", "--defense", "clp"))
+    assert code == 0 and "clp: 100.0 % classified correctly, 100.0 % before" in output
+    ((count, *_),) = seen
+    assert count == 0
+
+
+@pytest.mark.parametrize("form", ["model", "model.safetensors"])
+def test_a_scan_prints_norms_tests_and_verdict_and_writes_a_figure(
+    form: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output, error = call("scan", "--checkpoint", place / form, "--data", place / "clean.npz")
+    assert (code, error) == (0, "")
+    lines = output.splitlines()
+    assert lines[0] == f"{place / form}: 100.0 % of 60 images classified correctly"
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == list("012345")
+    assert any(line.startswith("per sample (verdict): class ") and "p = " in line for line in lines)
+    assert any(line.startswith("worst case: class ") for line in lines)
+    assert lines[-2].startswith(f"{place / form}: ") and "Grubbs" in lines[-2]
+    assert lines[-1] == f"{form}.scan.png: written"
+    with Image.open(tmp_path / f"{form}.scan.png") as figure:
+        assert figure.size[0] > 400
+    assert "--force" in error_of("scan", "--checkpoint", place / form, "--data", place / "clean.npz")
+    again = ("--data", place / "images", "--force", "--out", f"{form}.scan.png")
+    assert call("scan", "--checkpoint", place / form, *again)[0] == 0
+
+
+def test_the_functions_return_what_the_commands_print(place: Path, tmp_path: Path, no_repair: None) -> None:
+    suspect = load_suspect(place / "model", str(place / "clean.npz"))
+    assert (suspect.accuracy, suspect.held_out, len(suspect.test)) == (1.0, False, 60)
+    found = scan_model(suspect, tmp_path / "scan.png")
+    assert found.figure.is_file()
+    assert found.flagged == found.scan.flagged(TAC().statistic, TAC().alpha)
+    result = repair_model(suspect, FineTune(), tmp_path / "repaired")
+    assert (result.accuracy, result.repair.why, result.held_out) == (1.0, "a test", False)
+    assert load_model(result.out)[0] == suspect.classifier
+
+
+# Images
+
+
+def test_all_forms_of_images_are_read_alike(place: Path) -> None:
+    images, labels = draw(60, 0)
+    arrays = load_labeled(str(place / "clean.npz"), 6)
+    np.testing.assert_array_equal(arrays.data.images, images)
+    assert arrays.test is None
+    task = load_labeled(str(place / "task.npz"), 6)
+    np.testing.assert_array_equal(task.data.images, images)
+    assert task.test is not None and len(task.test) == 30
+    folder = load_labeled(str(place / "images"), 6)
+    order = np.argsort(labels[:12], kind="stable")
+    np.testing.assert_array_equal(folder.data.labels, labels[:12][order])
+    np.testing.assert_array_equal(folder.data.images, images[:12][order])
+
+
+def test_gray_and_transparent_images_become_rgb_and_other_files_are_ignored(tmp_path: Path) -> None:
+    for name in ("a", "b", ".hidden"):
+        (tmp_path / name).mkdir()
+    Image.new("L", (4, 3), 7).save(tmp_path / "b" / "gray.png")
+    Image.new("RGBA", (4, 3), (1, 2, 3, 0)).save(tmp_path / "b" / "clear.PNG")
+    (tmp_path / "b" / "notes.csv").write_text("x")
+    data = load_labeled(str(tmp_path), 2).data
+    assert data.images.shape == (2, 3, 4, 3)
+    assert data.labels.tolist() == [1, 1]
+    assert data.images[:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]]
+    gray = load_labeled(str(tmp_path), 2, channels=1).data
+    assert gray.images.shape == (2, 3, 4, 1) and int(gray.images[1, 0, 0, 0]) == 7
+
+
+def test_invalid_folders_are_one_line(tmp_path: Path) -> None:
+    def message(classes: int = 2) -> str:
+        with pytest.raises(UserError) as caught:
+            load_labeled(str(tmp_path), classes)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert "has 2 class folders, the model 3 classes" in message(3)
+    assert "hold no images" in message()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "1.png")
+    Image.new("RGB", (5, 4)).save(tmp_path / "b" / "2.png")
+    assert "2.png: is 4x5, the images before it 4x4; resize all to one shape" in message()
+    (tmp_path / "b" / "2.png").write_bytes((tmp_path / "a" / "1.png").read_bytes()[:40])
+    assert "2.png: cannot be read as an image" in message()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "lacks images and labels"),
+        ({"images": np.zeros((2, 8, 8, 3)), "labels": np.arange(2)}, "float64, expected uint8"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.array([0, 6])}, "labels run from 0 to 6"),
+    ],
+)
+def test_invalid_arrays_are_one_line(arrays: dict[str, Any], expected: str, place: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays)
+    assert expected in error_of("scan", "--checkpoint", place / "model", "--data", tmp_path / "bad.npz")
+
+
+# Errors
+
+
+def test_a_model_near_chance_is_refused_and_normalization_is_named(place: Path, tmp_path: Path) -> None:
+    for command in ("scan", "defend"):
+        more = () if command == "scan" else ("--defense", "finetune")
+        out = tmp_path / ("out.png" if command == "scan" else "out.safetensors")
+        given = ("--checkpoint", place / "blind.safetensors", "--data", place / "clean.npz", "--out", out)
+        error = error_of(command, *given, *more)
+        assert "10 of 60 images classified correctly (16.7 %) is near chance (16.7 %)" in error
+        assert "normalized" in error and "here 1,1,1/1,1,1" in error and "--normalize" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("correct", "labels", "accepted"),
+    [
+        (100, np.arange(1000) % 10, False),
+        (180, np.arange(1000) % 10, False),
+        (200, np.arange(1000) % 10, True),
+        (3, np.arange(10), False),
+        (4, np.arange(10), True),
+        (930, np.repeat([0, 1], [900, 100]), True),
+        (905, np.repeat([0, 1], [900, 100]), False),
+        (10, np.zeros(10, int), False),
+    ],
+)
+def test_which_models_are_near_chance(correct: int, labels: np.ndarray, accepted: bool) -> None:
+    classifier = build_classifier("preact_resnet18", 10, 1)
+    with contextlib.nullcontext() if accepted else pytest.raises(UserError, match=r"near chance|of all classes"):
+        require_better_than_chance(correct, labels, classifier, "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"--checkpoint": "nowhere"}, "no such model"),
+        ({"--checkpoint": "clean.npz"}, "unknown suffix '.npz'"),
+        ({"--checkpoint": "images"}, "model.json"),
+        ({"--data": "nowhere.npz"}, "no such file"),
+        ({"--data": "model.safetensors"}, "unknown data"),
+        ({"--data": "digits"}, "digits has 10 classes, the model 6"),
+        ({"--defense": "magic"}, "unknown defense 'magic'; known are finetune"),
+        ({"--defense": "pad_ft"}, "pad_ft needs training set; give it with --training-set"),
+        ({"--training-set": "clean.npz"}, "leave --training-set out"),
+        ({"--defense": "clp", "--training-set": "clean.npz"}, "clp needs nothing; leave --training-set out"),
+        ({"--preset": "paper"}, "unknown finetune preset 'paper'; it has none"),
+        ({"--model": "resnet18"}, "holds preact_resnet18, not resnet18"),
+        ({"--normalize": "cifar10"}, "has its own normalization"),
+        ({"--normalize": "much"}, "neither"),
+        ({"--classes": "7"}, "has 6 classes, not 7"),
+        ({"--out": "out.onnx"}, "unknown suffix '.onnx'"),
+        ({"--out": "images"}, "is a folder that holds no model"),
+        ({"steps=many": None}, "steps"),
+        ({"color=1": None}, "unknown key 'color'"),
+    ],
+)
+def test_what_users_can_fix_is_one_line(change: dict[str, str | None], expected: str, place: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    options: dict[str, Any] = {
+        "--checkpoint": "model.safetensors", "--data": "clean.npz", "--defense": "finetune", "--out": "out"
+    }  # fmt: skip
+    options |= {name: value for name, value in change.items() if value is not None}
+    for name in ("--checkpoint", "--data", "--out", "--training-set"):
+        if name in options and options[name] != "digits":
+            options[name] = place / options[name]
+    bare = [name for name, value in change.items() if value is None]
+    given = [part for name, value in options.items() for part in (name, value)]
+    assert expected in error_of("defend", *given, *bare)
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_a_damaged_folder_is_one_line_on_stderr_of_the_process(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    for path in (tmp_path / "model" / "variables").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:40])
+    given = ("--checkpoint", "model", "--data", place / "clean.npz")
+    command = [sys.executable, "-m", "backdoor_jax.cli", "scan", *map(str, given)]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "damaged" in process.stderr
+    assert process.stderr.startswith("backdoor-jax: model: ") and process.stderr.count("\n") == 1
+
+
+def test_a_pytorch_file_needs_the_name_of_its_network(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.pt").write_bytes(b"")
+    error = error_of("scan", "--checkpoint", tmp_path / "bare.pt", "--data", place / "clean.npz")
+    assert "--model" in error
+
+
+def test_images_of_another_shape_are_one_line(place: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "gray.npz", images=np.zeros((6, 8, 8, 1), np.uint8), labels=np.arange(6))
+    classifier = dataclasses.replace(load_model(place / "model")[0], mean=(0.0,), std=(1.0,))
+    gray = tmp_path / "gray.safetensors"
+    variables = load_model(place / "model")[1]
+    params = variables["params"]
+    stem = {"kernel": params["stem"]["kernel"][:, :, :1]}
+    save_model(gray, classifier, {**variables, "params": {**params, "stem": stem}})
+    error = error_of("scan", "--checkpoint", gray, "--data", place / "clean.npz", "--out", tmp_path / "s.png")
+    assert "cannot take images of 8x8x3" in error
+    # A network that takes three channels reads a gray image as RGB.
+    error = error_of(
+        "scan", "--checkpoint", place / "model", "--data", tmp_path / "gray.npz", "--out", tmp_path / "s.png"
+    )
+    assert "near chance" in error
+
+
+@pytest.mark.parametrize("text", ["cifar11", "0.5", "a,b/c,d", "0.5/0.5/0.5"])
+def test_an_invalid_normalization_is_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="neither"):
+        parse_normalization(text)
+
+
+def test_scan_takes_no_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["scan", "--checkpoint", str(place / "model"), "--data", "digits", "steps=1"])
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_a_pytorch_file_is_read_and_written(place: Path, tmp_path: Path, no_repair: None) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("backdoor_jax.interop.pytorch")
+    given = ("--data", place / "clean.npz", "--defense", "finetune")
+    assert call("defend", "--checkpoint", place / "model", "--out", tmp_path / "m.pt", *given)[0] == 0
+    bare = ("--checkpoint", tmp_path / "m.pt", "--model", "preact_resnet18", "--data", place / "clean.npz")
+    code, output, error = call(
+        "scan", *bare, "--normalize", "0,0,0/1,1,1", "--classes", "6", "--out", tmp_path / "s.png"
+    )
+    assert (code, error) == (0, "")
+    assert "100.0 % of 60 images classified correctly" in output
+    assert "near chance" in error_of("scan", *bare, "--normalize", "1,1,1/1,1,1", "--out", tmp_path / "t.png")

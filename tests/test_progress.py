@@ -1,0 +1,65 @@
+"""Progress bars: silent where stderr is not a terminal; on a terminal they show the name, the count and the note."""
+
+import contextlib
+import io
+
+import pytest
+import rich.progress
+from rich.console import Console
+
+from backdoor_jax.progress import progress_bar
+
+ERASE_LINE = "\x1b[2K"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is written to a stderr that passes for a terminal."""
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=120)
+    monkeypatch.setattr(rich.console, "Console", lambda stderr: console)
+    return written
+
+
+def test_nothing_is_written_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("training", 10) as advance:
+        advance(5)
+        advance(5, "loss 0.1")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_name_count_and_note(terminal: io.StringIO) -> None:
+    with progress_bar("training victim [7]", 10) as advance:
+        advance(3, "loss 0.1")
+        advance(2, "loss [b]0.05")
+    written = terminal.getvalue()
+    assert "training victim [7]" in written
+    assert "5/10" in written
+    assert "loss [b]0.05" in written
+
+
+def test_units_done_before_are_counted(terminal: io.StringIO) -> None:
+    with progress_bar("training", 10, done=4) as advance:
+        advance(5)
+    assert " 9/10" in terminal.getvalue()
+
+
+def test_bytes_are_shown_as_a_size(terminal: io.StringIO) -> None:
+    with progress_bar("data", 3_000_000, unit="bytes") as advance:
+        advance(1_500_000)
+    assert "1.5/3.0 MB" in terminal.getvalue()
+
+
+def test_the_total_may_be_unknown(terminal: io.StringIO) -> None:
+    with progress_bar("data", None) as advance:
+        advance(5)
+    assert "5/?" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_bar_is_removed_at_the_end_and_after_an_error(terminal: io.StringIO, fails: bool) -> None:
+    with contextlib.suppress(RuntimeError), progress_bar("training", 10) as advance:
+        advance(5)
+        if fails:
+            raise RuntimeError
+    assert terminal.getvalue().endswith(ERASE_LINE)
