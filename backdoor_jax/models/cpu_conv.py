@@ -1,0 +1,180 @@
+r"""The next convolutions for the CPU backend: the fastest of several algorithms for each shape.
+
+The networks do not use them yet (`conv` does their work): compilation takes 1.8 to 2.4 times as long, which has to come
+down first.
+
+On CPU, XLA runs a convolution on its fast path only where the layout is canonical (NHWC images, HWIO kernels). The two
+convolutions that automatic differentiation makes are not, and inside a loop nothing moves them there: a training step
+is then about 40 times slower than the same step dispatched from Python (jax-ml/jax issue 12868). Here a convolution and
+its two gradients are three functions,
+
+.. math::
+    y = C(x, w), \qquad \bar x = X(g, w), \qquad \bar w = W(x, g),
+
+of one trilinear form :math:`\langle C(x, w), g \rangle = \langle x, X(g, w) \rangle = \langle w, W(x, g) \rangle`.
+The gradients of each are the two others, so that derivatives of any order, in reverse mode, are these three again.
+Each is computed by the fastest of several algorithms; `choose` says by which."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from backdoor_jax.models import products
+from backdoor_jax.models.products import Geometry, Pads
+from backdoor_jax.models.winograd import winograd_conv, winograd_weight_gradient
+
+WIDE = 64
+"""Channels from which Winograd's transforms are repaid by its smaller products."""
+
+
+class Choice(NamedTuple):
+    """Names of the algorithms of a convolution and of its gradients, in `FORWARD`, `INPUT` and `WEIGHT`."""
+
+    forward: str
+    input_gradient: str
+    weight_gradient: str
+
+
+def choose(geometry: Geometry, channels: tuple[int, int], dtype: jax.typing.DTypeLike) -> Choice:
+    """The algorithms for a convolution of this shape, with these numbers of input and output channels.
+
+    Types narrower than float32 are left to dense convolutions, which add up in float32.
+
+    Example:
+        >>> choose(Geometry((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1))), (64, 64), "float32")
+        Choice(forward='winograd', input_gradient='winograd', weight_gradient='winograd')
+        >>> choose(Geometry((32, 32), (3, 3), (2, 2), ((1, 1), (1, 1))), (16, 32), "float32")
+        Choice(forward='dense', input_gradient='strided', weight_gradient='gathered')
+    """
+    dense = geometry.strides == (1, 1)
+    if geometry.taps == (1, 1) and geometry.pads == ((0, 0), (0, 0)):
+        return Choice("pointwise", "pointwise", "pointwise")
+    input_gradient = "dense" if dense else "strided"
+    if jnp.finfo(dtype).bits < 32:
+        return Choice("dense", input_gradient, "dense")
+    if dense and geometry.taps == (3, 3) and min(channels) >= WIDE:
+        return Choice("winograd", "winograd", "winograd")
+    return Choice("dense", input_gradient, "shifted" if dense else "gathered")
+
+
+def _dense_conv(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    return products.dense(x, w, geometry.strides, geometry.pads)
+
+
+def _winograd_conv(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    return winograd_conv(x, w, geometry.pads)
+
+
+def _winograd_input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    (top, bottom), (left, right) = geometry.pads
+    return winograd_conv(g, products.flipped(w), ((2 - top, 2 - bottom), (2 - left, 2 - right)))
+
+
+def _winograd_weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    return winograd_weight_gradient(x, g, geometry.pads)
+
+
+Algorithm = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+
+FORWARD: dict[str, Algorithm] = {
+    "dense": _dense_conv,
+    "pointwise": products.pointwise_conv,
+    "winograd": _winograd_conv,
+}
+INPUT: dict[str, Algorithm] = {
+    "dense": products.dense_input_gradient,
+    "pointwise": products.pointwise_input_gradient,
+    "strided": products.strided_input_gradient,
+    "winograd": _winograd_input_gradient,
+}
+WEIGHT: dict[str, Algorithm] = {
+    "dense": products.dense_weight_gradient,
+    "pointwise": products.pointwise_weight_gradient,
+    "shifted": products.shifted_weight_gradient,
+    "gathered": products.gathered_weight_gradient,
+    "winograd": _winograd_weight_gradient,
+}
+
+
+@partial(jax.jit, static_argnames=("algorithm", "geometry"))
+def _shared(algorithm: Algorithm, first: jax.Array, second: jax.Array, geometry: Geometry) -> jax.Array:
+    """``algorithm(first, second, geometry)``, traced once for all layers of a shape."""
+    return algorithm(first, second, geometry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """``C(x, w)``: images ``(B, H, W, I)`` and kernel ``(h, w, I, O)`` to ``(B, H', W', O)``."""
+    return _shared(FORWARD[choose(geometry, (w.shape[2], w.shape[3]), x.dtype).forward], x, w, geometry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """``X(g, w)``: cotangent ``(B, H', W', O)`` and kernel to ``(B, H, W, I)``."""
+    return _shared(INPUT[choose(geometry, (w.shape[2], w.shape[3]), g.dtype).input_gradient], g, w, geometry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    """``W(x, g)``: images and cotangent to ``(h, w, I, O)``."""
+    return _shared(WEIGHT[choose(geometry, (x.shape[3], g.shape[3]), x.dtype).weight_gradient], x, g, geometry)
+
+
+Arrays = tuple[jax.Array, jax.Array]
+
+
+def _with_arguments(function: Any) -> Callable[..., Any]:
+    """The rule for going forward: the result, and the arguments, which are all that its gradients need."""
+
+    def forward(first: jax.Array, second: jax.Array, geometry: Geometry) -> tuple[jax.Array, Arrays]:
+        return function(first, second, geometry), (first, second)
+
+    return forward
+
+
+def _convolve_backward(geometry: Geometry, arguments: Arrays, g: jax.Array) -> Arrays:
+    x, w = arguments
+    # Fused with what made its argument, a transposition walks memory 10 times slower than as a copy of its own.
+    x, g = lax.optimization_barrier((x, g))
+    return _input_gradient(g, w, geometry), _weight_gradient(x, g, geometry)
+
+
+def _input_gradient_backward(geometry: Geometry, arguments: Arrays, x: jax.Array) -> Arrays:
+    g, w = arguments
+    x, g = lax.optimization_barrier((x, g))
+    return _convolve(x, w, geometry), _weight_gradient(x, g, geometry)
+
+
+def _weight_gradient_backward(geometry: Geometry, arguments: Arrays, w: jax.Array) -> Arrays:
+    x, g = arguments
+    return _input_gradient(g, w, geometry), _convolve(x, w, geometry)
+
+
+_convolve.defvjp(_with_arguments(_convolve), _convolve_backward)
+_input_gradient.defvjp(_with_arguments(_input_gradient), _input_gradient_backward)
+_weight_gradient.defvjp(_with_arguments(_weight_gradient), _weight_gradient_backward)
+
+
+def canonical_conv(x: jax.Array, w: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
+    """Convolves NHWC images with an HWIO kernel by the algorithms that are fast on a CPU, and so its gradients.
+
+    Args:
+        x: images, ``(B, H, W, I)``.
+        w: kernel, ``(h, w, I, O)``.
+        strides: steps along height and width.
+        pads: zeros before and after, along height and width.
+
+    Returns:
+        ``(B, H', W', O)``.
+
+    Example:
+        >>> x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
+        >>> canonical_conv(x, w, (1, 1), ((1, 1), (1, 1)))[0, :, :, 0].astype(int).tolist()
+        [[8, 12, 12, 8], [12, 18, 18, 12], [12, 18, 18, 12], [8, 12, 12, 8]]
+    """
+    (_, *size, _), (*taps, _, _) = x.shape, w.shape
+    return _convolve(x, w, Geometry((size[0], size[1]), (taps[0], taps[1]), strides, pads))
