@@ -61,8 +61,7 @@ class Config:
         Raises:
             UserError: for a field of the wrong type or out of range, naming it and what it should be.
         """
-        kind: Any = type(self)
-        for name, adapter in _adapters(kind).items():
+        for name, adapter in self._adapters().items():
             value = getattr(self, name)
             if isinstance(value, jax.Array):
                 continue
@@ -78,6 +77,26 @@ class Config:
         if not holds:
             raise UserError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}, expected {expected}")
 
+    @classmethod
+    @functools.cache
+    def _adapters(cls) -> dict[str, pydantic.TypeAdapter[Any]]:
+        """The check of each field."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {field.name: pydantic.TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+
+    @classmethod
+    @functools.cache
+    def _split(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the traced fields and of the static ones."""
+        hints = typing.get_type_hints(cls)
+
+        def traced(name: str) -> bool:
+            kind = hints[name]
+            return kind is float or (isinstance(kind, type) and issubclass(kind, Config))
+
+        names = [field.name for field in dataclasses.fields(cls)]
+        return tuple(filter(traced, names)), tuple(name for name in names if not traced(name))
+
 
 def _expected(errors: pydantic.ValidationError) -> str:
     """What pydantic says a value should be, as the end of a sentence."""
@@ -85,43 +104,21 @@ def _expected(errors: pydantic.ValidationError) -> str:
     return f"a value {expected}" if expected.startswith(("greater", "less")) else expected
 
 
-@functools.cache
-def _adapters(cls: type[Config]) -> dict[str, pydantic.TypeAdapter[Any]]:
-    """The check of each field."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: pydantic.TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def _split(cls: type[Config]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the traced fields and of the static ones."""
-    hints = typing.get_type_hints(cls)
-
-    def traced(name: str) -> bool:
-        kind = hints[name]
-        return kind is float or (isinstance(kind, type) and issubclass(kind, Config))
-
-    names = [field.name for field in dataclasses.fields(cls)]
-    return tuple(filter(traced, names)), tuple(name for name in names if not traced(name))
-
-
-def _flatten(config: Any) -> tuple[list[Any], tuple[Any, ...]]:
-    kind: Any = type(config)
-    traced, static = _split(kind)
+def _flatten(config: Config) -> tuple[list[Any], tuple[Any, ...]]:
+    traced, static = config._split()
     return [getattr(config, name) for name in traced], tuple(getattr(config, name) for name in static)
 
 
-def _flatten_with_keys(config: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+def _flatten_with_keys(config: Config) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     children, static = _flatten(config)
-    kind: Any = type(config)
-    keys = map(jax.tree_util.GetAttrKey, _split(kind)[0])
+    keys = map(jax.tree_util.GetAttrKey, config._split()[0])
     return list(zip(keys, children, strict=True)), static
 
 
-def _unflatten(cls: Any, static_values: tuple[Any, ...], children: Any) -> Config:
+def _unflatten(cls: type[Config], static_values: tuple[Any, ...], children: Any) -> Config:
     """A configuration without its checks: JAX unflattens with tracers and with placeholders."""
-    config: Config = object.__new__(cls)
-    traced, static = _split(cls)
+    config = object.__new__(cls)
+    traced, static = cls._split()
     for name, value in (*zip(traced, children, strict=True), *zip(static, static_values, strict=True)):
         object.__setattr__(config, name, value)
     return config

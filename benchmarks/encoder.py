@@ -101,18 +101,18 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
     trigger, label_map = attack.trigger(trigger_key, images.images.shape[1:]), attack.label_map(task.num_classes)
     references = task.train.images[task.train.labels == arguments.target][: arguments.references]
     simclr = SimCLRConfig(epochs=arguments.epochs)
-    planting = BadEncoderConfig(epochs=arguments.attack_epochs)
+    config = BadEncoderConfig(epochs=arguments.attack_epochs)
     tuning = FineTune(steps=arguments.steps, flip=task.flip)
 
     def kept(name: str, make: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
         return keep(arguments.out / "encoders" / f"{name}-{seed}", encoder, make)
 
     clean, honest = kept("clean", lambda: pretrain(clean_key, encoder, images, simclr))
-    planted, attacked = kept(
-        "backdoored", lambda: bad_encoder(backdoor_key, encoder, clean, images, trigger, references, planting)
+    backdoored, attacked = kept(
+        "backdoored", lambda: bad_encoder(backdoor_key, encoder, clean, images, trigger, references, config)
     )
     rows = []
-    for name, variables, info in (("clean", clean, honest), ("backdoored", planted, attacked)):
+    for name, variables, info in (("clean", clean, honest), ("backdoored", backdoored, attacked)):
         with Stopwatch() as alone:
             classifier, probed = probe(head_key, encoder, variables, task.train, task.num_classes)
             jax.block_until_ready(probed)
@@ -140,7 +140,7 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
                         "model": f"{arguments.model}-{arguments.width}",
                         "pretrain_images": len(images),
                         "simclr": dataclasses.asdict(simclr),
-                        "bad_encoder": dataclasses.asdict(planting),
+                        "bad_encoder": dataclasses.asdict(config),
                         "target": arguments.target,
                         "trigger_size": arguments.trigger_size,
                         "references": arguments.references,

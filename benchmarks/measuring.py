@@ -23,7 +23,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a narrow network and little work: under a minute")
     made.add_argument("--repeats", type=int, default=5, help="timed calls of each, after one that compiles")
     made.add_argument("--out", type=Path, default=RESULTS / "speed", help="folder for the JSON file")
-    made.add_argument("--only", nargs="+", help="names of the measurements wanted (default: all)")
+    made.add_argument("--only", nargs="+", help="names of the measurements to run (default: all)")
     return made
 
 

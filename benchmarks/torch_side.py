@@ -167,15 +167,15 @@ class Side:
             ("acc", "test_images", "test_labels"),
             ("asr", "triggered_images", "triggered_labels"),
         ):
-            pixels, wanted = self.work[images], self.work[labels]
+            pixels, truth = self.work[images], self.work[labels]
             if tuned:
                 parts = torch.tensor(pixels.transpose(0, 3, 1, 2)).to(self.device).split(500)
                 answers = [network(self.normalized(part.float().div(255))).argmax(1).cpu() for part in parts]
             else:
-                data = Decoded(pixels, wanted, augmented=False, flip=False)
+                data = Decoded(pixels, truth, augmented=False, flip=False)
                 loader = torch.utils.data.DataLoader(data, self.batch, num_workers=2)
                 answers = [network(self.normalized(x.to(self.device))).argmax(1).cpu() for x, _ in loader]
-            rates[rate] = float((torch.cat(answers).numpy() == wanted).mean())
+            rates[rate] = float((torch.cat(answers).numpy() == truth).mean())
         return rates
 
 

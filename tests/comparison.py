@@ -1,5 +1,6 @@
 """Comparisons shared by the tests: random arrays and weights, equal trees, weights for PyTorch, images from SciPy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from backdoor_jax import Classifier
+from backdoor_jax import Classifier, Repair
 from backdoor_jax.models import Variables
 
 
@@ -77,6 +78,31 @@ def assert_trees_equal(one: Any, other: Any) -> None:
     """Fails where two trees differ in any bit, showing where."""
     for a, b in zip(leaves_of(one), leaves_of(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def structure(tree: Any) -> Any:
+    """A tree's structure, which is equal to that of a tree of the same containers, keys and static fields."""
+    return jax.tree.structure(tree)
+
+
+def assert_depends_on_key_alone(repair: Callable[[int], Repair], victim: Variables) -> Repair:
+    """Fails unless equal keys give equal repairs, others other ones, and the victim is left as it is.
+
+    Args:
+        repair: repairs the victim under the key of a number.
+        victim: its variables.
+
+    Returns:
+        The repair under the key 1.
+    """
+    before = leaves_of(victim)
+    one, same, other = (repair(number) for number in (1, 1, 2))
+    assert_trees_equal(before, victim)
+    assert_trees_equal(one.variables, same.variables)
+    assert one.info == same.info
+    assert not trees_equal(one.variables["params"], other.variables["params"])
+    assert structure(one.variables) == structure(victim)
+    return one
 
 
 def cache_size(function: Any) -> int:

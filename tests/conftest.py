@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("suite")
 
 
 class Programs:
-    """Forgets compiled programs before they are too many: Linux maps 65,530 regions a process, LLVM dies of more.
+    """Forgets compiled programs before they are too many: Linux maps 65,530 regions a process, LLVM crashes with more.
 
     No file needs more than 10,000.
     """

@@ -96,6 +96,14 @@ def make_textured_images(seed: int, count: int) -> Dataset:
     return Dataset(jnp.asarray(np.clip(images, 0, 255).astype(np.uint8)), jnp.asarray(labels, jnp.int32))
 
 
+class Case(NamedTuple):
+    """A model and images."""
+
+    classifier: Classifier
+    variables: Variables
+    data: Dataset
+
+
 class Miniature(NamedTuple):
     """A BadNets victim, what its defender has, and what judges the repair."""
 

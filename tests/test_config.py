@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from annotated_types import Gt, Lt
+from comparison import structure
 
 from backdoor_jax import D3, FineTune, UserError
 from backdoor_jax.config import Config, Count, Fraction, NonNegative, Positive, Share, Whole
@@ -64,12 +65,12 @@ def test_only_floats_and_those_of_nested_configurations_are_leaves() -> None:
     [{"steps": 11}, {"crop": 0}, {"flip": True}, {"kind": "two"}, {"weights": (1.0,)}, {"inner": Inner(size=4)}],
 )
 def test_all_other_fields_are_part_of_the_structure(changes: dict[str, Any]) -> None:
-    assert jax.tree.structure(Settings(**changes)) != jax.tree.structure(Settings())
+    assert structure(Settings(**changes)) != structure(Settings())
     assert jax.tree.leaves(Settings(**changes)) == jax.tree.leaves(Settings())
 
 
 def test_a_compiled_function_traces_again_for_static_fields_only() -> None:
-    traces = []
+    traces: list[int] = []
 
     @jax.jit
     def product(config: Settings) -> jax.Array:
@@ -97,7 +98,9 @@ def test_gradients_and_vmap_give_configurations() -> None:
 
 
 def test_numbers_are_converted_to_the_type_of_their_field() -> None:
-    config = Settings(rate=1, decay=np.float32(0.5), steps=np.int64(3), inner=Inner(scale=np.int32(4)))
+    values: dict[str, Any] = {"rate": 1, "decay": np.float32(0.5), "steps": np.int64(3)}
+    scale: Any = np.int32(4)
+    config = Settings(**values, inner=Inner(scale=scale))
     assert (config.rate, config.decay, config.steps, config.inner.scale) == (1.0, 0.5, 3, 4.0)
     assert [type(value) for value in (config.rate, config.decay, config.steps)] == [float, float, int]
     assert type(config.inner.scale) is float
@@ -167,7 +170,7 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_expected(field: str,
 def test_the_ends_of_a_range_are_allowed_where_they_belong_to_it() -> None:
     for changes in ({"decay": 0.0}, {"share": 1.0}, {"fraction": 0.0}, {"fraction": 1.0}, {"steps": 1}, {"crop": 0}):
         field, value = next(iter(changes.items()))
-        assert getattr(Settings(**changes), field) == value  # type: ignore[arg-type]
+        assert getattr(Settings(**changes), field) == value
 
 
 def test_a_nested_configuration_is_checked_on_its_own() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +15,7 @@ from backdoor_jax.drawing import COLORS, legend_beside
 from backdoor_jax.metrics import confidence_signal, loss_signal, membership, shadow_signal
 from backdoor_jax.models import Classifier, Variables
 
-Signal = Callable[[Classifier, Variables, Dataset], jax.Array | np.ndarray]
+Signal = Callable[[Classifier, Variables, Dataset], jax.Array]
 """What an attacker sees of each image."""
 
 
@@ -45,9 +44,9 @@ class MembershipInference(Analysis):
         members = subject.training_set.take(drawn)
 
         def of(signal: Signal) -> list[jax.Array]:
-            return [jnp.asarray(signal(classifier, variables, part)) for part in (members, others)]
+            return [signal(classifier, variables, part) for part in (members, others)]
 
-        def shadowed(classifier: Classifier, variables: Variables, data: Dataset) -> np.ndarray:
+        def shadowed(classifier: Classifier, variables: Variables, data: Dataset) -> jax.Array:
             return shadow_signal(classifier, context.shadow, variables, data)
 
         pairs = {"loss": of(loss_signal), "confidence": of(confidence_signal), "shadow": of(shadowed)}

@@ -52,10 +52,6 @@ class LabelMap:
             return (labels + 1) % self.num_classes
         return jnp.full_like(labels, self.target)
 
-    def attacked(self, labels: jax.Array) -> jax.Array:
-        """Which test images count for the attack success rate: those whose true label is not the attacker's."""
-        return self(labels) != labels
-
 
 class Poisoned(NamedTuple):
     """A poisoned training set.

@@ -225,7 +225,7 @@ def shadow_model(
     return Shadow(trained.variables, inside, outside)
 
 
-def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, data: Dataset) -> np.ndarray:
+def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, data: Dataset) -> jax.Array:
     """The log odds of membership by a regression fitted on the shadow model, ``(N,)``.
 
     Args:
@@ -241,7 +241,7 @@ def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, 
     known = [shadow_features(classifier, shadow.variables, part) for part in (shadow.members, shadow.others)]
     inside = np.repeat([1, 0], [len(part) for part in known])
     attacker = make_pipeline(StandardScaler(), LogisticRegression()).fit(np.concatenate(known), inside)
-    return np.asarray(attacker.decision_function(shadow_features(classifier, variables, data)))
+    return jnp.asarray(attacker.decision_function(shadow_features(classifier, variables, data)))
 
 
 @dataclasses.dataclass(frozen=True)

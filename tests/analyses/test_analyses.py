@@ -247,9 +247,9 @@ def test_latents_are_projected_onto_their_two_principal_components(finished: Fin
         both = [latents_of(finished, variables, images) for images in (finished.test.images, finished.triggered)]
         together = np.concatenate(both)
         _, components = np.linalg.eigh(np.cov(together.T))
-        want = (together - together.mean(0)) @ components[:, [-1, -2]]
+        expected = (together - together.mean(0)) @ components[:, [-1, -2]]
         drawn = np.concatenate([found["clean"], found["triggered"]])
-        np.testing.assert_allclose(np.abs(drawn), np.abs(want), atol=2e-3)
+        np.testing.assert_allclose(np.abs(drawn), np.abs(expected), atol=2e-3)
         assert (drawn.std(0) > 0.01).all()
 
 

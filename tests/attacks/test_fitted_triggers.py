@@ -31,6 +31,7 @@ from backdoor_jax.attacks import (
 from backdoor_jax.attacks.label_consistent import perturb, robust_loss
 from backdoor_jax.attacks.low_frequency import smooth_pattern
 from backdoor_jax.attacks.networks import EncoderDecoder
+from backdoor_jax.attacks.triggers import AdditiveTrigger, BlendTrigger
 from backdoor_jax.data import LabelMap
 from backdoor_jax.models import Variables
 from backdoor_jax.models.joint import init, join
@@ -104,7 +105,7 @@ def scipy_u_net(variables: Variables, maps: np.ndarray, depth: int) -> np.ndarra
         maps = block(levels[-1], 2)
     maps = block(maps)
     for across in reversed(levels):
-        maps = block(np.concatenate([resized(maps, *across.shape[:2], order=1), across], -1))
+        maps = block(np.concatenate([resized(maps, across.shape[0], across.shape[1], order=1), across], -1))
     return convolved(variables, f"Conv_{next(numbers)}", maps)
 
 
@@ -154,8 +155,8 @@ def test_a_low_frequency_pattern_is_the_inverse_cosine_transform_of_its_coeffici
     spectrum[:, 1:] /= 2
     wave = fft.dctn(spectrum, type=3, axes=(0, 1))
     assert (np.abs(wave).max() > 1) == (size > 1)
-    want = 40 / 2 + 40 / 2 * wave / max(1, np.abs(wave).max())
-    np.testing.assert_allclose(smooth_pattern(jnp.asarray(coefficients), shape, 40), want, atol=1e-4)
+    expected = 40 / 2 + 40 / 2 * wave / max(1, np.abs(wave).max())
+    np.testing.assert_allclose(smooth_pattern(jnp.asarray(coefficients), shape, 40), expected, atol=1e-4)
 
 
 def test_the_fitted_low_frequency_pattern_makes_the_clean_model_predict_the_target(context: AttackContext) -> None:
@@ -176,8 +177,8 @@ def test_the_fitted_low_frequency_pattern_makes_the_clean_model_predict_the_targ
     assert solved < 0.6 * losses(context, images, targets).mean()
     start = attack.trigger(jax.random.split(jax.random.key(0))[0], (8, 8, 3)).pattern
     for when, added in (("before", np.asarray(start)), ("after", pattern)):
-        want = losses(context, np.clip(images + added, 0, 255), targets).mean()
-        assert info[f"loss_{when}"] == pytest.approx(want, rel=1e-4)
+        expected = losses(context, np.clip(images + added, 0, 255), targets).mean()
+        assert info[f"loss_{when}"] == pytest.approx(expected, rel=1e-4)
     assert info["loss_after"] < info["loss_before"]
 
 
@@ -192,6 +193,7 @@ def test_a_saved_low_frequency_pattern_is_used_unchanged(
     assert not again.needs_clean_model
     for either in (context, AttackContext(context.classifier, context.data)):
         poisoned, loaded, _ = again.poison(jax.random.key(9), either)
+        assert isinstance(loaded, AdditiveTrigger)
         np.testing.assert_array_equal(loaded.pattern, trigger.pattern)
         np.testing.assert_array_equal(
             poisoned.data.images[poisoned.indices], trigger(context.data.images[poisoned.indices])
@@ -256,8 +258,8 @@ def test_a_pattern_is_added_to_images_clipped_and_truncated(
 ) -> None:
     trigger, _ = attack.fit_trigger(jax.random.key(0), context)
     images = noise(3, 8, 8, 3)
-    want = np.clip(images + np.asarray(trigger.pattern, np.float32), 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(trigger(jnp.asarray(images)), want)
+    expected = np.clip(images + np.asarray(trigger.pattern, np.float32), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(trigger(jnp.asarray(images)), expected)
 
 
 # Label-consistent
@@ -273,13 +275,13 @@ def test_the_label_consistent_trigger_is_a_checkerboard_in_every_corner(
     shape: tuple[int, int, int], amplitude: float, key: jax.Array
 ) -> None:
     images = noise(3, *shape)
-    want = images.astype(np.float64)
+    expected = images.astype(np.float64)
     for rows in (slice(0, 3), slice(shape[0] - 3, None)):
         for columns, checker in ((slice(0, 3), LEFT), (slice(shape[1] - 3, None), RIGHT)):
-            want[:, rows, columns] += amplitude * checker[..., None]
+            expected[:, rows, columns] += amplitude * checker[..., None]
     out = LabelConsistent(amplitude=amplitude).trigger(key, shape)(jnp.asarray(images))
     assert out.dtype == jnp.uint8
-    np.testing.assert_array_equal(out, np.floor(np.clip(want, 0, 255) + 1e-4))
+    np.testing.assert_array_equal(out, np.floor(np.clip(expected, 0, 255) + 1e-4))
 
 
 @pytest.mark.parametrize(("epsilon", "step_size", "steps"), [(16.0, 3.0, 4), (4.0, 1.5, 6)])
@@ -343,9 +345,9 @@ def test_the_robust_loss_takes_one_step_of_ascent_from_a_random_start(context: A
         ascent = np.asarray(jax.grad(loss)(jnp.asarray(np.clip(images + start, 0, 255))))
         ascent = ascent * ((images + start >= 0) & (images + start <= 255))
         change = np.clip(start + 1.25 * epsilon * np.sign(ascent), -epsilon, epsilon)
-        want = loss(jnp.asarray(np.clip(images + change, 0, 255)))
+        expected = loss(jnp.asarray(np.clip(images + change, 0, 255)))
         got, (new, info) = robust_loss(context.classifier, epsilon, context.clean_model, context.data, key)
-        np.testing.assert_allclose(got, want, rtol=1e-4)
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
         chex.assert_trees_all_equal_structs(new, context.clean_model)
         assert 0 <= info["accuracy"] <= 1
     assert got > 1.1 * loss(jnp.asarray(images))
@@ -367,6 +369,7 @@ def test_adap_blend_shows_the_share_of_pieces_on_poisoned_and_cover_images(
 ) -> None:
     attack = AdapBlend(rate=0.25, cover_rate=1 / 3, pieces=pieces, shown=shown, train_alpha=0.6, alpha=0.7, target=2)
     poisoned, trigger, _ = attack.poison(key, context)
+    assert isinstance(trigger, BlendTrigger)
     clean, images = np.asarray(context.data.images), np.asarray(poisoned.data.images)
     changed = np.flatnonzero(np.any(images != clean, axis=(1, 2, 3)))
     assert len(poisoned.indices) == 6 and set(poisoned.indices) <= set(changed)
@@ -439,9 +442,9 @@ def test_the_mask_loss_is_density_and_diversity_of_the_masks(monkeypatch: pytest
     loss, (variables, info) = input_aware.mask_loss(classifier, config, {}, batch, jax.random.key(0))
     x = (images / 255 - np.array(classifier.mean)) / np.array(classifier.std)
     before = [4, 0, 1, 2, 3]
-    want = 10 * np.maximum(masks - 0.4, 0).mean()
-    want += 0.5 * (distances(x, x[before]) / distances(masks, masks[before])).mean()
-    assert float(loss) == pytest.approx(want, rel=1e-4)
+    expected = 10 * np.maximum(masks - 0.4, 0).mean()
+    expected += 0.5 * (distances(x, x[before]) / distances(masks, masks[before])).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert variables == "new"
     assert float(info["density"]) == pytest.approx(masks.mean(), rel=1e-5)
 
@@ -454,7 +457,10 @@ def use_simple_triggers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-JOINT = join(classifier={"params": {}}, generator={"params": {}})
+def joint_loss(config: InputAware, slots: input_aware.Slots, batch: Dataset, key: jax.Array) -> LossResult:
+    stub: Any = Stub()
+    variables = join(classifier={"params": {}}, generator={"params": {}})
+    return input_aware.joint_loss(stub, config, slots, LabelMap("all_to_one", 3, 2), {}, variables, batch, key)
 
 
 def test_the_joint_loss_has_own_and_crossed_triggers_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,29 +468,20 @@ def test_the_joint_loss_has_own_and_crossed_triggers_in_a_batch(monkeypatch: pyt
     images, labels = noise(10, 6, 7, 3), np.arange(10) % 3
     batch = Dataset(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
     config, slots = InputAware(rate=0.3, diversity_weight=0.5), input_aware.Slots(poisoned=3, crossed=2)
-    loss, (variables, _) = input_aware.joint_loss(
-        Stub(),
-        config,
-        slots,
-        LabelMap("all_to_one", 3, 2),
-        {},
-        JOINT,
-        batch,
-        jax.random.key(0),  # type: ignore[arg-type]
-    )
+    loss, (variables, _) = joint_loss(config, slots, batch, jax.random.key(0))
 
     x = images / 255
     others = x[[5, 6, 7, 8, 9, 0, 1, 2, 3, 4]]
-    seen, want_labels = x.copy(), labels.copy()
+    seen, expected_labels = x.copy(), labels.copy()
     for i in range(3):  # Their own triggers and the attacker's label.
         seen[i] = np.where(x[i, ..., :1] > 0.5, 1 - x[i], x[i])
-        want_labels[i] = 2
+        expected_labels[i] = 2
     for i in range(3, 5):  # Other images' triggers and their own labels.
         seen[i] = np.where(others[i, ..., :1] > 0.5, 1 - others[i], x[i])
     np.testing.assert_allclose(variables["batch_stats"]["classifier"], 255 * seen, atol=1e-3)
     spread = (distances(x[:3], others[:3]) / distances(1 - x[:3], 1 - others[:3])).mean()
-    want = cross_entropies(seen[:, 0, 0], want_labels).mean() + 0.5 * spread
-    assert float(loss) == pytest.approx(want, rel=1e-4)
+    expected = cross_entropies(seen[:, 0, 0], expected_labels).mean() + 0.5 * spread
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("rate", "poisoned", "crossed"), [(0.26, 3, 3), (0.01, 1, 0), (0.5, 5, 5)])
@@ -498,16 +495,7 @@ def test_the_mean_number_of_poisoned_images_in_a_batch_is_the_rate(
     assert config.slots(10) == slots
 
     def triggered(key: jax.Array) -> jax.Array:
-        _, (variables, _) = input_aware.joint_loss(
-            Stub(),
-            config,
-            slots,
-            LabelMap("all_to_one", 3, 2),
-            {},
-            JOINT,
-            batch,
-            key,  # type: ignore[arg-type]
-        )
+        _, (variables, _) = joint_loss(config, slots, batch, key)
         return jnp.sum(jnp.abs(variables["batch_stats"]["classifier"][:, 0, 0, 0] - 55) < 1) - crossed
 
     counts = np.asarray(jax.jit(jax.vmap(triggered))(jax.random.split(jax.random.key(0), 4000)))
@@ -593,11 +581,11 @@ def test_the_lira_losses_weigh_both_forms_of_a_batch_normalized_together(
     logits, trained = tiny_classifier.logits(tiny_variables, both, train=True)
     clean, triggered = logits[: len(noisy)], logits[len(noisy) :]
     own, targets = np.asarray(tiny_data.labels), (np.asarray(tiny_data.labels) + 1) % 3
-    want = (
+    expected = (
         0.3 * cross_entropies(np.asarray(clean), own).mean()
         + 0.7 * cross_entropies(np.asarray(triggered), targets).mean()
     )
-    assert float(loss) == pytest.approx(want, rel=1e-4)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
     chex.assert_trees_all_close(variables["batch_stats"]["classifier"], trained["batch_stats"], rtol=1e-5)
     assert variables["batch_stats"]["generator"] == (1.0 if loss_function is lira.joint_loss else 0.0)
     assert float(info["success"]) == pytest.approx(np.mean(np.argmax(triggered, -1) == targets))
@@ -636,7 +624,7 @@ def test_an_ssba_trigger_adds_the_encoders_output_for_image_and_string(
     exact = np.stack([x + scipy_u_net(u_net, np.concatenate([x - 0.5, spread], -1), depth=1) for x in images / 255])
     assert exact.min() < 0 and exact.max() > 1 and np.abs(exact - images / 255).max() > 0.02
     inputs = (jnp.asarray(images / 255), jnp.tile(trigger.secret, (5, 1)))
-    made = ssba.Encoder(trigger.channels, trigger.depth).apply(trigger.encoder, inputs, train=False)
+    made: Any = ssba.Encoder(trigger.channels, trigger.depth).apply(trigger.encoder, inputs, train=False)
     np.testing.assert_allclose(made, np.clip(exact, 0, 1), atol=1e-4)
     out = trigger(jnp.asarray(images))
     assert out.dtype == jnp.uint8

@@ -12,7 +12,7 @@ from comparison import assert_near, assert_trees_equal, cache_size, leaves_of, r
 from conftest import TinyNet
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
-from miniature import miniature
+from miniature import Case, miniature
 
 from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError, build_classifier
 from backdoor_jax.defenses import ANP, fit_masks, oracle_threshold, prune_by_mask
@@ -21,12 +21,6 @@ from backdoor_jax.models import Variables
 from backdoor_jax.training.fitting import _compiled_epoch
 
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 12, "crop": 0}
-
-
-class Case(NamedTuple):
-    classifier: Classifier
-    variables: Variables
-    data: Dataset
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Fine-pruning: order and end of the pruning against a loop in NumPy, rows held at zero, and a small victim."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,14 @@ import numpy as np
 import pytest
 from comparison import assert_trees_equal, cache_size, leaves_of, trees_equal
 from conftest import TinyNet
-from miniature import miniature
+from miniature import Case, miniature
 
 from backdoor_jax import Classifier, Dataset, FineTune, NonFiniteError, UserError, make_dataset
 from backdoor_jax.defenses import FinePruning, prune_dormant
-from backdoor_jax.models import Variables
 from backdoor_jax.training.fitting import _compiled_epoch
 
 LATENTS = 12
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 12, "crop": 0}
-
-
-class Case(NamedTuple):
-    classifier: Classifier
-    variables: Variables
-    data: Dataset
 
 
 @pytest.fixture(scope="module")

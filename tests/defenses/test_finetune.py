@@ -1,18 +1,17 @@
 """Fine-tuning and super-fine-tuning: what they guarantee about the victim, their settings, and divergence."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import assert_trees_equal, leaves_of, trees_equal
+from comparison import assert_depends_on_key_alone, assert_trees_equal, leaves_of
 from jax.tree_util import Partial
-from miniature import Linear
+from miniature import Case, Linear
 
 from backdoor_jax import (
     Classifier,
-    Dataset,
     FineTune,
     NonFiniteError,
     Repair,
@@ -30,12 +29,6 @@ METHODS: dict[str, tuple[type[SGDDefense], dict[str, Any]]] = {
     "super_finetune": (SuperFineTune, {"up": 2, "down": 2, "peak1": 0.05, "peak2": 0.01}),
 }
 STEPS, BATCH = 4, 12  # 24 images: 2 steps an epoch
-
-
-class Case(NamedTuple):
-    classifier: Classifier
-    victim: dict[str, Any]
-    data: Dataset
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +52,9 @@ def run(method: str, case: Case, key: int = 1, **changes: Any) -> Repair:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_key_gives_one_result_and_another_key_another(case: Case, method: str) -> None:
-    one, same, other = (run(method, case, key) for key in (1, 1, 2))
-    assert_trees_equal(one.variables, same.variables)
-    assert one.info == same.info
-    assert not trees_equal(one.variables["params"], other.variables["params"])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_victim_is_unchanged_and_every_array_of_the_repair_differs(case: Case, method: str) -> None:
-    before = leaves_of(case.victim)
-    repair = run(method, case)
-    assert_trees_equal(before, case.victim)
-    assert jax.tree.structure(repair.variables) == jax.tree.structure(case.victim)
-    for old, new in zip(before, leaves_of(repair.variables), strict=True):
+def test_one_key_gives_one_result_in_which_every_array_differs_from_the_victims(case: Case, method: str) -> None:
+    repair = assert_depends_on_key_alone(lambda key: run(method, case, key), case.variables)
+    for old, new in zip(leaves_of(case.variables), leaves_of(repair.variables), strict=True):
         assert not np.array_equal(old, new)
         assert np.isfinite(new).all()
 
@@ -98,7 +80,7 @@ def test_finetune_equals_the_engine_with_the_supervised_loss(case: Case) -> None
     fitted = fit(
         jax.random.key(1),
         step,
-        step.init(case.victim),
+        step.init(case.variables),
         case.data,
         epochs=STEPS // 2,
         batch_size=BATCH,

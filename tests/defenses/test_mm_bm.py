@@ -1,7 +1,7 @@
 """MM-BM: which images and places it uses, what it shares with PAD, and a small victim."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comparison import assert_trees_equal, cache_size, leaves_of, random_variables, trees_equal
 from flax.traverse_util import flatten_dict
-from miniature import miniature
+from miniature import Case, miniature
 
 from backdoor_jax import Classifier, Dataset, UserError, build_classifier
 from backdoor_jax.defenses import MMBM, BoundConfig, bound_activations
@@ -17,12 +17,6 @@ from backdoor_jax.models import Variables
 from backdoor_jax.training.fitting import _compiled_epoch
 
 QUICK: dict[str, Any] = {"places": None, "bound_epochs": 3, "bound_batch_size": 6}
-
-
-class Case(NamedTuple):
-    classifier: Classifier
-    variables: Variables
-    data: Dataset
 
 
 @pytest.fixture(scope="module")

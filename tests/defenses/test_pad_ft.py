@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ from comparison import assert_trees_equal, leaves_of, trees_equal
 from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
+from miniature import Case
 
 from backdoor_jax import (
     PADFT,
@@ -61,12 +62,6 @@ class Plain(nn.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         return self.head(self.features(x, train))
-
-
-class Case(NamedTuple):
-    classifier: Classifier
-    variables: Variables
-    data: Dataset
 
 
 def random_data(count: int, seed: int = 0, labels: np.ndarray | None = None) -> Dataset:

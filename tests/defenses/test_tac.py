@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import assert_trees_equal, trees_equal
+from comparison import assert_trees_equal, structure, trees_equal
+from miniature import Case
 from scipy import optimize, stats
 
-from backdoor_jax import TAC, Classifier, Dataset, NonFiniteError, Repair, UserError, make_dataset, scan
+from backdoor_jax import TAC, Classifier, NonFiniteError, Repair, UserError, make_dataset, scan
 from backdoor_jax.defenses import tac_program
 from backdoor_jax.defenses.tac_program import Perturbations, class_perturbations, sample_norms
 from backdoor_jax.defenses.tac_scan import Scan, smallest_outlier
@@ -42,7 +43,8 @@ class Program(NamedTuple):
         return rows[:count], sides.reshape(-1, count).max(axis=0)
 
     def solve(self, margin: float = 0.0) -> Perturbations:
-        return class_perturbations(*map(jnp.asarray, self), margin)
+        latent, kernel, bias = map(jnp.asarray, self)
+        return class_perturbations(latent, kernel, bias, margin)
 
 
 def draw(classes: int, dimension: int, seed: int, samples: int = 30) -> Program:
@@ -92,7 +94,8 @@ def sequential(rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
 
 
 def assert_close(found: Any, expected: np.ndarray, tolerance: float = 1e-4) -> None:
-    assert np.linalg.norm(np.asarray(found, np.float64) - expected) <= tolerance * max(np.linalg.norm(expected), 1e-3)
+    scale = max(float(np.linalg.norm(expected)), 1e-3)
+    assert np.linalg.norm(np.asarray(found, np.float64) - expected) <= tolerance * scale
 
 
 @pytest.mark.parametrize(("classes", "dimension"), SIZES)
@@ -119,11 +122,11 @@ def test_solutions_satisfy_the_optimality_conditions_in_float64(classes: int, di
         s = np.asarray(solution.vectors[k], np.float64)
         u = np.delete(np.asarray(solution.multipliers[k], np.float64), k)
         slack = rows @ s - sides
-        scale = max(sides.max(), 1e-6)
+        scale = max(float(sides.max()), 1e-6)
         assert solution.multipliers[k, k] == 0
         assert (u >= 0).all()
         assert slack.min() >= -1e-4 * scale
-        assert np.abs(u * slack).max() <= 1e-4 * max(s @ s, 1e-6)
+        assert np.abs(u * slack).max() <= 1e-4 * max(float(s @ s), 1e-6)
         assert_close(rows.T @ u, s)
         assert s @ s == pytest.approx(u @ sides, rel=1e-4, abs=1e-6)
 
@@ -385,12 +388,6 @@ class Pixels(nn.Module):
         return self.head(self.features(x, train))
 
 
-class Case(NamedTuple):
-    classifier: Classifier
-    victim: dict[str, Any]
-    data: Dataset
-
-
 TRIGGER_PIXEL = 15
 
 
@@ -439,14 +436,15 @@ def clean() -> Case:
 
 @pytest.fixture(scope="module")
 def untrained(clean: Case) -> Case:
-    return clean._replace(victim=clean.classifier.init(jax.random.key(0), clean.data.images))
+    return clean._replace(variables=clean.classifier.init(jax.random.key(0), clean.data.images))
 
 
 def test_scan_flags_the_poisoned_class_by_both_statistics(poisoned: Case) -> None:
     found = scan(*poisoned[:2], poisoned.data.images)
     for statistic in ("worst_case", "per_sample"):
-        assert found.flagged(statistic) == 4  # type: ignore[arg-type]
-        assert found.tests[statistic].p_value < 1e-3  # type: ignore[operator]
+        assert found.flagged(statistic) == 4
+        p_value = found.tests[statistic].p_value
+        assert p_value is not None and p_value < 1e-3
     assert found.worst_case.argmin() == found.per_sample.argmin() == 4
 
 
@@ -458,8 +456,8 @@ def test_scan_flags_nothing_in_a_clean_model(clean: Case) -> None:
 
 def test_scan_reports_class_norms_and_the_mean_norm_of_samples_of_other_classes(poisoned: Case) -> None:
     found = scan(*poisoned[:2], poisoned.data.images)
-    latent, _ = poisoned.classifier.features(poisoned.victim, poisoned.data.images)
-    kernel, bias = poisoned.classifier.head_weights(poisoned.victim)
+    latent, _ = poisoned.classifier.features(poisoned.variables, poisoned.data.images)
+    kernel, bias = poisoned.classifier.head_weights(poisoned.variables)
     logits = latent @ kernel + bias
     each = np.asarray(sample_norms(logits, kernel))
     predicted = np.asarray(logits.argmax(axis=-1))
@@ -469,7 +467,7 @@ def test_scan_reports_class_norms_and_the_mean_norm_of_samples_of_other_classes(
 
 
 def test_a_class_that_every_sample_is_already_predicted_as_has_no_mean_norm(clean: Case) -> None:
-    params = clean.victim["params"]
+    params = clean.variables["params"]
     linear = {**params["linear"], "bias": params["linear"]["bias"].at[6].set(1e3)}
     found = scan(clean.classifier, {"params": {**params, "linear": linear}}, clean.data.images)
     assert found.worst_case[6] == 0
@@ -481,7 +479,7 @@ def test_detected_repairs_the_poisoned_class(poisoned: Case) -> None:
     flat = images.reshape(len(labels), -1)
     triggered = flat.at[:, TRIGGER_PIXEL].set(255).reshape(images.shape)
     others = labels != 4
-    assert (predictions(poisoned, poisoned.victim, triggered) == 4).all()
+    assert (predictions(poisoned, poisoned.variables, triggered) == 4).all()
 
     repair = run(poisoned, weight_decay=0.0)
     assert repair.target == 4
@@ -498,20 +496,20 @@ def test_detected_repairs_the_poisoned_class(poisoned: Case) -> None:
 
 def test_detected_returns_the_victim_where_nothing_is_flagged_and_says_why(untrained: Case) -> None:
     repair = run(untrained)
-    assert_trees_equal(repair.variables, untrained.victim)
-    assert jax.tree.structure(repair.variables) == jax.tree.structure(untrained.victim)
+    assert_trees_equal(repair.variables, untrained.variables)
+    assert structure(repair.variables) == structure(untrained.variables)
     assert (repair.changed, repair.target, repair.info["steps"]) == (False, None, 0)
     assert repair.why == "nothing flagged"
     assert repair.scan is not None and repair.scan["verdict"] == "nothing flagged"
 
 
 def test_a_given_class_is_repaired_and_marked_as_an_oracle(clean: Case) -> None:
-    before = jax.tree.map(np.array, clean.victim)
+    before = jax.tree.map(np.array, clean.variables)
     repair = run(clean, target=3)
     assert (repair.target, repair.info["oracle"], repair.changed) == (3, True, True)
     assert repair.info["steps"] == 100
-    assert not trees_equal(repair.variables, clean.victim)
-    assert_trees_equal(before, clean.victim)
+    assert not trees_equal(repair.variables, clean.variables)
+    assert_trees_equal(before, clean.variables)
 
 
 def test_a_given_class_may_be_a_numpy_integer(clean: Case) -> None:
@@ -572,7 +570,7 @@ def test_without_weight_on_the_perturbed_term_the_backdoor_remains(poisoned: Cas
 def test_too_few_classes_are_reported_as_too_few() -> None:
     case = make_case(target=2, classes=4)
     repair = run(case)
-    assert_trees_equal(repair.variables, case.victim)
+    assert_trees_equal(repair.variables, case.variables)
     assert repair.changed is False
     assert repair.scan is not None and repair.why == repair.scan["verdict"] == "too few classes to tell"
 
@@ -580,7 +578,7 @@ def test_too_few_classes_are_reported_as_too_few() -> None:
 def test_a_class_that_cannot_be_reached_is_not_repaired_and_the_reason_names_it() -> None:
     case = hull_case()
     repair = run(case, target=3)
-    assert_trees_equal(repair.variables, case.victim)
+    assert_trees_equal(repair.variables, case.variables)
     assert repair.changed is False and repair.target == 3
     assert repair.why is not None and "class 3" in repair.why
     assert repair.scan is not None
@@ -626,7 +624,7 @@ def test_weights_that_are_not_finite_are_an_error_of_the_scan(
     clean: Case, where: tuple[str, str], value: float
 ) -> None:
     layer, name = where
-    params = dict(clean.victim["params"])
+    params = dict(clean.variables["params"])
     params[layer] = {**params[layer], name: params[layer][name].at[0].set(value)}
     with pytest.raises(NonFiniteError, match=r"suspect.*not finite"):
         scan(clean.classifier, {"params": params}, clean.data.images, name="suspect")

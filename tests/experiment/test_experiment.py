@@ -384,13 +384,13 @@ def test_a_poisoned_set_is_stored_as_its_difference_from_the_clean_one(tmp_path:
     data = Dataset(clean.images.at[jnp.array([2, 7])].add(1), clean.labels.at[jnp.array([2, 5])].set(4))
     victims.save_poisoned(tmp_path / "poisoned.npz", Poisoned(data, indices), clean)
     loaded = victims.load_poisoned(tmp_path / "poisoned.npz", clean)
-    for got, want in (
+    for got, expected in (
         (loaded.data.images, data.images),
         (loaded.data.labels, data.labels),
         (loaded.indices, indices),
     ):
-        np.testing.assert_array_equal(got, want)
-        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, expected)
+        assert got.dtype == expected.dtype
     with np.load(tmp_path / "poisoned.npz") as arrays:
         assert arrays["changed"].tolist() == [2, 5, 7]
     assert [path.name for path in tmp_path.iterdir()] == ["poisoned.npz"]

@@ -110,7 +110,7 @@ def test_the_embedding_keeps_the_distances_of_planar_latents() -> None:
     first, second = embedding(flat[:10] @ turn[:2] + 3, flat[10:] @ turn[:2] + 3)
     together = np.concatenate([first, second])
     distances = [np.linalg.norm(part[:, None] - part[None], axis=-1) for part in (together, flat)]
-    np.testing.assert_allclose(*distances, atol=1e-9)
+    np.testing.assert_allclose(distances[0], distances[1], atol=1e-9)
     assert together.std(0)[0] > together.std(0)[1]
     np.testing.assert_allclose(together.mean(0), 0, atol=1e-9)
 

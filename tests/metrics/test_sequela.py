@@ -1,7 +1,7 @@
 """Sequela: rates against SciPy and loops, signals against NumPy, membership of overfitted models, re-injection."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from comparison import cache_size
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
-from miniature import SmallNet, make_textured_images, miniature
+from miniature import Case, SmallNet, make_textured_images, miniature
 from scipy import stats
 
 from backdoor_jax import Classifier, Dataset, TrainConfig, UserError, evaluate, train
@@ -105,12 +105,6 @@ def test_unusable_signals_are_refused(members: Any, others: Any, message: str) -
 
 
 # Signals
-
-
-class Case(NamedTuple):
-    classifier: Classifier
-    variables: Variables
-    data: Dataset
 
 
 def logits_of(case: Case) -> np.ndarray:
@@ -268,7 +262,7 @@ def test_a_backdoor_returns_on_poisoned_data_and_sooner_with_more_of_it() -> Non
     clean = train(jax.random.key(8), small.classifier, data, training).variables
     config = ReinjectConfig(rates=(0.02, 0.2), epochs=(1, 4, 8), batch_size=32, crop=0)
     rows = reinject(KEY, small.classifier, {"clean": clean}, data, small.test, small.trigger, small.label_map, config)
-    asr = {rate: [row.scores.asr for row in rows if row.rate == rate] for rate in config.rates}
+    asr = {rate: np.array([row.scores.asr for row in rows if row.rate == rate], float) for rate in config.rates}
     assert asr[0.2][0] < 0.1
     assert asr[0.2][-1] > 0.9
     assert asr[0.02][-1] < asr[0.2][-1]

@@ -56,7 +56,7 @@ def scenario() -> Scenario:
     data = make_images(1, 320)
     encoder = build_classifier("small_cnn", 2, width=8, normalization="none")
     clean, _ = pretrain(jax.random.key(0), encoder, data, SimCLRConfig(epochs=8, batch_size=64))
-    trigger = BadNets(size=4).trigger(jax.random.key(1), data.images.shape[1:])
+    trigger = BadNets(size=4).trigger(jax.random.key(1), (12, 12, 3))
     references = data.images[data.labels == TARGET][:2]
     settings = BadEncoderConfig(epochs=40, batch_size=64, learning_rate=0.003)
     backdoored, info = bad_encoder(jax.random.key(2), encoder, clean, data, trigger, references, settings)

@@ -29,7 +29,7 @@ from backdoor_jax.scenarios import evaluate_transfer, replace_head, transfer
 
 def test_a_replaced_head_is_new_and_everything_else_is_kept() -> None:
     classifier = build_classifier("preact_resnet18", 43, width=2, normalization="gtsrb")
-    images = np.zeros((2, 32, 32, 3), np.uint8)
+    images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     variables = random_variables(classifier, images)
     before = jax.tree.map(np.array, variables)
     other, replaced = replace_head(jax.random.key(1), classifier, variables, 10, images)

@@ -1,6 +1,8 @@
 """The engine: resuming, tracing, mapping, sharding, and its parts against closed forms."""
 
 import dataclasses
+import functools
+import operator
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from comparison import cache_size
+from comparison import cache_size, structure
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -197,7 +199,7 @@ def test_non_finite_weights_after_the_last_step_are_an_error(key: jax.Array, tin
 
 @pytest.mark.parametrize("options", [{}, {"epochs": 1, "steps": 3}])
 def test_fit_refuses_both_and_neither_of_epochs_and_steps(
-    key: jax.Array, tiny_data: Dataset, options: dict[str, int]
+    key: jax.Array, tiny_data: Dataset, options: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError, match="fit takes either epochs or steps; give one of them"):
         fit(key, REPORTER, IDLE, tiny_data, batch_size=8, **options)
@@ -239,7 +241,7 @@ def penalized_loss(
     classifier: Classifier, config: Penalized, variables: Variables, batch: Dataset, key: jax.Array
 ) -> LossResult:
     loss, (new, info) = noisy_loss(classifier, variables, batch, key)
-    size = sum(jnp.sum(jnp.abs(leaf) ** config.power) for leaf in jax.tree.leaves(variables["params"]))
+    size = jnp.asarray(sum(jnp.sum(jnp.abs(leaf) ** config.power) for leaf in jax.tree.leaves(variables["params"])))
     return loss + config.penalty * size, (new, {**info, "size": size})
 
 
@@ -249,7 +251,7 @@ def test_one_program_serves_all_floats_and_another_integer_compiles_again(
     def run(seed: int, optimizer: SGD, config: Penalized) -> np.ndarray:
         equal = Classifier(type(tiny_classifier.network)(3), 3)
         step = GradientStep(Partial(penalized_loss, equal, config), optimizer)
-        options = {"epochs": 2, "batch_size": 8, "augment": Augment(crop=1, flip=True)}
+        options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "augment": Augment(crop=1, flip=True)}
         return fit(jax.random.key(seed), step, step.init(tiny_variables), tiny_data, **options).history["loss"]
 
     traced, compiled = len(TRACES), cache_size(_compiled_epoch)
@@ -274,7 +276,8 @@ def test_one_program_serves_all_floats_and_another_integer_compiles_again(
 def test_a_rate_of_zero_reaches_the_compiled_step(
     key: jax.Array, tiny_classifier: Classifier, start: State, tiny_data: Dataset
 ) -> None:
-    still = make_step(tiny_classifier, dataclasses.replace(OPTIMIZER, learning_rate=jnp.zeros(())))
+    zero: Any = jnp.zeros(())
+    still = make_step(tiny_classifier, dataclasses.replace(OPTIMIZER, learning_rate=zero))
     fitted = fit(key, still, start, tiny_data, epochs=1, batch_size=8, augment=AUGMENT)
     chex.assert_trees_all_equal(fitted.variables["params"], start.variables["params"])
 
@@ -461,7 +464,7 @@ def test_only_trainable_parameters_change(
     step = make_step(tiny_classifier, trainable=(("linear", "kernel"), ("bn",)))
     fitted = fit(key, step, step.init(start.variables), tiny_data, epochs=1, batch_size=8)
     before, after = start.variables["params"], fitted.variables["params"]
-    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert structure(before) == structure(after)
     np.testing.assert_array_equal(before["conv"]["kernel"], after["conv"]["kernel"])
     np.testing.assert_array_equal(before["linear"]["bias"], after["linear"]["bias"])
     for layer, name in (("linear", "kernel"), ("bn", "scale"), ("bn", "bias")):
@@ -497,9 +500,7 @@ PATHS = (("a", "b"), ("a", "c"), ("d", "b"), ("e",))
 def test_merging_the_parts_of_a_split_tree_restores_it(prefixes: set[tuple[str, ...]]) -> None:
     inside, outside = split_by_path(TREE, tuple(prefixes))
     for path in PATHS:
-        first, second, value = inside, outside, TREE
-        for name in path:
-            first, second, value = first[name], second[name], value[name]  # type: ignore[index, assignment]
+        first, second, value = (functools.reduce(operator.getitem, path, tree) for tree in (inside, outside, TREE))
         chosen = any(path[: len(prefix)] == prefix for prefix in prefixes)
         assert (first, second) == ((value, None) if chosen else (None, value))
     assert merge(inside, outside) == merge(outside, inside) == TREE
@@ -620,7 +621,7 @@ def test_integers_are_accepted_where_a_setting_is_a_float(
 @pytest.mark.parametrize("field", ["epochs", "batch_size", "learning_rate"])
 def test_training_settings_out_of_range_are_refused_by_name(field: str) -> None:
     with pytest.raises(UserError, match=f"^TrainConfig.{field} is 0, expected a value greater than"):
-        TrainConfig(**{field: 0})  # type: ignore[arg-type]
+        TrainConfig(**{field: 0})
 
 
 def test_the_published_network_trains_in_a_scan(key: jax.Array, tiny_data: Dataset) -> None:

@@ -1,5 +1,7 @@
 """The losses against their formulas in float64, and the rankings they give."""
 
+from collections.abc import Callable
+
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
@@ -130,18 +132,18 @@ def test_gradient_equals_that_of_log_softmax_for_ordinary_logits() -> None:
 
 @pytest.mark.parametrize("loss", [cross_entropy, symmetric_cross_entropy])
 @pytest.mark.parametrize("margin", [-1e4, -100.0, -40.0, 0.0, 40.0, 100.0, 1e4])
-def test_gradient_is_finite_however_confident_the_model(loss: object, margin: float) -> None:
+def test_gradient_is_finite_however_confident_the_model(loss: Callable[..., jax.Array], margin: float) -> None:
     logits = jnp.array([margin, 0.0, -1.0])
-    gradient = jax.grad(lambda z: loss(z, jnp.array(0)))(logits)  # type: ignore[operator]
+    gradient = jax.grad(lambda z: loss(z, jnp.array(0)))(logits)
     assert np.isfinite(gradient).all()
     assert float(jnp.abs(jnp.sum(gradient))) < 1e-6
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, symmetric_cross_entropy])
-def test_mapped_over_samples_equals_batched(loss: object) -> None:
+def test_mapped_over_samples_equals_batched(loss: Callable[..., jax.Array]) -> None:
     logits, labels = map(jnp.asarray, confident_batch())
     np.testing.assert_allclose(
-        jax.vmap(loss)(logits, labels),  # type: ignore[arg-type]
-        loss(logits, labels),  # type: ignore[operator]
+        jax.vmap(loss)(logits, labels),
+        loss(logits, labels),
         rtol=1e-6,
     )

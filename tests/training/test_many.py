@@ -129,7 +129,7 @@ def test_devices_that_do_not_divide_the_runs_are_refused(runs: list[Run], names:
 
 def test_models_trained_at_once_equal_those_trained_alone(tiny_classifier: Classifier, tiny_data: Dataset) -> None:
     config = TrainConfig(epochs=2, batch_size=8, crop=1, sam_radius=0.5)
-    keys = jax.random.split(jax.random.key(3), 2)
+    keys = list(jax.random.split(jax.random.key(3), 2))
     sets = [tiny_data, dataclasses.replace(tiny_data, labels=(tiny_data.labels + 1) % 3)]
     found = train_many(keys, tiny_classifier, sets, config, flip=True)
     for number in range(2):
@@ -138,6 +138,6 @@ def test_models_trained_at_once_equal_those_trained_alone(tiny_classifier: Class
 
 
 def test_sets_of_different_sizes_are_refused(tiny_classifier: Classifier, tiny_data: Dataset) -> None:
-    keys = jax.random.split(jax.random.key(3), 2)
+    keys = list(jax.random.split(jax.random.key(3), 2))
     with pytest.raises(UserError, match=r"2 keys and sets of shapes .*; give one set of one shape a key"):
         train_many(keys, tiny_classifier, [tiny_data, tiny_data.take(slice(8))])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparison import structure
 
 from backdoor_jax import UserError
 from backdoor_jax.training import (
@@ -208,7 +209,6 @@ def test_rates_are_traced_and_integers_betas_and_kinds_are_static() -> None:
     assert leaves(AMSGrad(0.1)) == [0.1]
     assert sorted(leaves(SGD(0.1, Triangular(0.3, 0.2, 0.5)))) == [0.0, 0.0, 0.1, 0.2, 0.3, 0.5]
 
-    structure = jax.tree.structure
     assert structure(SGD(0.1, Cosine(90))) == structure(SGD(0.2, Cosine(90), momentum=0.5))
     for one, other in (
         (SGD(0.1, Cosine(90)), SGD(0.1, Cosine(80))),

@@ -43,7 +43,8 @@ def test_the_ascent_leads_to_the_worst_neighbor_in_the_scaled_ball(radius: float
     generator = np.random.default_rng(seed)
     weights = {"a": generator.standard_normal((3, 2)), "b": generator.standard_normal(4)}
     gradient = {"a": generator.standard_normal((3, 2)), "b": generator.standard_normal(4)}
-    step = ascent(*(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (weights, gradient)), radius)
+    inputs = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (weights, gradient)]
+    step = ascent(inputs[0], inputs[1], radius)
     chex.assert_trees_all_equal_structs(step, weights)
     expected = published_ascent([*weights.values()], [*gradient.values()], radius)
     for found, part in zip(step.values(), expected, strict=True):
@@ -135,7 +136,7 @@ def test_one_program_serves_all_radii(
         step = SharpnessAwareStep(loss, optimizer, radius=radius)
         ends.append(run(step, step.init(tiny_variables))[0].variables["params"]["linear"]["kernel"])
     assert cache_size(run) == 1
-    assert not np.allclose(*ends, rtol=1e-4)
+    assert not np.allclose(ends[0], ends[1], rtol=1e-4)
 
 
 def test_training_is_sharpness_aware_where_a_radius_is_given(tiny_classifier: Classifier, tiny_data: Dataset) -> None:
