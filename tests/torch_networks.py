@@ -1,6 +1,34 @@
 """PyTorch networks, written from published descriptions, to compare the package's networks with."""
 
+import importlib.util
+import re
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+
+def torchvision_models() -> Any:
+    """The module `torchvision.models`; the test is skipped where it is not installed.
+
+    A torchvision that was built for another PyTorch lacks its compiled operators, and is imported once these are
+    declared; no classifier uses them.
+    """
+    import torch
+
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        pytest.skip("torchvision's networks: pip install torchvision")
+    text = (Path(found.origin).parent / "_meta_registrations.py").read_text(encoding="utf-8")
+    for name in sorted(set(re.findall(r'(?:register_meta\("|torchvision::)(\w+)', text))):
+        if not hasattr(torch.ops.torchvision, name):
+            LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+            LIBRARIES[-1].define(f"{name}(Tensor x) -> Tensor")
+    return importlib.import_module("torchvision.models")
+
+
+LIBRARIES: list[Any] = []
+"""Declarations live as long as these."""
 
 
 def torch_preact_resnet18(torch: Any, classes: int, width: int, channels: int = 3) -> Any:

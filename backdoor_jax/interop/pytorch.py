@@ -42,6 +42,7 @@ from backdoor_jax.models import (
     Variables,
     build_classifier,
 )
+from backdoor_jax.models.torch_module import TorchNetwork
 
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
 """The name in Flax of the first convolution of each network that has a PyTorch counterpart."""
@@ -132,7 +133,7 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
 
     Args:
         path: the file; folders are created, and an older file is replaced once the new one is complete.
-        classifier: of a network with a PyTorch counterpart.
+        classifier: of a network with a PyTorch counterpart, or of `Classifier.from_torch`.
         variables: its variables.
 
     Raises:
@@ -170,7 +171,7 @@ def require_counterpart(classifier: Classifier) -> None:
     Raises:
         UserError: for such a network.
     """
-    if type(classifier.network) not in FIRST:
+    if type(classifier.network) not in (*FIRST, TorchNetwork):
         raise UserError(
             f"a {type(classifier.network).__name__} has no PyTorch counterpart here; save it as .safetensors or in a "
             "folder, with backdoor_jax.save_model"
@@ -194,6 +195,8 @@ def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.nd
         ((10, 64), 0)
     """
     require_counterpart(classifier)
+    if isinstance(classifier.network, TorchNetwork):
+        return classifier.network.state_dict(variables)
     state = {}
     for name, path, leaf in _tensors(classifier.network, variables):
         array = np.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
@@ -241,6 +244,8 @@ def _clipped_module(network: nn.Module, rectifier: tuple[str, ...]) -> str:
 
 
 def _bounds_by_module(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
+    if isinstance(classifier.network, TorchNetwork):
+        return classifier.network.bounds_by_module(variables)
     found = {}
     for path, leaf in flatten_dict(variables.get(BOUNDS, {})).items():
         upper = np.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))

@@ -25,7 +25,8 @@ def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
 
     Args:
         module: a ``torch.nn.Module`` with the names that `save_torch` uses; ``DataParallel`` may be around it.
-        bounds: upper bounds ``(C,)`` by the name of the module whose output ``(B, C, ...)`` they clip.
+        bounds: upper bounds by the name of the module whose output they clip: ``(C,)`` for an output ``(B, C, ...)``,
+            ``(1, C)`` for one with channels last.
 
     Returns:
         The module itself.
@@ -62,4 +63,5 @@ def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
 def _clip(module: Any, inputs: Any, output: Any) -> Any:
     """A forward hook; importable, so that a network that has it can be pickled."""
     del inputs
-    return output.minimum(getattr(module, BUFFER).view(1, -1, *(1,) * (output.ndim - 2)))
+    upper = getattr(module, BUFFER)
+    return output.minimum(upper.view(1, -1, *(1,) * (output.ndim - 2)) if upper.ndim == 1 else upper)

@@ -26,6 +26,7 @@ from backdoor_jax.models.network import (
     split_nnx,
 )
 from backdoor_jax.models.precision import HalfPrecision, Precision
+from backdoor_jax.models.torch_module import TorchNetwork, image_shape, read_module
 
 NORMALIZATIONS: dict[str, Normalization] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -209,6 +210,47 @@ class Classifier:
         """
         return cls(FunctionNetwork(init, features, head), num_classes, mean, std, head_path)
 
+    @classmethod
+    def from_torch(
+        cls,
+        module: Any,
+        example: Any,
+        head: str | None = None,
+        *,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> tuple["Classifier", Variables]:
+        """The classifier of any PyTorch module that makes logits of images, and the variables the module holds.
+
+        The module is exported by ``torch.export`` in evaluation mode, for any number of images of one shape, and its
+        operators are computed in JAX. In training mode batch normalizations use and update statistics as in PyTorch,
+        and dropout stays off. `backdoor_jax.save_torch` writes a state dict that loads into the same module.
+
+        Args:
+            module: a ``torch.nn.Module`` from images ``(B, C, H, W)`` to logits; left as it is.
+            example: images, of which only the shape is used: a tensor ``(B, C, H, W)``, an array ``(B, H, W, C)``, or
+                a shape ``(H, W, C)`` or ``(C, H, W)``.
+            head: the path of the linear head, such as ``"fc"``; by default the module's last linear layer or 1x1
+                convolution. Latents are what it receives.
+            mean: of each channel, of pixels in [0, 1], as in the module's training; 0 by default.
+            std: the standard deviation of each channel, of pixels in [0, 1]; 1 by default.
+
+        Raises:
+            UserError: for a module that cannot be exported, an operator that is not there, naming it and its layer, or
+                a module without a linear head.
+
+        Example:
+            >>> import torch  # doctest: +SKIP
+            >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))  # doctest: +SKIP
+            >>> classifier, variables = Classifier.from_torch(net, (8, 8, 3))  # doctest: +SKIP
+            >>> classifier.logits(variables, jnp.zeros((2, 8, 8, 3), jnp.uint8))[0].shape  # doctest: +SKIP
+            (2, 10)
+        """
+        shape = image_shape(example)
+        network, variables, num_classes = read_module(module, shape, head)
+        mean, std = mean or (0.0,) * shape[-1], std or (1.0,) * shape[-1]
+        return cls(network, num_classes, mean, std, network.head_path), variables
+
     @property
     def _network(self) -> Network:
         network: Network = self.network
@@ -251,7 +293,8 @@ class Classifier:
     @property
     def map_layers(self) -> tuple[Path, ...]:
         """The last layer at each resolution, down to the one before pooling; empty where none are named."""
-        return getattr(getattr(self._network, "module", None), "map_layers", ())
+        network = self._network
+        return getattr(network, "map_layers", getattr(getattr(network, "module", None), "map_layers", ()))
 
     def maps(
         self, variables: Variables, images: jax.Array, layers: tuple[Path, ...], train: bool = False
@@ -267,10 +310,11 @@ class Classifier:
             train: whether to compute in training mode.
 
         Raises:
-            UserError: where the network is no Linen module, calls no such layer, or the layer's output is no map.
+            UserError: where the network is neither a Linen nor a PyTorch module, calls no such layer, or the layer's
+                output is no map.
         """
         network: Any = self._network
-        if not isinstance(getattr(network, "module", None), nn.Module):
+        if not hasattr(network, "maps") or getattr(network, "module", self) is None:
             raise UserError(f"{type(self.network).__name__} has no layers that can be observed; give a Linen module")
         latent, maps, variables = network.maps(variables, self._input(variables, images), train, layers)
         for layer, found in zip(layers, maps, strict=True):
@@ -307,6 +351,11 @@ class Classifier:
         Raises:
             UserError: where there is no linear layer at ``head_path``.
         """
+        if isinstance(self.network, TorchNetwork) and self.network.tail is not None:
+            raise UserError(
+                f"this needs a linear head, and in this {self.network.name} more follows the layer "
+                f"{'/'.join(self.head_path)!r}; choose a defense that needs none, such as super_finetune"
+            )
         kernel, bias = linear_head(variables, self.head_path)
         return kernel, jnp.zeros(self.num_classes) if bias is None else bias
 

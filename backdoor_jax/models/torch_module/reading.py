@@ -1,0 +1,503 @@
+"""Reads a PyTorch module: its graph by ``torch.export``, its head, and where its tensors belong.
+
+The module is exported in evaluation mode. What differs in training mode is batch normalization, which the interpreter
+knows; dropout and stochastic depth stay off.
+"""
+
+import copy
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.models.network import Path, Variables
+from backdoor_jax.models.torch_module.graph import BATCH, BATCH_NORM, INPUT, PYTHON, TENSOR, Graph, Node, Ref
+from backdoor_jax.models.torch_module.layouts import ChannelsLast
+from backdoor_jax.models.torch_module.network import Order, Rectifier, Tensor, TorchNetwork
+from backdoor_jax.models.torch_module.operators import find
+
+COUNTER = "num_batches_tracked"
+BATCH_NORMS = ("_native_batch_norm_legit_no_training",)
+IGNORED = ("device", "pin_memory", "layout", "memory_format", "non_blocking", "cudnn_enable", "cudnn_enabled")
+"""Arguments that do not change values."""
+SAME_CLASS = ("softmax", "_softmax", "log_softmax", "clone", "alias", "detach", "dropout", "view", "flatten", "squeeze")
+"""What may follow a linear head and is left out: it does not change which class is the largest."""
+AVERAGES = ("adaptive_avg_pool2d", "mean")
+"""What may follow a 1x1 convolution as well: an average over positions is a linear function too."""
+ACTIVATIONS = ("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "leaky_relu", "elu", "mish")
+"""Activations that can be bounded."""
+RECTIFIERS = ("relu", "relu6")
+"""Of those, the ones that may be clipped before as well as after."""
+
+
+def _kind(node: Node) -> str:
+    """An operator's name without its overload."""
+    return node.operator.partition(".")[0]
+
+
+class Call(NamedTuple):
+    """A call of a module: its path, and which call it is."""
+
+    path: str
+    key: str
+
+
+class Step(NamedTuple):
+    """What is known of a node besides the graph: shape, and the calls of modules around it."""
+
+    shape: tuple[Any, ...]
+    calls: tuple[Call, ...]
+
+
+def read_module(
+    module: Any, image_shape: tuple[int, int, int], head: str | None = None
+) -> tuple[TorchNetwork, Variables, int]:
+    """The network of a PyTorch module, its variables, and the number of classes.
+
+    Args:
+        module: a ``torch.nn.Module`` from images ``(B, C, H, W)`` to logits; left as it is.
+        image_shape: height, width and channels.
+        head: the path of the linear head; by default the last linear layer or 1x1 convolution.
+
+    Raises:
+        UserError: for a module that cannot be exported, an operator that is not there, or no linear head.
+    """
+    module = _plain(module)
+    name = type(module).__name__
+    exported = _export(module, image_shape, name)
+    builder = _Builder(exported, module, name)
+    graph, output, steps = builder.build()
+    shape = steps[output].shape
+    if len(shape) != 2 or not isinstance(shape[1], int):
+        raise UserError(
+            f"{name} returns a tensor of rank {len(shape)}, expected logits (B, C); wrap it in a module that does"
+        )
+    weight, latent, linear = _find_head(graph, output, steps, builder.names, head, name)
+    tensors = _tensors(graph, module, exported, weight if linear else None)
+    tail = None if linear else tuple(steps[latent].shape[1:])
+    head_path = tuple(weight.rpartition(".")[0].split("."))
+    network = TorchNetwork(name, graph, tensors, image_shape, head_path, latent, output, tail)
+    if tail is not None:
+        _require_own_tail(network)
+    variables = network.variables(_arrays(module, exported, tensors))
+    return _with_layers(network, variables, steps), variables, shape[1]
+
+
+def image_shape(example: Any) -> tuple[int, int, int]:
+    """Height, width and channels of images.
+
+    Args:
+        example: a PyTorch tensor ``(B, C, H, W)``, an array ``(B, H, W, C)``, or a shape, in which 1 or 3 channels may
+            be first or last.
+
+    Raises:
+        UserError: for anything else.
+
+    Example:
+        >>> image_shape((3, 32, 24)), image_shape(np.zeros((8, 32, 24, 1)))
+        ((32, 24, 3), (32, 24, 1))
+    """
+    first = type(example).__module__.partition(".")[0] == "torch"
+    shape = tuple(getattr(example, "shape", example))[-3:]
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise UserError(f"the example {shape} is no shape of images; give (height, width, channels) or some images")
+    if first or (shape[0] in (1, 3) and shape[-1] not in (1, 3)):
+        shape = (*shape[1:], shape[0])
+    height, width, channels = shape
+    return height, width, channels
+
+
+def _plain(module: Any) -> Any:
+    """The module itself, without what data-parallel training puts around it, in float32 or float64."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("from_torch needs PyTorch; run pip install 'backdoor_jax[torch]'") from error
+    if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        module = module.module
+    module = getattr(module, "_orig_mod", module)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError("TorchScript cannot be exported; give the torch.nn.Module that it was made from")
+    if not isinstance(module, torch.nn.Module):
+        raise UserError(f"expected a torch.nn.Module, got a {type(module).__name__}; build it and load its state dict")
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    if any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors):
+        return copy.deepcopy(module).float()
+    return module
+
+
+@contextmanager
+def _evaluating(torch: Any, module: Any) -> Iterator[None]:
+    """The module in evaluation mode, and attention as plain operators, during the block."""
+    modes = {each: each.training for each in module.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        module.eval()
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for each, training in modes.items():
+            each.training = training
+
+
+def _export(module: Any, image_shape: tuple[int, int, int], name: str) -> Any:
+    """The module's graph for any number of images, without operators that write to their arguments."""
+    import torch
+
+    height, width, channels = image_shape
+    reference = next(module.parameters(), torch.zeros(()))
+    example = torch.zeros(2, channels, height, width, dtype=reference.dtype, device=reference.device)
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    shown = f"{height}x{width}x{channels}"
+    try:
+        with _evaluating(torch, module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+            return exported.run_decompositions({})
+    except Exception as error:  # PyTorch raises many types.
+        if "Constraints violated" in str(error):
+            raise UserError(
+                f"{name} fixes the number of images (a view or reshape with a number); use x.size(0) or flatten there"
+            ) from error
+        raise UserError(
+            f"{name} cannot be exported by torch.export for images of {shown} ({first_line(error)}); check that it "
+            "runs on such images and that its forward does not branch on values"
+        ) from error
+
+
+class _Builder:
+    """Builds a graph of what an exported program's output needs."""
+
+    def __init__(self, exported: Any, module: Any, name: str) -> None:
+        from torch.export.graph_signature import InputKind
+
+        signature = exported.graph_signature
+        kinds = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+        self.fx = exported.graph
+        self.inputs = {at: spec for at, spec in kinds.items() if spec.kind == InputKind.USER_INPUT}
+        self.canonical = _canonical(module)
+        self.targets = {at: self.canonical.get(spec.target, spec.target) for at, spec in kinds.items()}
+        self.module = module
+        self.name = name
+        self.output_name = signature.user_outputs[0]
+        self.nodes: list[Node] = []
+        self.steps: list[Step] = []
+        self.places: dict[Any, int] = {}
+        self.names: dict[int, str] = {}
+        """The name of the tensor of each node that is one."""
+
+    def build(self) -> tuple[Graph, int, list[Step]]:
+        """The graph, the node of the output, and what is known of each node."""
+        by_name = {node.name: node for node in self.fx.nodes}
+        output = by_name[self.output_name]
+        live: set[Any] = set()
+        waiting = [output]
+        while waiting:
+            node = waiting.pop()
+            if node not in live:
+                live.add(node)
+                waiting += node.all_input_nodes
+        unknown: dict[str, str] = {}
+        for node in self.fx.nodes:
+            if node in live:
+                self._add(node, unknown)
+        if unknown:
+            first, layer = next(iter(unknown.items()))
+            more = f" and {', '.join(list(unknown)[1:])}" if len(unknown) > 1 else ""
+            raise UserError(
+                f"{self.name}: layer {layer!r} uses the operator {first}{more}, which backdoor_jax does not have; "
+                "replace that layer, or add the operator to backdoor_jax/models/torch_module/operators.py"
+            )
+        return Graph(tuple(self.nodes)), self.places[output], self.steps
+
+    def _add(self, node: Any, unknown: dict[str, str]) -> None:
+        stack = (node.meta.get("nn_module_stack") or {}).items()
+        calls = tuple(Call(path, key) for key, (path, _) in stack if path)
+        layer = calls[-1].path if calls else ""
+        if node.op == "placeholder":
+            if node.name in self.inputs:
+                made = Node(INPUT)
+            else:
+                self.names[len(self.nodes)] = self.targets[node.name]
+                made = Node(TENSOR, (("name", self.targets[node.name]),))
+        else:
+            found = self._operation(node, layer, unknown)
+            if isinstance(found, int):
+                self.places[node] = found
+                return
+            made = found
+        value = node.meta.get("val")
+        self.places[node] = len(self.nodes)
+        self.nodes.append(made)
+        self.steps.append(Step(_shape(value), calls))
+
+    def _operation(self, node: Any, layer: str, unknown: dict[str, str]) -> Node | int:
+        """The node of an operator, or the one it is the same as."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            kind = f"{PYTHON}{getattr(node.target, '__name__', node.target)}"
+            source = node.args[0] if node.args else None
+            if kind == "python.getitem" and self._is_batch_norm(source):
+                return self.places[source]
+            if find(kind) is None:
+                unknown.setdefault(str(node.target), layer)
+            return Node(kind, tuple((str(at), self._plain(arg)) for at, arg in enumerate(node.args)), layer)
+        kind = str(node.target).removeprefix("aten.").removesuffix(".default")
+        if kind == "sym_size.int":
+            symbol = getattr(getattr(node.meta["val"], "node", None), "expr", None)
+            if symbol is not None and symbol.is_Symbol:
+                return Node(BATCH)
+        given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        arguments = {}
+        for argument in schema.arguments:
+            value = self._plain(given[argument.name]) if argument.name in given else None
+            default = self._plain(argument.default_value) if argument.has_default_value() else None
+            if argument.name in given and not (argument.has_default_value() and value == default):
+                arguments[argument.name] = value
+        arguments = {name: value for name, value in arguments.items() if name not in IGNORED}
+        if kind in BATCH_NORMS:
+            return self._batch_norm(arguments, layer)
+        found = find(kind)
+        if found is None or not set(arguments) <= found.parameters:
+            extra = [] if found is None else sorted(set(arguments) - found.parameters)
+            unknown.setdefault(f"aten.{kind}" + (f" with {', '.join(extra)}" if extra else ""), layer)
+        return Node(kind, tuple(arguments.items()), layer)
+
+    def _is_batch_norm(self, node: Any) -> bool:
+        return node in self.places and self.nodes[self.places[node]].operator == BATCH_NORM
+
+    def _batch_norm(self, arguments: dict[str, Any], layer: str) -> Node:
+        mean, var = (self.names[arguments.pop(f"running_{part}").node] for part in ("mean", "var"))
+        owner, _, _ = mean.rpartition(".")
+        counter = f"{owner}.{COUNTER}" if owner else COUNTER
+        counter = self.canonical.get(counter, counter)
+        known = counter in dict(self.module.named_buffers())
+        layer_of = dict(self.module.named_modules()).get(owner)
+        momentum = arguments["momentum"]
+        if known and getattr(layer_of, "momentum", momentum) is None:
+            momentum = None
+        values = {
+            "input": arguments["input"],
+            "weight": arguments.get("weight"),
+            "bias": arguments.get("bias"),
+            "mean": mean,
+            "var": var,
+            "counter": counter if known else None,
+            "momentum": momentum,
+            "eps": arguments["eps"],
+        }
+        return Node(BATCH_NORM, tuple(values.items()), layer)
+
+    def _plain(self, value: Any) -> Any:
+        """An argument as a hashable value: results as `Ref`, lists as tuples, types by name."""
+        if isinstance(value, list | tuple):
+            return tuple(map(self._plain, value))
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if value in self.places:
+            return Ref(self.places[value])
+        return str(value).removeprefix("torch.")
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    """The shape of a traced value, or of the first of several; None where it depends on the number of images."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return tuple(size if isinstance(size, int) else None for size in getattr(value, "shape", ()))
+
+
+# The head
+
+
+def _find_head(
+    graph: Graph, output: int, steps: list[Step], names: dict[int, str], head: str | None, module: str
+) -> tuple[str, int, bool]:
+    """The name of the head's weight, the node of its input, and whether the logits are a linear function of that."""
+
+    def weight_of(at: int) -> str | None:
+        node, arguments = graph.nodes[at], dict(graph.nodes[at].arguments)
+        weight = arguments.get("weight")
+        name = names.get(weight.node) if isinstance(weight, Ref) else None
+        if name is None or not name.endswith(".weight"):
+            return None
+        if node.operator == "linear":
+            return name
+        plain = node.operator == "conv2d" and set(arguments) <= {"input", "weight", "bias"}
+        return name if plain and steps[weight.node].shape[2:] == (1, 1) else None
+
+    at, averaged = output, False
+    while weight_of(at) is None:
+        node = graph.nodes[at]
+        if _kind(node) not in SAME_CLASS + AVERAGES or not any(node.refs()):
+            break
+        averaged |= _kind(node) in AVERAGES
+        at = next(node.refs())
+    direct = weight_of(at)
+    if direct is not None and graph.nodes[at].operator == "linear":
+        direct = direct if not averaged and len(steps[at].shape) == 2 else None
+    elif direct is not None:
+        averages = averaged or steps[at].shape[2:] == (1, 1)
+        direct = direct if averages else None
+    if direct is not None and head in (None, direct.removesuffix(".weight")):
+        return direct, dict(graph.nodes[at].arguments)["input"].node, True
+
+    heads = {name: at for at in range(output + 1) if (name := weight_of(at)) is not None}
+    if head is not None:
+        heads = {name: at for name, at in heads.items() if name == f"{head}.weight"}
+    if not heads:
+        what = "no linear layer or 1x1 convolution" if head is None else f"no such layer {head!r}"
+        raise UserError(f"{module} has {what} that could be its head; name it as head, or end in a linear layer")
+    weight, at = max(heads.items(), key=lambda item: item[1])
+    return weight, dict(graph.nodes[at].arguments)["input"].node, False
+
+
+def _require_own_tail(network: TorchNetwork) -> None:
+    """Refuses logits that depend on more than the head's input, or on statistics."""
+    nodes = [network.graph.nodes[at] for at in network.graph.needed((network.output,), {network.latent: None})]
+    kinds = {node.operator for node in nodes}
+    if kinds & {INPUT, BATCH_NORM}:
+        what = "a batch normalization follows" if INPUT not in kinds else "something bypasses"
+        raise UserError(
+            f"{network.name}: {what} the layer {'.'.join(network.head_path)!r}, which was taken for its head; name "
+            "another as head, or end in a linear layer"
+        )
+
+
+# Tensors
+
+
+def _canonical(module: Any) -> dict[str, str]:
+    """The first name of each tensor, by any of its names."""
+    firsts: dict[int, str] = {}
+    return {
+        name: firsts.setdefault(id(tensor), name)
+        for name, tensor in itertools.chain(
+            module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+        )
+    }
+
+
+def _tensors(graph: Graph, module: Any, exported: Any, head: str | None) -> tuple[Tensor, ...]:
+    """Where each tensor of the module belongs; parameters that the graph does not use are not trained."""
+    uses: dict[str, set[tuple[str, str]]] = {}
+    statistics: dict[str, str] = {}
+    for node in graph.nodes:
+        for argument, value in node.arguments:
+            source = graph.nodes[value.node] if isinstance(value, Ref) else None
+            if source is not None and source.operator == TENSOR:
+                uses.setdefault(source.arguments[0][1], set()).add((node.operator, argument))
+        if node.operator == BATCH_NORM:
+            arguments = dict(node.arguments)
+            statistics |= {arguments["mean"]: "mean", arguments["var"]: "var"}
+
+    canonical = _canonical(module)
+    parameters, saved = dict(module.named_parameters()), set(module.state_dict())
+    constants = {name: value for name, value in exported.constants.items() if canonical.get(name, name) == name}
+    found = {}
+    for name, value in itertools.chain(parameters.items(), module.named_buffers(), constants.items()):
+        if name in found or not hasattr(value, "shape"):
+            continue
+        *place, leaf = name.split(".")
+        used = uses.get(name, set())
+        order: Order = "torch"
+        if name in statistics:
+            collection, leaf = "batch_stats", statistics[name]
+        elif name in parameters and used:
+            collection = "params"
+            if leaf == "weight" and used == {("linear", "weight")}:
+                leaf, order = "kernel", "linear"
+            elif leaf == "weight" and used == {("conv2d", "weight")}:
+                leaf, order = "kernel", "pointwise_conv" if name == head else "conv"
+            elif leaf == "weight" and used == {(BATCH_NORM, "weight")}:
+                leaf = "scale"
+        else:
+            collection = "buffers"
+        aliases = tuple(other for other, first in canonical.items() if first == name and other != name)
+        dtype = str(value.dtype).removeprefix("torch.")
+        path = (collection, *place, leaf)
+        found[name] = Tensor(name, path, tuple(value.shape), dtype, order, aliases, name in saved)
+    return tuple(found.values())
+
+
+def _arrays(module: Any, exported: Any, tensors: tuple[Tensor, ...]) -> Mapping[str, np.ndarray]:
+    values = {**exported.constants, **dict(module.named_buffers()), **dict(module.named_parameters())}
+    return {tensor.name: values[tensor.name].detach().cpu().numpy() for tensor in tensors}
+
+
+# Layers
+
+
+def _with_layers(network: TorchNetwork, variables: Variables, steps: list[Step]) -> TorchNetwork:
+    """The network with its activations that can be bounded and its layers that return maps.
+
+    Traces it once, which also finds an operator that cannot be computed.
+    """
+    kinds: dict[int, tuple[bool, int]] = {}
+
+    def record(node: int, value: Any) -> Any:
+        kinds[node] = isinstance(value, ChannelsLast), len(getattr(value, "shape", ()))
+        return value
+
+    def trace(variables: Variables, x: jax.Array) -> jax.Array:
+        (latent,), _ = network.run(variables, x, False, (network.latent,), record)
+        return network.head(variables, network._latent(latent))
+
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
+    jax.eval_shape(trace, variables, jax.ShapeDtypeStruct((3, *network.image_shape), dtype))
+
+    outputs = _outputs(network.graph, steps)
+    modules: dict[int, list[str]] = {}
+    for path, node in outputs.items():
+        modules.setdefault(node, []).append(path)
+    users: dict[int, int] = {}
+    for node in network.graph.nodes:
+        for source in node.refs():
+            users[source] = users.get(source, 0) + 1
+
+    rectifiers, taken = [], set()
+    for at, node in enumerate(network.graph.nodes):
+        if node.operator not in ACTIVATIONS or at not in kinds:
+            continue
+        last, rank = kinds[at]
+        places = modules.get(at, [])
+        source = next(node.refs())
+        commutes = node.operator in RECTIFIERS or dict(node.arguments).get("min_val") == 0
+        if not places and commutes and users[source] == 1:
+            places = modules.get(source, [])
+        if places and (path := max(places, key=len)) not in taken:
+            taken.add(path)
+            rectifiers.append(Rectifier(at, path, not last and rank > 2))
+
+    maps = {path: at for path, at in outputs.items() if kinds.get(at) == (True, 4)}
+    ends: dict[tuple[int, int], tuple[int, Path]] = {}
+    for path, at in sorted(maps.items(), key=lambda item: (item[1], -len(item[0]))):
+        size = steps[at].shape[2:]
+        if min(size) > 1:
+            ends[size] = (at, tuple(path.split(".")))
+    layers = tuple(path for _, path in sorted(ends.values()))
+    named = tuple((tuple(path.split(".")), at) for path, at in maps.items())
+    return dataclasses.replace(network, rectifiers=tuple(rectifiers), map_nodes=named, map_layers=layers)
+
+
+def _outputs(graph: Graph, steps: list[Step]) -> dict[str, int]:
+    """The node that is the output of each module, of those that are called once and return one tensor."""
+    users: dict[int, list[int]] = {}
+    for at, node in enumerate(graph.nodes):
+        for source in node.refs():
+            users.setdefault(source, []).append(at)
+    calls: dict[str, set[str]] = {}
+    found: dict[str, set[int]] = {}
+    for at, step in enumerate(steps):
+        for path, key in step.calls:
+            calls.setdefault(path, set()).add(key)
+            outside = [user for user in users.get(at, []) if (path, key) not in steps[user].calls]
+            if outside or at not in users:
+                found.setdefault(path, set()).add(at)
+    return {path: min(nodes) for path, nodes in found.items() if len(calls[path]) == 1 and len(nodes) == 1}
