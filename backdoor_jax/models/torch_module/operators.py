@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from backdoor_jax.models.conv import NHWC, conv_general_dilated
+from backdoor_jax.models.grouped_conv import grouped_conv
 from backdoor_jax.models.torch_module.layouts import Layout
 
 Array = jax.Array
@@ -263,9 +264,10 @@ def _addcmul(self: Array, tensor1: Array, tensor2: Array, value: float = 1) -> A
 # Convolutions
 
 
-def _pair(values: int | Sequence[int], rank: int = 2) -> tuple[int, ...]:
-    values = (values,) if isinstance(values, int) else tuple(values)
-    return values * rank if len(values) == 1 else values
+def _pair(values: int | Sequence[int]) -> tuple[int, int]:
+    """A value for each axis of a map; one value holds for both."""
+    first, last = (values, values) if isinstance(values, int) else (values[0], values[-1])
+    return first, last
 
 
 @register("conv2d", layout="maps")
@@ -285,9 +287,10 @@ def _conv2d(
     else:
         pads = [(p, p) for p in _pair(padding)]
     kernel = weight.transpose(2, 3, 1, 0)
-    out = conv_general_dilated(
-        input, kernel, steps, pads, rhs_dilation=spread, dimension_numbers=NHWC, feature_group_count=groups
-    )
+    if groups == 1:
+        out = conv_general_dilated(input, kernel, steps, pads, rhs_dilation=spread, dimension_numbers=NHWC)
+    else:
+        out = grouped_conv(input, kernel, steps, pads, spread, groups)
     return out if bias is None else out + bias
 
 
