@@ -4,32 +4,41 @@
     scan_model(suspect, Path("scan.png")).flagged
     repair_model(suspect, D3(), Path("repaired.pt")).accuracy
 
-`load_suspect` evaluates the model and refuses one near chance: that is what a model looks like whose images are not
-normalized as in its training, and neither a scan nor a repair of it means anything.
+`load_suspect` evaluates the model. Shapes of weights do not show how images were normalized, in which order their
+channels are, or what a stem does, and a model that is given other images than in its training looks like one near
+chance. Near chance it is refused; below what a healthy model reaches a scan gives no verdict and a repair is refused.
 """
 
 import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from backdoor_jax.data import Dataset, load_labeled
+from backdoor_jax.data import Dataset, Labeled, load_labeled
 from backdoor_jax.defenses import TAC, Defense, Repair, Scan, scan
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model, save_model
-from backdoor_jax.interop.pytorch import require_counterpart
-from backdoor_jax.metrics import evaluate
-from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.interop.pytorch import require_counterpart, save_torch
+from backdoor_jax.interop.torch_files import read, unwrap
+from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
+from backdoor_jax.metrics import evaluate, evaluate_triggered
+from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
+from backdoor_jax.models.torch_module import TorchNetwork
+from backdoor_jax.trials import better_input, try_inputs
 
 NEEDED_PACKAGES = {**dict.fromkeys(TORCH_SUFFIXES, "torch"), EXPORT_SUFFIX: "flatbuffers"}
 """The package that writing a file needs, by its suffix."""
 MODEL_SUFFIXES = (".safetensors", *NEEDED_PACKAGES)
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+HEALTHY = 0.7
+"""The accuracy below which a scan gives no verdict; ours. Models near it are rarely trained to the end."""
+MAX_DROP = 0.05
+"""The loss of accuracy above which a repair is not written; ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,10 @@ class Suspect:
         data: images to scan or repair with.
         test: images that the model is evaluated on; `data` where there are no others.
         accuracy: share of `test` that it classifies correctly.
+        healthy: the accuracy that a healthy model reaches on such images; below it there is no verdict.
+        notes: what was assumed, converted or passed over, and what would give a higher accuracy, one line each.
+        triggered: the user's triggered images under their true labels, where given.
+        target: the class that the trigger leads to.
     """
 
     name: str
@@ -51,6 +64,21 @@ class Suspect:
     data: Dataset
     test: Dataset
     accuracy: float
+    healthy: float = HEALTHY
+    notes: tuple[str, ...] = ()
+    triggered: Dataset | None = None
+    target: int | None = None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it is as accurate as a healthy model."""
+        return self.accuracy >= self.healthy
+
+    def success_rate(self, variables: Variables) -> float | None:
+        """The attack success rate of the user's trigger under these variables; None without triggered images."""
+        if self.triggered is None or self.target is None:
+            return None
+        return evaluate_triggered(self.classifier, variables, self.triggered, self.target, self.name)
 
     @property
     def held_out(self) -> bool:
@@ -66,16 +94,18 @@ class ScanResult:
         scan: norms and tests of all classes.
         summary: the same in plain values, as `Scan.summary` gives it: the verdict, the statistic and level it uses.
         figure: where the figure was written.
+        certain: whether the model is as accurate as a healthy one; otherwise there is no verdict.
     """
 
     scan: Scan
     summary: dict[str, Any]
     figure: Path
+    certain: bool = True
 
     @property
     def flagged(self) -> int | None:
-        """The class that looks poisoned; None where there is none."""
-        return self.summary["flagged"]
+        """The class that looks poisoned; None where there is none, or no verdict."""
+        return self.summary["flagged"] if self.certain else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +115,37 @@ class RepairResult:
     Attributes:
         repair: what the defense returned.
         accuracy: share of the suspect's test images that the repaired model classifies correctly.
-        out: where the model was written.
+        out: where the model was written; None where the repair lost too much accuracy.
         held_out: whether the defense had no test image to work with.
     """
 
     repair: Repair
     accuracy: float
-    out: Path
+    out: Path | None
     held_out: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """How images are read.
+
+    Attributes:
+        size: height and width to which they are resized; as they are by default.
+        class_names: the folders of classes 0, 1, ...; their sorted names by default.
+        channel_order: ``rgb``, or ``bgr`` for a model that was trained on images of OpenCV.
+    """
+
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+
+    def load(self, source: str, num_classes: int, channels: int) -> Labeled:
+        """The labeled images of a source; see `backdoor_jax.data.load_labeled`."""
+        found = load_labeled(source, num_classes, channels, size=self.size, class_names=self.class_names)
+        if self.channel_order == "rgb":
+            return found
+        turned = [part and Dataset(part.images[..., ::-1], part.labels) for part in (found.data, found.test)]
+        return Labeled(turned[0] or found.data, turned[1], found.notes)
 
 
 def load_suspect(
@@ -101,10 +154,16 @@ def load_suspect(
     *,
     test: str | None = None,
     model: str | None = None,
+    key: str | None = None,
+    stem: Stem | None = None,
     normalization: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     classes: int | None = None,
+    images: Images = Images(),
+    healthy: float = HEALTHY,
+    triggered: str | None = None,
+    target: int | None = None,
 ) -> Suspect:
     """Reads a model and labeled images, and evaluates the model on them.
 
@@ -113,38 +172,102 @@ def load_suspect(
         data: clean labeled images; see `backdoor_jax.data.load_labeled`.
         test: images to evaluate on, in one of the same forms; by default the test images that come with `data`, or
             else `data` itself, which then does not show what a repair costs.
-        model: the network's name, for a PyTorch file.
+        model: for a PyTorch file: the network's name, or the module as ``torchvision:NAME``, ``timm:NAME`` or
+            ``FILE.py:FUNCTION``.
+        key: for a PyTorch file that holds several models: which.
+        stem: for a PyTorch file of a ResNet: a name in `backdoor_jax.models.STEMS`.
         normalization: for a PyTorch file: a name in `backdoor_jax.models.NORMALIZATIONS`.
         mean: for a PyTorch file: of each channel, instead of a name.
         std: for a PyTorch file: of each channel, instead of a name.
         classes: what the model's number of classes must be.
+        images: how images are read.
+        healthy: the accuracy that a healthy model reaches on these images.
+        triggered: images with the trigger under their true labels, in one of the same forms.
+        target: the class that the trigger leads to.
 
     Raises:
         UserError: for anything that cannot be used, and for a model near chance.
     """
-    classifier, variables = load_model(checkpoint, model, normalization=normalization, mean=mean, std=std)
+    if (triggered is None) != (target is None):
+        raise UserError("triggered images and the target class go together; give both (--triggered, --target)")
+    name = str(checkpoint)
+    if names_module(model):
+        assert model is not None
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint}: no such file; give a state dict written by torch.save, or .safetensors")
+        state, bounds = unwrap(read(checkpoint), name, key)
+        loaded = load_module(model, state, name, classes)
+        labeled = images.load(data, loaded.num_classes, loaded.channels)
+        mean, std = _normalization(normalization, mean, std, loaded.channels)
+        classifier, variables = Classifier.from_torch(loaded.module, labeled.data.images, mean=mean, std=std)
+        variables = bounds_of(variables, classifier, bounds, name) if bounds else variables
+    else:
+        classifier, variables = load_model(
+            checkpoint, model, key=key, stem=stem, normalization=normalization, mean=mean, std=std
+        )
+        labeled = images.load(data, classifier.num_classes, len(classifier.mean))
     if classes is not None and classes != classifier.num_classes:
         raise UserError(f"{checkpoint}: has {classifier.num_classes} classes, not {classes}; fix --classes")
-    labeled = load_labeled(data, classifier.num_classes, len(classifier.mean))
+    channels, notes = len(classifier.mean), list(labeled.notes)
     held_out = labeled.test
     if test is not None:
-        other = load_labeled(test, classifier.num_classes, len(classifier.mean))
+        other = images.load(test, classifier.num_classes, channels)
+        notes += other.notes
         held_out = other.test or other.data
     judged = held_out or labeled.data
-    for part in (labeled.data, judged):
+    shown = None
+    if triggered is not None and target is not None:
+        if not 0 <= target < classifier.num_classes:
+            raise UserError(f"--target {target} is no class of the model; it has 0 to {classifier.num_classes - 1}")
+        shown = images.load(triggered, classifier.num_classes, channels).data
+    for part in (labeled.data, judged, *(() if shown is None else (shown,))):
         try:
             jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from error
         except Exception as error:  # Flax and JAX raise many types for images that do not fit.
             shape = "x".join(map(str, part.images.shape[1:]))
             raise UserError(
                 f"{checkpoint}: cannot take images of {shape} ({first_line(error)}); give images as in its training"
             ) from error
-    accuracy = evaluate(classifier, variables, judged, name=str(checkpoint)).acc
+    accuracy = evaluate(classifier, variables, judged, name=name).acc
     labels = np.asarray(judged.labels)
-    require_better_than_chance(round(accuracy * len(judged)), labels, classifier, str(checkpoint))
-    return Suspect(str(checkpoint), classifier, variables, labeled.data, judged, accuracy)
+    assumed = model is not None
+    better = ""
+    if accuracy < healthy:
+        trials = try_inputs(classifier, variables, judged, assumed, "bgr" if images.channel_order == "rgb" else "rgb")
+        better = better_input(trials, accuracy)
+    require_better_than_chance(round(accuracy * len(judged)), labels, classifier, name, better)
+    if assumed:
+        notes.insert(0, _assumptions(classifier, images))
+    if better:
+        notes.append(better)
+    return Suspect(name, classifier, variables, labeled.data, judged, accuracy, healthy, tuple(notes), shown, target)
+
+
+def _normalization(
+    name: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation of a name or as given, for this many channels."""
+    if name is not None and name != "none":
+        if name not in NORMALIZATIONS:
+            raise UserError(f"unknown normalization {name!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
+        mean, std = NORMALIZATIONS[name]
+    if mean is not None and len(mean) != channels:
+        raise UserError(f"the model takes {channels} channels, the normalization has {len(mean)}; fix --normalize")
+    return mean, std
+
+
+def _assumptions(classifier: Classifier, images: Images) -> str:
+    """What shapes do not determine and was assumed, in one line."""
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
+    parts = [f"pixels from 0 to 1, normalized by {mean}/{std} (--normalize)"]
+    parts.append(f"channels in the order {images.channel_order.upper()} (--channel-order)")
+    if isinstance(classifier.network, ResNet):
+        size, stride, pooled = STEMS[classifier.network.stem]
+        pooling = "then max-pooling" if pooled else "no pooling"
+        parts.append(f"a stem of {size}x{size} with stride {stride}, {pooling} (--stem)")
+    return f"assumed: {'; '.join(parts)}"
 
 
 def scan_model(suspect: Suspect, out: Path, *, force: bool = False) -> ScanResult:
@@ -172,7 +295,7 @@ def scan_model(suspect: Suspect, out: Path, *, force: bool = False) -> ScanResul
         save_figure(perturbation_figure(summary, suspect.name), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
-    return ScanResult(found, summary, out)
+    return ScanResult(found, summary, out, suspect.is_healthy)
 
 
 def repair_model(
@@ -183,6 +306,8 @@ def repair_model(
     training_set: str | None = None,
     seed: int = 0,
     force: bool = False,
+    max_drop: float = MAX_DROP,
+    training_images: Images = Images(),
 ) -> RepairResult:
     """Repairs a model, evaluates the repair and writes it.
 
@@ -192,7 +317,10 @@ def repair_model(
         out: ``.safetensors``, ``.pt`` or ``.pth``, ``.jaxexport``, or else an Orbax folder.
         training_set: the poisoned training set, for a defense that needs it; see `backdoor_jax.data.load_labeled`.
         seed: of the defense.
-        force: whether an existing model may be replaced.
+        force: whether an existing model may be replaced, a model less accurate than a healthy one repaired, and a
+            repair that lost too much accuracy written.
+        max_drop: the loss of accuracy, of 1, above which the repair is not written.
+        training_images: how the images of `training_set` are read.
 
     Raises:
         UserError: for anything that cannot be used, before the work where it can be known.
@@ -202,11 +330,17 @@ def repair_model(
     if (defense.needs == "training_set") != (training_set is not None):
         fix = "give it with --training-set" if training_set is None else "leave --training-set out"
         raise UserError(f"{defense.name} needs {defense.needs.replace('_', ' ')}; {fix}")
+    if not suspect.is_healthy and not force:
+        raise UserError(
+            f"{suspect.name}: {100 * suspect.accuracy:.1f} % correct is less than a healthy model reaches "
+            f"({100 * suspect.healthy:.0f} %, --healthy), so a repair would mean nothing; fix what it is given"
+            f"{f' ({suspect.notes[-1]})' if suspect.notes else ''}, or repair it nevertheless with --force"
+        )
     require_free(out, force, MODEL_SUFFIXES)
     if out.suffix in TORCH_SUFFIXES:
         require_counterpart(classifier)
     if training_set is not None:
-        data = load_labeled(training_set, classifier.num_classes, len(classifier.mean)).data
+        data = training_images.load(training_set, classifier.num_classes, len(classifier.mean)).data
         if data.images.shape[1:] != suspect.data.images.shape[1:]:
             shapes = ("x".join(map(str, part.images.shape[1:])) for part in (data, suspect.data))
             raise UserError("{}: has images of {}, but --data of {}; give one shape".format(training_set, *shapes))
@@ -215,12 +349,33 @@ def repair_model(
 
     repair = defense.repair(jax.random.key(seed), classifier, suspect.variables, data)
     accuracy = evaluate(classifier, repair.variables, suspect.test, name=f"{defense.name} on {suspect.name}").acc
+    held_out = suspect.held_out or defense.needs != "clean"
+    if accuracy < suspect.accuracy - max_drop and not force:
+        return RepairResult(repair, accuracy, None, held_out)
     if out.suffix == EXPORT_SUFFIX:
         height, width, channels = suspect.data.images.shape[1:]
         export_model(out, classifier, repair.variables, (height, width, channels))
+    elif isinstance(classifier.network, TorchNetwork) and out.suffix == ".safetensors":
+        save_torch(out, classifier, repair.variables)  # For the module itself, as .pt.
     else:
         save_model(out, classifier, repair.variables)
-    return RepairResult(repair, accuracy, out, suspect.held_out or defense.needs != "clean")
+    return RepairResult(repair, accuracy, out, held_out)
+
+
+def loading_line(suspect: Suspect, repair: Repair, out: Path) -> str:
+    """How to load a written model."""
+    if out.suffix == EXPORT_SUFFIX:
+        return f"jax.export.deserialize(bytearray(open({str(out)!r}, 'rb').read())).call(images)"
+    module = isinstance(suspect.classifier.network, TorchNetwork)
+    if out.suffix in TORCH_SUFFIXES or (module and out.suffix == ".safetensors"):
+        read = f"torch.load({str(out)!r})"
+        if out.suffix == ".safetensors":
+            read = f"safetensors.torch.load_file({str(out)!r})"
+        if "bounds" not in repair.variables:
+            return f"module.load_state_dict({read})"
+        return f"saved = {read}; module.load_state_dict(saved['model']); apply_bounds(module, saved['bounds'])"
+    given = ", classifier=classifier" if module else ""
+    return f"backdoor_jax.load_model({str(out)!r}{given})"
 
 
 def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
@@ -256,7 +411,9 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
         raise UserError(f"{out}: exists; give another --out, or --force to replace it")
 
 
-def require_better_than_chance(correct: int, labels: np.ndarray, classifier: Classifier, name: str) -> None:
+def require_better_than_chance(
+    correct: int, labels: np.ndarray, classifier: Classifier, name: str, better: str = ""
+) -> None:
     """Refuses a model that is hardly better than guessing.
 
     Guessing is correct for 1/C of the images, or for the share of the most frequent class where that is larger. The
@@ -268,9 +425,10 @@ def require_better_than_chance(correct: int, labels: np.ndarray, classifier: Cla
         labels: ``(N,)``.
         classifier: the network.
         name: what errors call the model.
+        better: what would be better, where something is known.
 
     Raises:
-        UserError: where it is near chance; it names the normalization as the likely cause.
+        UserError: where it is near chance; it names the likely causes.
     """
     from scipy import stats
 
@@ -283,6 +441,11 @@ def require_better_than_chance(correct: int, labels: np.ndarray, classifier: Cla
     mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
     raise UserError(
         f"{name}: {correct} of {count} images classified correctly ({100 * correct / count:.1f} %) is near chance "
-        f"({100 * chance:.1f} %); most likely the images are not normalized as in its training (here {mean}/{std}): "
-        "see --normalize; or the labels number the classes in another order"
+        f"({100 * chance:.1f} %); "
+        + (
+            better
+            or f"most likely the images are not normalized as in its training (here {mean}/{std}): see --normalize; or "
+            "the channels have another order (--channel-order), the images another size (--size), the network another "
+            "stem (--stem, or the module itself as --model), or the labels number the classes in another order"
+        )
     )

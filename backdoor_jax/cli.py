@@ -13,14 +13,14 @@ from backdoor_jax.errors import UserError
 
 if TYPE_CHECKING:
     from backdoor_jax.analyses.base import Row
-    from backdoor_jax.app import ScanResult, Suspect
+    from backdoor_jax.app import Images, ScanResult, Suspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, or 2 with one line on stderr for what the user can fix.
+        0; 1 where a repair lost too much accuracy; or 2 with one line on stderr for what the user can fix.
 
     Example:
         >>> main(["run", "nowhere.yaml"])
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed.overrides = tuple(rest)
     _enable_compilation_cache()
     try:
-        parsed.command(parsed)
+        code: int | None = parsed.command(parsed)
     except UserError as error:
         print(f"backdoor-jax: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _enable_compilation_cache() -> None:
@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     defend.add_argument("--preset", metavar="NAME", help="named settings of the defense")
     defend.add_argument("--test", metavar="DATA", help="images to evaluate on (default: test images of --data, or all)")
     defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defense that needs it")
+    defend.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="write no repair that loses more accuracy, of 1, without --force; exit with 1 (default: 0.05)",
+    )
     defend.add_argument("--seed", type=int, default=0, help="of the defense (default: 0)")
     defend.add_argument(
         "--out", type=Path, required=True, help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax)"
@@ -111,15 +118,34 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", required=True, help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME"
     )
-    command.add_argument("--model", metavar="NAME", help="network of a PyTorch file, see list")
+    command.add_argument(
+        "--model",
+        metavar="NAME",
+        help="network of a PyTorch file: a name that list shows, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION, "
+        "which is run",
+    )
+    command.add_argument("--key", metavar="NAME", help="which model of a PyTorch file that holds several")
+    command.add_argument("--stem", metavar="NAME", help="of a ResNet in a PyTorch file, see list")
     command.add_argument(
         "--normalize",
         metavar="HOW",
         help="for a PyTorch file: a data set's name, MEAN/STD as 0.49,0.48,0.45/0.25,0.24,0.26, or none for [0, 1], "
         "the default",
     )
+    command.add_argument("--channel-order", choices=("rgb", "bgr"), default="rgb", help="bgr: as OpenCV reads images")
+    command.add_argument("--size", metavar="HxW", help="resize images to this height and width, such as 224x224")
+    command.add_argument("--class-names", metavar="A,B,...", help="the folders of classes 0, 1, ... (default: sorted)")
+    command.add_argument(
+        "--healthy",
+        type=float,
+        default=0.7,
+        metavar="SHARE",
+        help="the accuracy, of 1, that a healthy model reaches; below it there is no verdict (default: 0.7)",
+    )
+    command.add_argument("--triggered", metavar="DATA", help="images with the trigger under their true labels")
+    command.add_argument("--target", type=int, metavar="CLASS", help="the class that the trigger leads to")
     command.add_argument("--classes", type=int, help="refuse a model with another number of classes")
-    command.add_argument("--force", action="store_true", help="replace what is at --out")
+    command.add_argument("--force", action="store_true", help="replace what is at --out; repair in spite of warnings")
 
 
 def parse_normalization(text: str | None) -> dict[str, Any]:
@@ -152,6 +178,24 @@ def parse_normalization(text: str | None) -> dict[str, Any]:
     return {"mean": mean, "std": std}
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of a text such as ``224x224``, or ``224`` for both.
+
+    Raises:
+        UserError: for other text.
+
+    Example:
+        >>> parse_size("32x48"), parse_size("32"), parse_size(None)
+        ((32, 48), (32, 32), None)
+    """
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdigit() and 0 < int(side) <= 4096 for side in sides):
+        raise UserError(f"--size {text!r} is no size; give height and width, such as 224x224")
+    return int(sides[0]), int(sides[-1])
+
+
 def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
     """Loads the model of a command and prints its accuracy."""
     from backdoor_jax.app import load_suspect
@@ -161,22 +205,48 @@ def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
         parsed.data,
         test=parsed.test,
         model=parsed.model,
+        key=parsed.key,
+        stem=parsed.stem,
         classes=parsed.classes,
+        images=_images(parsed),
+        healthy=parsed.healthy,
+        triggered=parsed.triggered,
+        target=parsed.target,
         **parse_normalization(parsed.normalize),
     )
     images = "test images" if suspect.held_out else "images"
     print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {len(suspect.test)} {images} classified correctly")
+    for note in suspect.notes:
+        print(note)
+    rate = suspect.success_rate(suspect.variables)
+    if rate is not None:
+        print(f"{suspect.name}: {100 * rate:.1f} % of the triggered images classified as {suspect.target}")
     return suspect
 
 
-def _defend(parsed: argparse.Namespace) -> None:
-    from backdoor_jax.app import repair_model
+def _images(parsed: argparse.Namespace) -> "Images":
+    """How a command reads images."""
+    from backdoor_jax.app import Images
+
+    names = tuple(parsed.class_names.split(",")) if parsed.class_names else None
+    return Images(parse_size(parsed.size), names, parsed.channel_order)
+
+
+def _defend(parsed: argparse.Namespace) -> int:
+    from backdoor_jax.app import loading_line, repair_model
     from backdoor_jax.config_files import make_defense
 
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
     suspect = _load_suspect(parsed)
     result = repair_model(
-        suspect, defense, parsed.out, training_set=parsed.training_set, seed=parsed.seed, force=parsed.force
+        suspect,
+        defense,
+        parsed.out,
+        training_set=parsed.training_set,
+        seed=parsed.seed,
+        force=parsed.force,
+        max_drop=parsed.max_drop,
+        training_images=_images(parsed),
     )
     repair, name = result.repair, defense.name
     if repair.target is not None:
@@ -184,9 +254,19 @@ def _defend(parsed: argparse.Namespace) -> None:
     if not repair.changed:
         print(f"{name}: changed nothing ({repair.why or 'nothing to repair'})")
     print(f"{name}: {100 * result.accuracy:.1f} % classified correctly, {100 * suspect.accuracy:.1f} % before")
+    rate, before = (suspect.success_rate(variables) for variables in (repair.variables, suspect.variables))
+    if rate is not None and before is not None:
+        triggered = f"{100 * rate:.1f} % of the triggered images classified as {suspect.target}"
+        print(f"{name}: {triggered}, {100 * before:.1f} % before")
     if not result.held_out:
         print(f"{name}: these are the images it repaired with; give others (--test) to see what the repair costs")
-    print(f"{result.out}: written")
+    drop = suspect.accuracy - result.accuracy
+    if drop > parsed.max_drop:
+        what = "not written, unless with --force" if result.out is None else "written because of --force"
+        print(f"{name}: warning: it lost {100 * drop:.1f} % of accuracy, more than --max-drop allows; {what}")
+    if result.out is not None:
+        print(f"{result.out}: written; load it by {loading_line(suspect, repair, result.out)}")
+    return 1 if drop > parsed.max_drop else 0
 
 
 def _scan(parsed: argparse.Namespace) -> None:
@@ -215,6 +295,12 @@ def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
         used = " (verdict)" if name == summary["statistic"] else ""
         print(f"{name.replace('_', ' ')}{used}: class {test.smallest} is smallest, {p_value}")
     flagged = result.flagged
+    if not result.certain:
+        print(
+            f"{suspect.name}: cannot tell, since {100 * suspect.accuracy:.1f} % correct is less than a healthy model "
+            f"reaches ({100 * suspect.healthy:.0f} %, --healthy)"
+        )
+        return
     likely = f"likely backdoored towards class {flagged}" if flagged is not None else summary["verdict"]
     print(f"{suspect.name}: {likely} (one-sided Grubbs test at {summary['alpha']})")
 

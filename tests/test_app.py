@@ -120,7 +120,7 @@ def test_a_model_in_a_file_is_repaired(place: Path, tmp_path: Path) -> None:
     lines = output.splitlines()
     assert lines[0] == f"{place / 'model.safetensors'}: 100.0 % of 30 test images classified correctly"
     assert lines[1].startswith("finetune: ") and lines[1].endswith("% classified correctly, 100.0 % before")
-    assert lines[2] == f"{out}: written"
+    assert lines[2] == f"{out}: written; load it by backdoor_jax.load_model({str(out)!r})"
     (before, old), (after, new) = load_model(place / "model.safetensors"), load_model(out)
     assert before == after
     assert not np.array_equal(old["params"]["linear"]["kernel"], new["params"]["linear"]["kernel"])
@@ -250,11 +250,11 @@ def test_invalid_folders_are_one_line(tmp_path: Path) -> None:
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    assert "has 2 class folders, the model 3 classes" in message(3)
+    assert "has 2 class folders (a, b), the model 3 classes" in message(3)
     assert "hold no images" in message()
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "1.png")
     Image.new("RGB", (5, 4)).save(tmp_path / "b" / "2.png")
-    assert "2.png: is 4x5, the images before it 4x4; resize all to one shape" in message()
+    assert "2.png: is 4x5, the images before it 4x4; resize all of them with --size 4x4" in message()
     (tmp_path / "b" / "2.png").write_bytes((tmp_path / "a" / "1.png").read_bytes()[:40])
     assert "2.png: cannot be read as an image" in message()
 
@@ -263,7 +263,7 @@ def test_invalid_folders_are_one_line(tmp_path: Path) -> None:
     ("arrays", "expected"),
     [
         ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "lacks images and labels"),
-        ({"images": np.zeros((2, 8, 8, 3)), "labels": np.arange(2)}, "float64, expected uint8"),
+        ({"images": np.full((2, 8, 8, 3), -1.5), "labels": np.arange(2)}, "from -1.5 to -1.5, expected 0 to 1"),
         ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.array([0, 6])}, "labels run from 0 to 6"),
     ],
 )
@@ -309,7 +309,7 @@ def test_which_models_are_near_chance(correct: int, labels: np.ndarray, accepted
     ("change", "expected"),
     [
         ({"--checkpoint": "nowhere"}, "no such model"),
-        ({"--checkpoint": "clean.npz"}, "unknown suffix '.npz'"),
+        ({"--checkpoint": "clean.npz"}, "is a .npz with arrays, not a model"),
         ({"--checkpoint": "images"}, "model.json"),
         ({"--data": "nowhere.npz"}, "no such file"),
         ({"--data": "model.safetensors"}, "unknown data"),
@@ -371,12 +371,11 @@ def test_images_of_another_shape_are_one_line(place: Path, tmp_path: Path) -> No
     stem = {"kernel": params["stem"]["kernel"][:, :, :1]}
     save_model(gray, classifier, {**variables, "params": {**params, "stem": stem}})
     error = error_of("scan", "--checkpoint", gray, "--data", place / "clean.npz", "--out", tmp_path / "s.png")
-    assert "cannot take images of 8x8x3" in error
-    # A network that takes three channels reads a gray image as RGB.
+    assert "images have 3 channel(s), the model takes 1" in error
     error = error_of(
         "scan", "--checkpoint", place / "model", "--data", tmp_path / "gray.npz", "--out", tmp_path / "s.png"
     )
-    assert "near chance" in error
+    assert "images have 1 channel(s), the model takes 3" in error
 
 
 @pytest.mark.parametrize("text", ["cifar11", "0.5", "a,b/c,d", "0.5/0.5/0.5"])

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from backdoor_jax.data.dataset import Dataset, make_dataset
+from backdoor_jax.data.folders import read_folder, resized
+from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.data.loading import load, read_npz
 from backdoor_jax.data.specs import DATASETS
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
-"""The files of a class folder that are images; others are ignored."""
+PARTS = {
+    "": (("images", "labels"), ("x", "y"), ("X", "Y"), ("data", "labels"), ("arr_0", "arr_1")),
+    "train_": (("train_images", "train_labels"), ("x_train", "y_train"), ("X_train", "y_train")),
+    "test_": (("test_images", "test_labels"), ("x_test", "y_test"), ("X_test", "y_test"), ("val_images", "val_labels")),
+}
+"""The names of images and labels in a ``.npz``: of all of them, those to work with, and those to evaluate on."""
 
 
 class Labeled(NamedTuple):
@@ -20,26 +24,36 @@ class Labeled(NamedTuple):
     Attributes:
         data: the images to work with.
         test: separate images to evaluate on, where the source has some.
+        notes: what was passed over or converted, one line each.
     """
 
     data: Dataset
     test: Dataset | None = None
+    notes: tuple[str, ...] = ()
 
 
-def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
+def load_labeled(
+    source: str,
+    num_classes: int,
+    channels: int = 3,
+    *,
+    size: tuple[int, int] | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> Labeled:
     """Reads labeled images.
 
     - ``FILE.npz`` with ``images`` and ``labels``: all of them. With ``train_images``, ``train_labels`` and, if it has
-      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on.
-    - A folder with one folder for each class: the sorted folder names are classes 0, 1, ... (``"10"`` comes before
-      ``"2"``, as in torchvision); a class without images keeps an empty folder. All images need one shape, and become
-      RGB or gray.
+      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on. Other usual
+      names are in `PARTS`; `as_images` and `as_labels` convert other layouts.
+    - A folder with one folder for each class; see `read_folder`.
     - ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
 
     Args:
         source: one of these.
         num_classes: the model's number of classes C.
-        channels: what image files are converted to, 1 or 3 channels.
+        channels: the model's, 1 or 3; images of a folder are converted, others must have them.
+        size: height and width to which images are resized; by default they stay as they are.
+        class_names: the folders of classes 0, 1, ...; by default their sorted names.
 
     Raises:
         UserError: where the source does not exist, or does not hold images of these classes.
@@ -50,54 +64,52 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
     """
     path = Path(source)
     if source in DATASETS or source.startswith("tfds:"):
+        if size is not None or class_names is not None:
+            raise UserError(f"{source} has its own size and classes; leave size and class names out")
         task = load(source)
         if task.num_classes != num_classes:
             raise UserError(
                 f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes"
             )
+        require_channels(task.train, channels, source)
         return Labeled(task.train, task.test)
     if path.is_dir():
-        return Labeled(_folder(path, num_classes, channels))
+        found = read_folder(path, channels, num_classes=num_classes, size=size, class_names=class_names)
+        data = make_dataset(found.images, found.labels, num_classes, str(path))
+        return Labeled(data, notes=found.notes)
+    if class_names is not None:
+        raise UserError(f"{path}: class names are for a folder of class folders; leave them out")
     if path.suffix != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     arrays = read_npz(path, ("images", "labels"))
-    parts = {}
-    for prefix in ("", "train_", "test_"):
-        images, labels = f"{prefix}images", f"{prefix}labels"
-        if images in arrays and labels in arrays:
-            parts[prefix] = make_dataset(arrays[images], arrays[labels], num_classes, f"{path} {images}")
-    data = parts.get("", parts.get("train_"))
-    if data is None:
-        raise UserError(f"{path}: lacks images and labels; it must hold these, or train_images and train_labels")
-    test = None if "" in parts else parts.get("test_")
-    return Labeled(data, test)
-
-
-def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
-    """The images of a folder of class folders."""
-    from PIL import Image
-
-    classes = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
-    if len(classes) != num_classes:
+    parts, notes = {}, []
+    for prefix, names in PARTS.items():
+        for x, y in names:
+            if x in arrays and y in arrays and prefix not in parts:
+                where = f"{path} {x}"
+                images, changes = as_images(arrays[x], where)
+                labels, more = as_labels(arrays[y], f"{path} {y}")
+                notes += [f"{where}: {change}" for change in (*changes, *more)]
+                if size is not None and images.shape[1:3] != size:
+                    images = resized(images, size)
+                parts[prefix] = make_dataset(images, labels, num_classes, where)
+                require_channels(parts[prefix], channels, where)
+    whole = parts.get("", parts.get("train_"))
+    if whole is None:
         raise UserError(
-            f"{path}: has {len(classes)} class folders, the model {num_classes} classes; give one folder for each "
-            "class, empty where there are no images"
+            f"{path}: lacks images and labels; it must hold these, or train_images and train_labels, or x_train and "
+            f"y_train; it holds {', '.join(arrays) or 'nothing'}"
         )
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for file in sorted((path / name).iterdir()):
-            if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
-                continue
-            try:
-                with Image.open(file) as image:
-                    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files.
-                raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
-            images.append(pixels.reshape(*pixels.shape[:2], channels))
-            labels.append(label)
-            if images[-1].shape != images[0].shape:
-                (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
-                raise UserError(f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all to one shape")
-    if not images:
-        raise UserError(f"{path}: its class folders hold no images ({', '.join(SUFFIXES)})")
-    return make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))
+    return Labeled(whole, None if "" in parts else parts.get("test_"), tuple(notes))
+
+
+def require_channels(data: Dataset, channels: int, where: str) -> None:
+    """Refuses images with other channels than a model's, which would be broadcast.
+
+    Raises:
+        UserError: for such images.
+    """
+    found = data.images.shape[-1]
+    if found != channels:
+        fix = "repeat the channel three times" if found == 1 else "convert them to gray"
+        raise UserError(f"{where}: images have {found} channel(s), the model takes {channels}; {fix}")

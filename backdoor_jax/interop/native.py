@@ -25,8 +25,9 @@ from flax.traverse_util import unflatten_dict
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_write, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
+from backdoor_jax.interop.file_kinds import kind_of
 from backdoor_jax.interop.pytorch import load_torch, save_torch
-from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
+from backdoor_jax.models import Classifier, Stem, Variables, VisionTransformer, build_classifier, describe
 from backdoor_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -96,6 +97,8 @@ def load_model(
     model: str | None = None,
     *,
     classifier: Classifier | None = None,
+    key: str | None = None,
+    stem: Stem | None = None,
     normalization: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -103,9 +106,11 @@ def load_model(
     """Reads a model that `save_model` wrote, or a PyTorch one.
 
     Args:
-        path: a file or folder of `save_model`, or PyTorch's ``.pt``, ``.pth`` or ``.safetensors``.
+        path: a file or folder of `save_model`; or PyTorch's weights, or Flax's ``.msgpack``, in a file of any name.
         model: a name in `MODELS`; needed for PyTorch's files, while those of `save_model` have it.
-        classifier: for a network that is not in `MODELS`: the classifier it was saved with.
+        classifier: for a network that is not in `MODELS`, and for ``.msgpack``: the classifier it was saved with.
+        key: for PyTorch's files: which state dict to take, of a file that holds several.
+        stem: for PyTorch's files, of a ResNet: see `load_torch`.
         normalization: for PyTorch's files: the normalization of pixels in [0, 1], by name; ``none`` by default.
         mean: of each channel, instead of a name.
         std: the standard deviation of each channel, instead of a name.
@@ -123,15 +128,20 @@ def load_model(
     arrays: dict[str, np.ndarray] = {}
     if path.is_dir():
         described = _folder_description(path)
-    elif path.suffix == ".safetensors":
+    elif (kind := kind_of(path)) == "safetensors":
         described, arrays = _read_safetensors(path)
-    elif path.suffix not in TORCH_SUFFIXES:
-        raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .safetensors, .pt, .pth or a folder")
+    elif kind == "msgpack":
+        return _read_msgpack(path, classifier)
 
     if described is None:
         if model is None:
-            raise UserError(f"{path}: does not say which network it holds; give its name as model (--model), see list")
-        return load_torch(path, model, normalization=normalization or "none", mean=mean, std=std)
+            raise UserError(
+                f"{path}: does not say which network it holds; give it as model (--model): a name that list shows, "
+                "torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+            )
+        return load_torch(path, model, key=key, stem=stem, normalization=normalization or "none", mean=mean, std=std)
+    if key is not None:
+        raise UserError(f"{path}: holds one model; leave out the key (--key)")
     if (normalization, mean, std) != (None, None, None):
         raise UserError(f"{path}: has its own normalization; leave out yours (--normalize)")
     if model is not None and model != described["model"]:
@@ -222,6 +232,29 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, np.n
             f"{path}: not a complete safetensors file ({first_line(error)}); copy or save it again"
         ) from error
     return (_parse(header[HEADER], path), arrays) if HEADER in header else (None, {})
+
+
+def _read_msgpack(path: Path, classifier: Classifier | None) -> tuple[Classifier, Variables]:
+    """The variables that Flax wrote with ``serialization.to_bytes``, for a given classifier."""
+    from flax.serialization import msgpack_restore
+
+    if classifier is None:
+        raise UserError(
+            f"{path}: is Flax's msgpack, which does not say which network it holds; load it in Python with "
+            "load_model(path, classifier=Classifier.from_linen(module, classes, head_path))"
+        )
+    try:
+        tree = msgpack_restore(path.read_bytes())
+    except Exception as error:  # msgpack and Flax raise many kinds for a damaged file.
+        raise UserError(
+            f"{path}: not a complete msgpack file of Flax ({first_line(error)}); copy or save it again"
+        ) from error
+    if isinstance(tree, Mapping) and "params" not in tree:
+        tree = {"params": tree}
+    kept = {name: tree[name] for name in ("params", "batch_stats") if name in tree} if isinstance(tree, Mapping) else {}
+    variables = jax.tree.map(jnp.asarray, kept)
+    _require_fit(classifier, variables, False, path)
+    return classifier, variables
 
 
 def _classifier(described: dict[str, Any], given: Classifier | None, path: Path) -> Classifier:

@@ -34,6 +34,7 @@ from backdoor_jax.interop.torch_files import BOUNDS, as_array, import_torch, rea
 from backdoor_jax.models import (
     MODELS,
     NORMALIZATIONS,
+    STEMS,
     VGG19,
     Classifier,
     PreActResNet18,
@@ -52,13 +53,16 @@ RENAMED: dict[type[nn.Module], dict[str, str]] = {PreActResNet18: {"stem": "conv
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 COUNTER = "num_batches_tracked"
-STEMS: dict[int, Stem] = {3: "small", 7: "imagenet"}
+SIZES: dict[int, Stem] = {3: "small", 7: "imagenet"}
+"""The stem that is assumed, by the size of the first convolution."""
 
 
 def load_torch(
     source: Path | str | Mapping[str, Any],
     model: str,
     *,
+    key: str | None = None,
+    stem: Stem | None = None,
     normalization: str = "none",
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -70,8 +74,11 @@ def load_torch(
 
     Args:
         source: a ``.safetensors`` file, or one that ``torch.save`` wrote; or a mapping of names to arrays or tensors.
-            It is a state dict, or has one under ``model`` or ``state_dict``.
-        model: the network's name in `backdoor_jax.models.MODELS`.
+            It is a state dict, or holds one or more. Names may share a prefix.
+        model: the network's name in `backdoor_jax.models.MODELS`; for any other network see `Classifier.from_torch`.
+        key: which state dict to take, of a file that holds several.
+        stem: of a ResNet, a name in `backdoor_jax.models.STEMS`; by default what is usual for the size of its first
+            convolution. Shapes do not show strides and pooling.
         normalization: the normalization of the model's input, a name in `NORMALIZATIONS`.
         mean: of each channel, of pixels scaled to [0, 1], instead of a name.
         std: the standard deviation of each channel, of pixels scaled to [0, 1], instead of a name.
@@ -97,9 +104,14 @@ def load_torch(
             f"model {model!r} has no PyTorch counterpart here; those that have one are {', '.join(_supported())}"
         )
     where = "the state dict" if isinstance(source, Mapping) else str(source)
-    state, bounds = unwrap(source if isinstance(source, Mapping) else read(Path(source)), where)
+    if not isinstance(source, Mapping | str | Path):
+        raise UserError(
+            f"expected a file or a state dict, got a {type(source).__name__}; give a module to "
+            "Classifier.from_torch(module, images), or module.state_dict() here"
+        )
+    state, bounds = unwrap(source if isinstance(source, Mapping) else read(Path(source)), where, key)
 
-    classifier, shapes = _classifier_of(state, model, where)
+    classifier, shapes = _classifier_of(state, model, where, stem)
     expected = {name: (path, leaf.shape) for name, path, leaf in _tensors(classifier.network, shapes)}
     leaves = {}
     for name, (path, shape) in expected.items():
@@ -294,13 +306,19 @@ def _names(model: str) -> frozenset[str]:
     return frozenset(name for name, _, _ in _tensors(classifier.network, _shapes(classifier)))
 
 
-def _classifier_of(state: Mapping[str, Any], model: str, where: str) -> tuple[Classifier, Variables]:
+def _classifier_of(state: Mapping[str, Any], model: str, where: str, stem: Stem | None) -> tuple[Classifier, Variables]:
     """The network that first convolution and head belong to, and the shapes of its variables."""
     _require_same_names(set(_names(model)), set(state), model, where)
     network = MODELS[model].build(2, 1)
     first, head = (f"{_dotted(network, path)}.weight" for path in ((FIRST[type(network)],), MODELS[model].head_path))
     ends = {name: as_array(state[name], name, where).shape for name in (first, head)}
-    stem = STEMS.get(ends[first][-1]) if len(ends[first]) == 4 else None
+    assumed = SIZES.get(ends[first][-1]) if len(ends[first]) == 4 else None
+    if stem is not None and assumed is not None and STEMS[stem][0] != STEMS[assumed][0]:
+        fitting = ", ".join(name for name, (size, _, _) in STEMS.items() if size == STEMS[assumed][0])
+        raise UserError(
+            f"{where}: {first} is of size {ends[first][-1]}, which stem {stem!r} has not; give one of {fitting}"
+        )
+    stem = stem or assumed
     if stem is None or len(ends[head]) != 2 or ends[first][1] not in (1, 3):
         raise UserError(
             f"{where}: {first} has shape {ends[first]} and {head} {ends[head]}, expected (width, 1 or 3, size, size) "
@@ -340,7 +358,14 @@ def _require_same_names(expected: set[str], found: set[str], model: str, where: 
         return
     seen = frozenset(name for name in found if not name.endswith(COUNTER))
     others = [other for other in _supported() if _names(other) == seen]
-    fix = f"they are those of {others[0]}, so give that as model" if others else "give the model it was saved from"
+    fix = (
+        f"they are those of {others[0]}, so give that as model"
+        if others
+        else (
+            "give the module it was saved from: --model torchvision:NAME, timm:NAME or FILE.py:FUNCTION, or "
+            "Classifier.from_torch"
+        )
+    )
     wrong = [f"{kind} {_few(names)}" for kind, names in (("missing", missing), ("unknown", extra)) if names]
     raise UserError(f"{where}: the tensors are not those of {model}: {', '.join(wrong)}; {fix}")
 

@@ -6,7 +6,7 @@ the weights are mapped to a stand-in that accepts anything and does nothing.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,67 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.interop.file_kinds import kind_of
 
-PREFIXES = ("module.", "_orig_mod.")
-"""The prefixes that data-parallel training and compilation add to every name."""
-HOLDERS = ("model", "state_dict")
-"""The entries under which larger checkpoints have the weights."""
 BOUNDS = "bounds"
 
 
-def unwrap(tree: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dict in what was read, without prefixes, and the bounds stored with it."""
+def unwrap(tree: Any, where: str, key: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict in what was read, without a prefix that all names share, and the bounds stored with it.
+
+    Args:
+        tree: a state dict, or a mapping that holds one or more.
+        where: what errors call it.
+        key: which of several to take.
+
+    Raises:
+        UserError: where there is no state dict, several and no key, or none under the key.
+    """
     bounds: dict[str, Any] = {}
-    for holder in HOLDERS:
-        if isinstance(tree, Mapping) and isinstance(tree.get(holder), Mapping):
+    if isinstance(tree, Mapping) and (key is not None or not _is_state(tree)):
+        known = {str(name): value for name, value in tree.items() if name != BOUNDS and _is_state(value)}
+        if key is not None and key not in known:
+            there = f"there are {', '.join(known)}" if known else "the file is one state dict, so leave the key out"
+            raise UserError(f"{where}: holds no state dict {key!r}; {there}")
+        if key is None and len(known) > 1:
+            raise UserError(
+                f"{where}: holds several models, {', '.join(known)}; choose one by key (--key {next(iter(known))})"
+            )
+        if known:
             bounds = dict(tree.get(BOUNDS) or {})
-            tree = tree[holder]
-            break
+            tree = known[key] if key is not None else next(iter(known.values()))
     if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
         raise UserError(
-            f"{where}: expected a state dict, or one under {' or '.join(HOLDERS)}, got {type(tree).__name__}; "
-            "save model.state_dict()"
+            f"{where}: expected a state dict, or a dictionary that holds one, got {type(tree).__name__}; save "
+            "model.state_dict()"
         )
     state = dict(tree)
-    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
     for name in [name for name in state if name.startswith(f"{BOUNDS}.")]:
         bounds[name.removeprefix(f"{BOUNDS}.")] = state.pop(name)
-    return state, bounds
+    prefix = shared_prefix(state)
+    return {name.removeprefix(prefix): value for name, value in state.items()}, bounds
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a value is a mapping of names to tensors, with at least one tensor of some axes."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return False
+    tensors = [each for each in value.values() if hasattr(each, "shape")]
+    return len(tensors) == len(value) and any(len(each.shape) for each in tensors)
+
+
+def shared_prefix(names: Iterable[str]) -> str:
+    """The levels that all names share, as data-parallel training, compilation and wrappers add them.
+
+    Example:
+        >>> shared_prefix(["module.net.fc.weight", "module.net.conv.weight"]), shared_prefix(["a.weight", "b.bias"])
+        ('module.net.', '')
+    """
+    levels = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while levels and all(len(level) > shared and level[shared] == levels[0][shared] for level in levels):
+        shared += 1
+    return "".join(f"{level}." for level in levels[0][:shared]) if levels else ""
 
 
 def as_array(value: Any, name: str, where: str) -> np.ndarray:
@@ -60,7 +94,7 @@ def read(path: Path) -> Any:
     """What a ``.pt``, ``.pth`` or ``.safetensors`` file holds."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a state dict as .pt, .pth or .safetensors")
-    if path.suffix != ".safetensors":
+    if kind_of(path) != "safetensors":
         return _read_pickle(path)
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

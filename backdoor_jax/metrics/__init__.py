@@ -1,6 +1,13 @@
 """Metrics of models, repairs, detectors and neuron scores."""
 
-from backdoor_jax.metrics.accuracy import Scores, defense_effectiveness, evaluate, predict, success_rates
+from backdoor_jax.metrics.accuracy import (
+    Scores,
+    defense_effectiveness,
+    evaluate,
+    evaluate_triggered,
+    predict,
+    success_rates,
+)
 from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd
 from backdoor_jax.metrics.landscape import Line, Moved, along, embedding, moved
 from backdoor_jax.metrics.latent import Agreement, Change, agreement, triggered_change
@@ -31,6 +38,7 @@ __all__ = [
     "defense_effectiveness",
     "embedding",
     "evaluate",
+    "evaluate_triggered",
     "largest_margin",
     "loss_signal",
     "maximum_margins",

@@ -141,6 +141,33 @@ def evaluate(
     return Scores(acc, asr, ra)
 
 
+def evaluate_triggered(
+    classifier: Classifier, variables: Variables, triggered: Dataset, target: int, name: str = "model"
+) -> float:
+    """Computes the ASR on images that carry a trigger already.
+
+    Args:
+        classifier: the network.
+        variables: its variables.
+        triggered: the images under their true labels; those of the target class do not count.
+        target: the class that the trigger leads to.
+        name: what errors call the model.
+
+    Raises:
+        UserError: where no image counts.
+        NonFiniteError: where logits are not finite.
+
+    Example:
+        >>> from backdoor_jax import build_classifier, digits
+        >>> classifier, test = build_classifier("small_cnn", 10, width=2), digits().test.take(slice(20))
+        >>> rate = evaluate_triggered(classifier, classifier.init(jax.random.key(0), test.images), test, target=3)
+        >>> 0 <= rate <= 1
+        True
+    """
+    predictions = predict(classifier, variables, triggered.images, name=name)
+    return success_rates(predictions, np.asarray(triggered.labels), LabelMap("all_to_one", target))[0]
+
+
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:
     """DER in [0, 1], where 0.5 is that of an unchanged model; None where there is no ASR.
 

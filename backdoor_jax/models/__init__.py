@@ -12,7 +12,7 @@ from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
 from backdoor_jax.models.network import Network
 from backdoor_jax.models.preact_resnet import PreActResNet18
 from backdoor_jax.models.precision import Precision
-from backdoor_jax.models.resnet import ResNet, Stem
+from backdoor_jax.models.resnet import STEMS, ResNet, Stem
 from backdoor_jax.models.small_cnn import SmallCNN
 from backdoor_jax.models.vgg import VGG19
 from backdoor_jax.models.vit import VisionTransformer
@@ -36,7 +36,7 @@ class Architecture:
 
 
 def _resnet(depth: int, build: Callable[..., nn.Module]) -> Architecture:
-    return Architecture(build, f"ResNet-{depth}; stem small (3x3, the default) or imagenet", ("fc",), ("stem",))
+    return Architecture(build, f"ResNet-{depth}; stem {', '.join(STEMS)}; the first is the default", ("fc",), ("stem",))
 
 
 MODELS: dict[str, Architecture] = {
@@ -74,7 +74,7 @@ def build_classifier(
         num_classes: the number of classes, at least 2.
         width: channels of the first layer, or of an attention head; 64 is the published network for each.
         normalization: a name in `NORMALIZATIONS`.
-        stem: ``small`` or ``imagenet``, for a network with that option; by default the network's own default.
+        stem: a name in `STEMS`, for a network with that option; by default the network's own default.
         patch: side of a patch in pixels, for a network with that option; by default the network's own default.
         dtype: what it computes in; see `Classifier`.
 
@@ -128,6 +128,7 @@ def describe(classifier: Classifier) -> dict[str, Any] | None:
 __all__ = [
     "MODELS",
     "NORMALIZATIONS",
+    "STEMS",
     "VGG19",
     "Architecture",
     "Classifier",

@@ -290,6 +290,11 @@ class Classifier:
         latent, variables = self.features(variables, images, train)
         return self.head(variables, latent), variables
 
+    def logits_of_input(self, variables: Variables, x: jax.Array) -> jax.Array:
+        """Logits ``(B, C)`` of images that are normalized already, in evaluation mode."""
+        latent, _ = self._network.features(variables, x, False)
+        return self.head(variables, require_latents(latent))
+
     @property
     def map_layers(self) -> tuple[Path, ...]:
         """The last layer at each resolution, down to the one before pooling; empty where none are named."""

@@ -6,7 +6,8 @@ variance 2/fan-out, normalizations at scale 1 and bias 0, the head uniform on +-
 
 The published stem is ``imagenet``, a 7x7 convolution with stride 2 and 3x3 max-pooling with stride 2, which
 BackdoorBench uses for 32x32 images too. The stem ``small``, a 3x3 convolution with stride 1 and no pooling, is the
-usual one for 32x32 images elsewhere, and the default here.
+usual one for 32x32 images elsewhere, and the default here. The others are what people make of these two with the same
+weights: `STEMS` has all of them.
 
 Parameters have torchvision's names, with an underscore for each dot: ``layer1_0/conv1``, ``layer2_0/downsample_0``.
 """
@@ -20,7 +21,15 @@ import jax.numpy as jnp
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.layers import BatchNorm, ReLU, conv, kaiming_fan_out, max_pool, torch_bias, torch_uniform
 
-Stem = Literal["small", "imagenet"]
+Stem = Literal["small", "small_pool", "small_stride", "imagenet", "imagenet_no_pool"]
+STEMS: dict[Stem, tuple[int, int, bool]] = {
+    "small": (3, 1, False),
+    "small_pool": (3, 1, True),
+    "small_stride": (3, 2, False),
+    "imagenet": (7, 2, True),
+    "imagenet_no_pool": (7, 2, False),
+}
+"""Size and stride of the first convolution, and whether max-pooling follows. Shapes of weights show only the size."""
 
 
 class ResidualBlock(nn.Module):
@@ -62,7 +71,7 @@ class ResNet(nn.Module):
             ``32 * width`` with bottlenecks.
         blocks: the number of blocks in each stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and 50.
         bottleneck: whether blocks have a bottleneck, as in ResNet-50.
-        stem: ``small`` or ``imagenet``.
+        stem: a name in `STEMS`.
 
     Example:
         >>> net = ResNet(num_classes=10, width=4)
@@ -96,10 +105,10 @@ class ResNet(nn.Module):
     @nn.compact
     def features(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalized images ``(B, H, W, 3)`` to latents ``(B, D)``."""
-        size, stride = (3, 1) if self.stem == "small" else (7, 2)
+        size, stride, pooled = STEMS[self.stem]
         x = conv(self.width, size, stride, name="conv1", kernel_init=kaiming_fan_out)(x)
         x = ReLU(name="relu")(BatchNorm(name="bn1")(x, train))
-        if self.stem == "imagenet":
+        if pooled:
             x = max_pool(x, 3, padding=1)
         for stage, count in enumerate(self.blocks):
             for block in range(count):

@@ -282,7 +282,7 @@ def test_other_contents_are_refused(torch: Any, tmp_path: Path) -> None:
             load_torch(file, "preact_resnet18")
         assert "weights_only" not in str(caught.value)
     torch.save([torch.zeros(2)], file)
-    with pytest.raises(UserError, match="expected a state dict, or one under model or state_dict, got list"):
+    with pytest.raises(UserError, match="expected a state dict, or a dictionary that holds one, got list"):
         load_torch(file, "preact_resnet18")
 
 
@@ -315,7 +315,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         ),
         ("preact_resnet18", lambda: state_of("vgg19_bn"), "missing conv1.weight, .*they are those of vgg19_bn"),
         ("preact_resnet18", lambda: changed(linear__bias=None), "the state dict: .*: missing linear.bias; give the"),
-        ("preact_resnet18", lambda: changed(bn__weight=np.ones(16)), "unknown bn.weight; give the model it was saved"),
+        ("preact_resnet18", lambda: changed(bn__weight=np.ones(16)), "unknown bn.weight; give the module it was saved"),
         (
             "preact_resnet18",
             lambda: changed(layer1__0__bn1__weight=np.ones(3)),

@@ -1,0 +1,138 @@
+"""Folders of class folders with images, as torchvision's ``ImageFolder`` reads them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from backdoor_jax.errors import UserError, first_line
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
+"""The files of a class folder that are images; others are counted and passed over."""
+
+
+class FolderImages(NamedTuple):
+    """The images of a folder.
+
+    Attributes:
+        images: uint8 ``(N, H, W, channels)``.
+        labels: ``(N,)``.
+        classes: the names of classes 0, 1, ...
+        notes: what was passed over or converted, for the user.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def class_folders(path: Path) -> list[str]:
+    """The sorted names of a folder's class folders."""
+    return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+
+
+def read_folder(
+    path: Path,
+    channels: int = 3,
+    *,
+    num_classes: int | None = None,
+    size: tuple[int, int] | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> FolderImages:
+    """Reads a folder with one folder for each class; images may lie deeper.
+
+    Args:
+        path: the folder.
+        channels: 1 or 3, what images are converted to.
+        num_classes: how many classes there must be; any number by default.
+        size: height and width to which images are resized; by default they need one size.
+        class_names: the folders of classes 0, 1, ...; by default the sorted names, as in torchvision.
+
+    Raises:
+        UserError: where the classes are others, there are no images, one cannot be read, or their sizes differ.
+    """
+    found = class_folders(path)
+    classes = tuple(found) if class_names is None else class_names
+    missing = [name for name in classes if name not in found]
+    if missing:
+        raise UserError(f"{path}: has no class folder {missing[0]!r}; there are {_few(found)}: fix --class-names")
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(
+            f"{path}: has {len(classes)} class folders ({_few(list(classes))}), the model {num_classes} classes; give "
+            "one folder for each class, empty where there are no images, or their names in order (--class-names)"
+        )
+    files: list[tuple[int, Path]] = []
+    passed: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        for file in sorted((path / name).rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if hidden or not file.is_file():
+                continue
+            if file.suffix.lower() in SUFFIXES:
+                files.append((label, file))
+            else:
+                passed[file.suffix or "no suffix"] += 1
+    notes = []
+    if passed:
+        notes.append(f"{sum(passed.values())} files passed over, which are no images: {_few(sorted(passed))}")
+    if not files:
+        raise UserError(
+            f"{path}: its class folders hold no images ({', '.join(SUFFIXES)}){': ' if notes else ''}{''.join(notes)}"
+        )
+    empty = sorted(set(range(len(classes))) - {label for label, _ in files})
+    if empty:
+        notes.append(f"classes without images: {_few([classes[label] for label in empty])}")
+    images = []
+    for _, file in files:
+        images.append(_pixels(file, channels, size))
+        if images[-1].shape != images[0].shape:
+            (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
+            raise UserError(
+                f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all of them with --size {h}x{w}, "
+                "or what the model was trained on"
+            )
+    labels = np.array([label for label, _ in files])
+    return FolderImages(np.stack(images), labels, classes, tuple(f"{path}: {note}" for note in notes))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _pixels(file: Path, channels: int, size: tuple[int, int] | None) -> np.ndarray:
+    """One image, resized bilinearly as torchvision does it."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # Pillow clips them when it converts.
+                image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise UserError(f"{file}: has {image.mode!r} pixels of 32 bits; save it with 8 bits a channel")
+            image = image.convert("L" if channels == 1 else "RGB")
+            if size is not None and image.size != size[::-1]:
+                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files.
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Images ``(N, H, W, channels)`` resized bilinearly.
+
+    Example:
+        >>> resized(np.zeros((2, 8, 8, 1), np.uint8), (4, 6)).shape
+        (2, 4, 6, 1)
+    """
+    from PIL import Image
+
+    out = []
+    for image in images:
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        out.append(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, -1))
+    return np.stack(out)

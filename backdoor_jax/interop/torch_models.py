@@ -1,0 +1,187 @@
+"""PyTorch modules by name: ``torchvision:NAME``, ``timm:NAME``, or a function in the user's own file.
+
+A file of code is run, because the user named it; a checkpoint is still read as data.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.interop.torch_files import as_array, shared_prefix
+from backdoor_jax.models import Classifier, Variables
+
+LIBRARIES = ("torchvision", "timm")
+COUNTER = "num_batches_tracked"
+
+
+class LoadedModule(NamedTuple):
+    """A PyTorch module with weights.
+
+    Attributes:
+        module: the module.
+        num_classes: the number of classes, by its last linear layer.
+        channels: of its images, by its first convolution.
+    """
+
+    module: Any
+    num_classes: int
+    channels: int
+
+
+def names_module(model: str | None) -> bool:
+    """Whether a name is that of a PyTorch module, and not of a network of this package.
+
+    Example:
+        >>> names_module("timm:resnet26d"), names_module("nets.py:make_net"), names_module("resnet18")
+        (True, True, False)
+    """
+    return model is not None and ":" in model
+
+
+def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: int | None = None) -> LoadedModule:
+    """Makes a PyTorch module and loads a state dict into it.
+
+    Args:
+        model: ``torchvision:NAME``, ``timm:NAME``, or ``FILE.py:FUNCTION``. The function returns a module; it is called
+            with ``num_classes`` where it takes that.
+        state: tensors or arrays by name. A prefix that all of them share need not be the module's.
+        where: what errors call the state dict.
+        num_classes: the number of classes; by default it follows from the shapes.
+
+    Raises:
+        UserError: for a module that cannot be made, or the tensors of another one.
+    """
+    module = _make(model, num_classes)
+    if num_classes is None and (found := _classes_of(module, state)) is not None:
+        module = _make(model, found)
+    _load(module, state, model, where)
+    return LoadedModule(module.eval(), _num_classes(module, model), _channels(module))
+
+
+def bounds_of(variables: Variables, classifier: Classifier, bounds: Mapping[str, Any], where: str) -> Variables:
+    """The variables with bounds by the name of the module they clip, as `save_torch` stores them."""
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    places = {rectifier.module: rectifier.path for rectifier in classifier.network.rectifiers}
+    unknown = sorted(set(bounds) - set(places))
+    if unknown:
+        raise UserError(f"{where}: a bound is for {unknown[0]}, which has no rectifier; give the model that was saved")
+    leaves = flatten_dict(variables)
+    for name, upper in bounds.items():
+        leaves["bounds", *places[name]] = np.ravel(as_array(upper, name, where))
+    return unflatten_dict(leaves)
+
+
+def _make(model: str, num_classes: int | None) -> Any:
+    """A new module."""
+    source, _, name = model.rpartition(":")
+    given = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        if source in LIBRARIES:
+            return _from_library(source, name, given)
+        function = getattr(_run_file(Path(source), model), name, None)
+        if not callable(function):
+            raise UserError(f"{source}: has no function {name!r} that makes the network; give FILE.py:FUNCTION")
+        takes = inspect.signature(function).parameters
+        return function(**{key: value for key, value in given.items() if key in takes})
+    except UserError:
+        raise
+    except Exception as error:  # The user's own code, or a library's, which raise anything.
+        raise UserError(f"--model {model}: cannot be made ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _from_library(source: str, name: str, given: dict[str, int]) -> Any:
+    """A network of torchvision or timm with random weights."""
+    try:
+        library = importlib.import_module("torchvision.models" if source == "torchvision" else source)
+    except ImportError as error:
+        raise UserError(f"--model {source}:{name} needs {source}; pip install {source}") from error
+    if source == "timm":
+        if name not in library.list_models():
+            raise UserError(f"timm has no network {name!r}; see timm.list_models()")
+        return library.create_model(name, pretrained=False, **given)
+    if name not in library.list_models(module=library):
+        raise UserError(f"torchvision has no classifier {name!r}; see torchvision.models.list_models()")
+    # Networks with auxiliary heads initialize those for seconds, and get their weights from the file anyway.
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return library.get_model(name, weights=None, **extra, **given)
+
+
+def _run_file(path: Path, model: str) -> Any:
+    """The module of a Python file, whose neighbors it can import."""
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"--model {model}: no such file {path}; give torchvision:NAME, timm:NAME or FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = loaded
+    sys.path.insert(0, str(path.parent.absolute()))
+    try:
+        spec.loader.exec_module(loaded)
+    finally:
+        sys.path.pop(0)
+    return loaded
+
+
+def _layers(module: Any, kinds: tuple[str, ...]) -> list[Any]:
+    return [each for each in module.modules() if type(each).__name__ in kinds]
+
+
+def _num_classes(module: Any, model: str) -> int:
+    heads = [
+        each
+        for each in _layers(module, ("Linear", "NonDynamicallyQuantizableLinear", "Conv2d"))
+        if getattr(each, "kernel_size", (1, 1)) == (1, 1)
+    ]
+    if not heads:
+        raise UserError(f"--model {model}: has no linear layer, so its number of classes is not known")
+    return getattr(heads[-1], "out_features", None) or heads[-1].out_channels
+
+
+def _channels(module: Any) -> int:
+    first = _layers(module, ("Conv2d",))
+    return first[0].in_channels if first else 3
+
+
+def _classes_of(module: Any, state: Mapping[str, Any]) -> int | None:
+    """The number of classes with which a network must be made again to fit the tensors."""
+    own, prefix = module.state_dict(), shared_prefix(state)
+    counts = set()
+    for name, tensor in own.items():
+        found = state.get(f"{prefix}{name.removeprefix(shared_prefix(own))}")
+        if found is not None and tuple(found.shape) != tuple(tensor.shape) and len(found.shape):
+            counts.add((tensor.shape[0], found.shape[0]))
+    return next(iter(counts))[1] if len(counts) == 1 else None
+
+
+def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None:
+    """Loads tensors into a module, all of which it must have, and no others."""
+    import torch
+
+    own = module.state_dict()
+    mine, theirs = shared_prefix(own), shared_prefix(state)
+    found = {f"{mine}{name.removeprefix(theirs)}": value for name, value in state.items()}
+    missing = sorted(name for name in set(own) - set(found) if not name.endswith(COUNTER))
+    extra = sorted(set(found) - set(own))
+    for kind, names in (("lacks", missing), ("has the unknown", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"{where}: is not a state dict of {model}: it {kind} {', '.join(names[:3])}{more}; give the model it "
+                "was saved from as torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+            )
+    for name, value in found.items():
+        if tuple(value.shape) != tuple(own[name].shape):
+            raise UserError(
+                f"{where}: {name} has shape {tuple(value.shape)}, in {model} it is {tuple(own[name].shape)}; give the "
+                "model it was saved from, or its number of classes (--classes)"
+            )
+        found[name] = torch.tensor(as_array(value, name, where) if own[name].is_floating_point() else np.asarray(value))
+    module.load_state_dict(found, strict=False)
