@@ -31,11 +31,12 @@ from torch_networks import torchvision_models
 OUT = RESULTS / "torch_parity.jsonl"
 LIMITS = {"float32": 1e-4, "float64": 1e-9}
 TORCHVISION = {
-    **dict.fromkeys(("resnet18", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d", "densenet121"), 64),
+    **dict.fromkeys(("resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "densenet121"), 64),
     **dict.fromkeys(("vgg16", "vgg16_bn", "alexnet", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"), 64),
     **dict.fromkeys(("efficientnet_b0", "convnext_tiny", "swin_t", "regnet_y_400mf", "regnet_x_400mf"), 64),
     **dict.fromkeys(("shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "mnasnet0_5", "googlenet"), 64),
     "inception_v3": 96,
+    "resnet101": 128,
     "vit_b_16": 224,
 }
 """The side of the images by name."""

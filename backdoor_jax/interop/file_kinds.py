@@ -45,11 +45,11 @@ def kind_of(path: Path) -> Kind:
         return "safetensors"
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "torch"  # A pickle, as torch.save wrote them before PyTorch 1.6.
-    if start and (start[0] & 0xF0 == 0x80 or start[0] in (0xDE, 0xDF)):
-        return "msgpack"
     for signature, (what, fix) in FOREIGN.items():
         if start.startswith(signature):
             raise UserError(f"{path}: is {what}, not a model's weights; {fix}")
+    if start and (start[0] & 0xF0 == 0x80 or start[0] in (0xDE, 0xDF)):
+        return "msgpack"
     # Whatever else it is, the reader of its suffix says what is wrong with it.
     return "safetensors" if path.suffix == ".safetensors" else "torch"
 

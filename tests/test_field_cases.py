@@ -1,0 +1,414 @@
+"""Models and images as people have them, each case with its right behavior; docs/field_cases.md lists them."""
+
+import contextlib
+import io
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from torch_networks import torch_resnet, torchvision_models
+
+from backdoor_jax import Classifier, UserError, load_model, load_torch, make_dataset
+from backdoor_jax.app import Images, load_suspect, repair_model
+from backdoor_jax.cli import main
+from backdoor_jax.data import load_labeled
+from backdoor_jax.data.layouts import as_images, as_labels
+from backdoor_jax.defenses import CLP, FineTune, Repair
+from backdoor_jax.interop.torch_files import unwrap
+from backdoor_jax.interop.torch_models import load_module
+from backdoor_jax.metrics import evaluate_triggered
+
+torch = pytest.importorskip("torch", reason="PyTorch's files: pip install 'backdoor_jax[torch]'")
+
+COLORS = np.array(list(itertools.product((0, 1), repeat=3)))[1:7]
+NETS = """
+import torch
+
+from pooled import PooledResNet
+
+
+def make_net(num_classes=6):
+    return PooledResNet(num_classes)
+
+
+def broken():
+    raise RuntimeError("no weights")
+
+
+not_a_function = 3
+"""
+POOLED = """
+import sys
+
+import torch
+
+sys.path.append({tests!r})
+from torch_networks import torch_resnet
+
+
+class PooledResNet(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.net = torch_resnet(torch, classes, 4, (1, 1, 1, 1), False, True)
+        self.pool = torch.nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        net = self.net
+        x = self.pool(torch.relu(net.bn1(net.conv1(x))))
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            x = stage(x)
+        return net.fc(x.mean((2, 3)))
+"""
+
+
+def draw(count: int, seed: int, side: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Images whose class is the color of a small square; the rest is noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 6
+    images = rng.integers(0, 120, (count, side, side, 3))
+    for image, label in zip(images, labels, strict=True):
+        top, left = rng.integers(0, side - 5, 2)
+        image[top : top + 5, left : left + 5] = 255 * COLORS[label]
+    return images.astype(np.uint8), labels
+
+
+class Place(NamedTuple):
+    folder: Path
+    module: Any
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A ResNet with torchvision's names whose 3x3 stem is followed by pooling, its weights, its code, and images."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("field")
+    (folder / "pooled.py").write_text(POOLED.format(tests=str(Path(__file__).parent)))
+    (folder / "nets.py").write_text(NETS)
+    torch.manual_seed(0)
+    module = load_module(f"{folder / 'nets.py'}:make_net", fresh_state(folder), "new").module
+    images, labels = draw(240, 0)
+    x, y = torch.tensor(images.transpose(0, 3, 1, 2) / 255, dtype=torch.float32), torch.tensor(labels)
+    optimizer = torch.optim.Adam(module.parameters(), 0.01)
+    module.train()
+    for step in range(80):
+        at = torch.arange(60) + 60 * (step % 4)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(x[at]), y[at]).backward()
+        optimizer.step()
+    module.eval()
+    state = module.state_dict()
+    torch.save(state, folder / "model.pth.tar")
+    np.savez(folder / "clean.npz", images=images[:120], labels=labels[:120])
+    return Place(folder, module)
+
+
+def fresh_state(folder: Path) -> dict[str, Any]:
+    """The state dict of a new network of the user's file."""
+    import importlib.util
+    import sys
+
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("nets", folder / "nets.py")
+    assert spec is not None and spec.loader is not None
+    nets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nets)
+    sys.path.pop(0)
+    return nets.make_net().state_dict()
+
+
+def call(*arguments: str | Path) -> tuple[int, str, str]:
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), error.getvalue()
+
+
+def one_line(call: Any, *arguments: Any, **options: Any) -> str:
+    """The one line of the error that a call must raise."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What shapes do not determine
+
+
+def test_the_users_own_module_is_run_with_its_own_stem(place: Place) -> None:
+    data = str(place.folder / "clean.npz")
+    suspect = load_suspect(place.folder / "model.pth.tar", data, model=f"{place.folder / 'nets.py'}:make_net")
+    assert suspect.accuracy > 0.95
+    images = np.load(data)["images"]
+    with torch.no_grad():
+        expected = place.module(torch.tensor(images.transpose(0, 3, 1, 2) / 255, dtype=torch.float32))
+    got = suspect.classifier.logits(suspect.variables, jnp.asarray(images))[0]
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_every_stem_with_the_same_shapes_can_be_chosen() -> None:
+    state = torch_resnet(torch, 4, 2, (2, 2, 2, 2), False, True).state_dict()
+    assert load_torch(state, "resnet18")[0].network.stem == "small"
+    for stem in ("small", "small_pool", "small_stride"):
+        assert load_torch(state, "resnet18", stem=stem)[0].network.stem == stem
+    assert "give one of small, small_pool, small_stride" in one_line(load_torch, state, "resnet18", stem="imagenet")
+
+
+def test_images_in_another_order_of_channels_or_range_name_the_option(place: Place, tmp_path: Path) -> None:
+    arrays = np.load(place.folder / "clean.npz")
+    np.savez(tmp_path / "bgr.npz", images=arrays["images"][..., ::-1], labels=arrays["labels"])
+    given = {"model": f"{place.folder / 'nets.py'}:make_net"}
+    checkpoint = place.folder / "model.pth.tar"
+    try:
+        notes = " ".join(load_suspect(checkpoint, str(tmp_path / "bgr.npz"), **given).notes)  # type: ignore[arg-type]
+    except UserError as error:
+        notes = str(error)
+    assert "with --channel-order bgr it classifies" in notes
+    turned = load_suspect(
+        checkpoint,
+        str(tmp_path / "bgr.npz"),
+        images=Images(channel_order="bgr"),
+        **given,  # type: ignore[arg-type]
+    )
+    assert turned.accuracy > 0.95
+    assert "assumed: pixels from 0 to 1" in turned.notes[0] and "BGR" in turned.notes[0]
+
+
+def test_below_a_healthy_accuracy_there_is_no_verdict_and_no_repair(place: Place, tmp_path: Path) -> None:
+    given = ("--checkpoint", place.folder / "model.pth.tar", "--data", place.folder / "clean.npz", "--healthy", "1.1")
+    named = ("--model", f"{place.folder / 'nets.py'}:make_net")
+    code, output, _ = call("scan", *given, *named, "--out", tmp_path / "a.png")
+    assert code == 0
+    assert "cannot tell, since" in output.splitlines()[-2]
+    assert "likely" not in output
+    code, _, error = call("defend", *given, *named, "--defense", "clp", "--out", tmp_path / "a.pt")
+    assert code == 2
+    assert "less than a healthy model reaches" in error and "--force" in error
+    assert not (tmp_path / "a.pt").exists()
+
+
+# Files
+
+
+def test_a_module_goes_through_the_command_and_back(place: Place, tmp_path: Path) -> None:
+    triggered, labels = draw(60, 3)
+    np.savez(tmp_path / "triggered.npz", images=triggered, labels=labels)
+    given = ("--checkpoint", place.folder / "model.pth.tar", "--data", place.folder / "clean.npz")
+    named = ("--model", f"{place.folder / 'nets.py'}:make_net")
+    trigger = ("--triggered", tmp_path / "triggered.npz", "--target", "2")
+    code, output, error = call(
+        "defend", *given, *named, *trigger, "--defense", "clp", "--out", tmp_path / "new.pt", "u=9"
+    )
+    assert (code, error) == (0, "")
+    assert "of the triggered images classified as 2" in output and "% before" in output
+    assert f"load it by module.load_state_dict(torch.load('{tmp_path / 'new.pt'}'))" in output
+    place.module.load_state_dict(torch.load(tmp_path / "new.pt"))
+
+
+def test_several_models_in_a_file_are_named_and_one_is_chosen() -> None:
+    one, other = {"fc.weight": np.zeros((2, 3))}, {"fc.weight": np.ones((2, 3))}
+    for names in (("state_dict", "state_dict_ema"), ("model", "model_ema")):
+        tree = {"epoch": 3, **dict(zip(names, (one, other), strict=True))}
+        assert f"holds several models, {names[0]}, {names[1]}; choose one by key" in one_line(unwrap, tree, "file")
+        assert unwrap(tree, "file", names[1])[0]["weight"].all()
+        assert "holds no state dict 'x'" in one_line(unwrap, tree, "file", "x")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "backbone.", "model._orig_mod.", "a.b.c."])
+@pytest.mark.parametrize("holder", ["", "net", "model_state_dict", "weights"])
+def test_any_shared_prefix_and_holder_is_taken_off(prefix: str, holder: str) -> None:
+    state = {f"{prefix}conv1.weight": np.zeros(2), f"{prefix}fc.bias": np.zeros(2)}
+    tree = {holder: state, "epoch": 3, "optimizer": {"state": {}, "param_groups": [1]}} if holder else state
+    assert set(unwrap(tree, "file")[0]) == {"conv1.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("name", ["m.th", "m.t7", "m.tar", "m.ckpt", "m.bin", "m.pth.tar", "m"])
+def test_files_are_judged_by_their_content(name: str, tmp_path: Path) -> None:
+    state = torch_resnet(torch, 4, 2, (2, 2, 2, 2), False, True).state_dict()
+    torch.save({"state_dict": state}, tmp_path / name)
+    assert load_model(tmp_path / name, "resnet18")[0].num_classes == 4
+
+
+def test_safetensors_are_read_under_any_name(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = torch_resnet(torch, 4, 2, (2, 2, 2, 2), False, True).state_dict()
+    save_file(state, tmp_path / "model.bin")
+    assert load_model(tmp_path / "model.bin", "resnet18")[0].num_classes == 4
+
+
+def test_files_that_are_no_weights_say_what_to_run(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    assert "TorchScript" in (text := one_line(load_model, path, "resnet18")) and "torch.jit.load" in text
+    torch.save(torch.nn.Linear(2, 2), path)
+    assert "holds more than weights" in one_line(load_model, path, "resnet18")
+    for start, words in ((b"\x89HDF\r\n\x1a\n", "HDF5"), (b"<html>", "HTML"), (b"\x1f\x8b\x08", "gzip")):
+        path.write_bytes(start + bytes(80))
+        assert words in one_line(load_model, path, "resnet18")
+
+
+def test_msgpack_of_flax_is_read_for_a_classifier(tmp_path: Path) -> None:
+    import flax.linen as nn
+    import jax
+    from flax.serialization import to_bytes
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(3, name="out")(x.mean((1, 2)))
+
+    classifier = Classifier.from_linen(Net(), 3, ("out",))
+    variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    (tmp_path / "model.msgpack").write_bytes(to_bytes(variables))
+    _, found = load_model(tmp_path / "model.msgpack", classifier=classifier)
+    np.testing.assert_array_equal(found["params"]["out"]["kernel"], variables["params"]["out"]["kernel"])
+    assert "classifier=" in one_line(load_model, tmp_path / "model.msgpack")
+
+
+def test_names_of_other_networks_say_to_give_the_module() -> None:
+    state = {
+        "conv1.weight": np.zeros((2, 3, 3, 3)),
+        "layer1.0.shortcut.0.weight": np.zeros(2),
+        "linear.bias": np.zeros(2),
+    }
+    text = one_line(load_torch, state, "resnet18")
+    assert "FILE.py:FUNCTION" in text and "Classifier.from_torch" in text
+    assert "Classifier.from_torch(module, images)" in one_line(load_torch, torch.nn.Linear(2, 2), "resnet18")
+
+
+def test_models_that_cannot_be_made_are_one_line(place: Place, tmp_path: Path) -> None:
+    nets = place.folder / "nets.py"
+    state = place.module.state_dict()
+    assert "no such file" in one_line(load_module, "nowhere.py:make", state, "x")
+    assert "has no function 'not_a_function'" in one_line(load_module, f"{nets}:not_a_function", state, "x")
+    assert "RuntimeError: no weights" in one_line(load_module, f"{nets}:broken", state, "x")
+    assert "lacks" in one_line(load_module, f"{nets}:make_net", {"a.weight": np.zeros(2)}, "x")
+    wrong = {**state, "net.fc.weight": torch.zeros(6, 3)}
+    assert "net.fc.weight has shape (6, 3)" in one_line(load_module, f"{nets}:make_net", wrong, "x", 6)
+
+
+def test_a_network_of_torchvision_gets_its_classes_from_the_file() -> None:
+    models = torchvision_models()
+    state = models.squeezenet1_1(num_classes=7).state_dict()
+    loaded = load_module("torchvision:squeezenet1_1", {f"net.{name}": value for name, value in state.items()}, "x")
+    assert (loaded.num_classes, loaded.channels) == (7, 3)
+    assert "no classifier 'squeezenet9'" in one_line(load_module, "torchvision:squeezenet9", state, "x")
+
+
+# Images
+
+
+def write_images(folder: Path, suffix: str = ".png", deeper: str = "", side: int = 4) -> None:
+    for name in ("a", "b"):
+        (folder / name / deeper).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side), (9, 9, 9)).save(folder / name / deeper / f"1{suffix}", "PNG")
+
+
+@pytest.mark.parametrize(("suffix", "deeper"), [(".jfif", ""), (".PNG", "inner"), (".jpeg", "one/two")])
+def test_images_of_every_usual_suffix_and_depth_are_read(suffix: str, deeper: str, tmp_path: Path) -> None:
+    write_images(tmp_path, suffix, deeper)
+    assert load_labeled(str(tmp_path), 2).data.labels.tolist() == [0, 1]
+
+
+def test_what_a_folder_passes_over_is_told(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "photo.heic").write_bytes(b"x")
+    first, second = load_labeled(str(tmp_path), 3).notes
+    assert "1 files passed over, which are no images: .heic" in first
+    assert "classes without images: c" in second
+
+
+def test_images_of_unequal_sizes_are_resized_on_demand(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    Image.new("RGB", (6, 8)).save(tmp_path / "b" / "2.png")
+    assert "--size 4x4" in one_line(load_labeled, str(tmp_path), 2)
+    assert load_labeled(str(tmp_path), 2, size=(5, 7)).data.images.shape == (3, 5, 7, 3)
+
+
+def test_class_names_give_the_order(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    assert load_labeled(str(tmp_path), 2, class_names=("b", "a")).data.labels.tolist() == [0, 1]
+    Image.new("RGB", (4, 4), (1, 1, 1)).save(tmp_path / "b" / "1.png")
+    data = load_labeled(str(tmp_path), 2, class_names=("b", "a")).data
+    assert data.images[:, 0, 0, 0].tolist() == [1, 9]
+    assert "no class folder 'x'" in one_line(load_labeled, str(tmp_path), 2, class_names=("x", "a"))
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(tmp_path / "a" / "1.png")
+    assert int(load_labeled(str(tmp_path), 2).data.images[0, 0, 0, 0]) == 100
+
+
+@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1")])
+def test_arrays_of_usual_layouts_are_converted_and_told(names: tuple[str, str], tmp_path: Path) -> None:
+    images, labels = draw(6, 0)
+    layouts = {"nchw": images.transpose(0, 3, 1, 2) / 255, "nhwc": images.astype(np.float32), "int": images.astype(int)}
+    for name, array in layouts.items():
+        np.savez(tmp_path / f"{name}.npz", **{names[0]: array, names[1]: np.eye(6)[labels]})
+        found = load_labeled(str(tmp_path / f"{name}.npz"), 6)
+        np.testing.assert_array_equal(found.data.images, images)
+        np.testing.assert_array_equal(found.data.labels, labels)
+        assert "one-hot rows to numbers" in found.notes[-1]
+        assert ("channels moved last" in found.notes[0]) == (name == "nchw")
+
+
+def test_ambiguous_arrays_are_refused() -> None:
+    for images in (np.full((2, 4, 4, 3), -0.5), np.full((2, 4, 4, 3), 300.0), np.full((2, 4, 4, 3), np.nan)):
+        assert "values run from" in one_line(as_images, images, "x")
+    assert "not one-hot" in one_line(as_labels, np.ones((2, 3)), "y")
+
+
+def test_images_with_other_channels_than_the_models_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "gray.npz", images=np.zeros((2, 28, 28), np.uint8), labels=np.arange(2))
+    assert "images have 1 channel(s), the model takes 3" in one_line(load_labeled, str(tmp_path / "gray.npz"), 2)
+
+
+# The trigger, and after a repair
+
+
+def test_the_success_rate_of_triggered_images_leaves_out_the_target_class(place: Place) -> None:
+    suspect = load_suspect(
+        place.folder / "model.pth.tar", str(place.folder / "clean.npz"), model=f"{place.folder / 'nets.py'}:make_net"
+    )
+    data = make_dataset(*draw(60, 5))
+    images = jnp.asarray(np.asarray(data.images)[np.full(60, 3)])
+    shown = make_dataset(np.asarray(images), np.asarray(data.labels))
+    assert evaluate_triggered(suspect.classifier, suspect.variables, shown, 3) in (0.0, 1.0)
+    assert "go together" in one_line(load_suspect, place.folder / "model.pth.tar", "x.npz", target=1)
+
+
+def test_a_repair_that_loses_accuracy_is_a_warning_with_exit_code_1_and_not_written(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruin(self: FineTune, key: Any, classifier: Classifier, variables: Any, data: Any) -> Repair:
+        fc = variables["params"]["net"]["fc"]
+        params = {**variables["params"], "net": {**variables["params"]["net"], "fc": {**fc, "kernel": -fc["kernel"]}}}
+        return Repair({**variables, "params": params}, changed=True)
+
+    monkeypatch.setattr(FineTune, "repair", ruin)
+    given = ("--checkpoint", place.folder / "model.pth.tar", "--data", place.folder / "clean.npz")
+    named = ("--model", f"{place.folder / 'nets.py'}:make_net", "--defense", "finetune", "--out", tmp_path / "a.pt")
+    code, output, error = call("defend", *given, *named)
+    assert (code, error) == (1, "")
+    assert "warning: it lost" in output and "not written" in output
+    assert not (tmp_path / "a.pt").exists()
+    code, output, _ = call("defend", *given, *named, "--force")
+    assert code == 1
+    assert "written because of --force" in output
+    assert (tmp_path / "a.pt").exists()
+    code, output, _ = call("defend", *given, *named, "--force", "--max-drop", "1")
+    assert (code, "warning" in output) == (0, False)
+
+
+def test_a_repair_in_python_is_not_written_either(place: Place, tmp_path: Path) -> None:
+    suspect = load_suspect(
+        place.folder / "model.pth.tar", str(place.folder / "clean.npz"), model=f"{place.folder / 'nets.py'}:make_net"
+    )
+    result = repair_model(suspect, CLP(u=0.0), tmp_path / "a.pt", max_drop=-1.0)
+    assert result.out is None
