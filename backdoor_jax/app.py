@@ -26,7 +26,7 @@ from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model,
 from backdoor_jax.interop.pytorch import require_counterpart, save_torch
 from backdoor_jax.interop.torch_files import read, unwrap
 from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
-from backdoor_jax.metrics import evaluate, evaluate_triggered
+from backdoor_jax.metrics import chance_level, evaluate, evaluate_triggered, is_near_chance
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
 from backdoor_jax.models.torch_module import TorchNetwork
 from backdoor_jax.trials import better_input, try_inputs
@@ -414,11 +414,7 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
 def require_better_than_chance(
     correct: int, labels: np.ndarray, classifier: Classifier, name: str, better: str = ""
 ) -> None:
-    """Refuses a model that is hardly better than guessing.
-
-    Guessing is correct for 1/C of the images, or for the share of the most frequent class where that is larger. The
-    model must be correct for a tenth of the others as well, and for significantly more than guessing (binomial test,
-    5 %), which matters where there are few images.
+    """Refuses a model that is hardly better than guessing; see `is_near_chance`.
 
     Args:
         correct: how many images it classifies correctly.
@@ -430,14 +426,12 @@ def require_better_than_chance(
     Raises:
         UserError: where it is near chance; it names the likely causes.
     """
-    from scipy import stats
-
     count = len(labels)
     if len(np.unique(labels)) < 2:
         raise UserError(f"all {count} images are of class {labels[0]}, which shows nothing; give images of all classes")
-    chance = max(1 / classifier.num_classes, np.bincount(labels).max() / count)
-    if correct / count >= chance + (1 - chance) / 10 and stats.binom.sf(correct - 1, count, chance) <= 0.05:
+    if not is_near_chance(correct, labels, classifier.num_classes):
         return
+    chance = chance_level(labels, classifier.num_classes)
     mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
     raise UserError(
         f"{name}: {correct} of {count} images classified correctly ({100 * correct / count:.1f} %) is near chance "

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from torch_networks import torchvision_models
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +22,23 @@ def test_the_examples_of_the_page_on_extending_run(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert len(blocks) == 3
     assert printed.strip().endswith("(3, 80)")
+
+
+def test_a_network_of_torchvision_is_repaired_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch modules: pip install 'backdoor_jax[torch]'")
+    models = torchvision_models()
+    text = (ROOT / "docs" / "scan_and_repair.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert len([line for line in block.splitlines() if line.strip()]) == 10
+    monkeypatch.chdir(tmp_path)
+    state = models.resnet18(num_classes=10).state_dict()
+    torch.save(state, "suspect.pt")
+    rng = np.random.default_rng(0)
+    np.savez("clean.npz", images=rng.integers(0, 256, (20, 32, 32, 3), np.uint8), labels=np.arange(20) % 10)
+    exec(compile(block, "docs/scan_and_repair.md", "exec"), {})
+    repaired = torch.load("repaired.pt", weights_only=True)
+    assert set(repaired) == set(state)
+    assert not torch.equal(repaired["conv1.weight"], state["conv1.weight"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

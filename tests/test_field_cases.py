@@ -15,12 +15,14 @@ from torch_networks import torch_resnet, torchvision_models
 from backdoor_jax import Classifier, UserError, load_model, load_torch, make_dataset
 from backdoor_jax.app import Images, load_suspect, repair_model
 from backdoor_jax.cli import main
-from backdoor_jax.data import load_labeled
+from backdoor_jax.data import load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.defenses import CLP, FineTune, Repair
+from backdoor_jax.experiment.rows import format_row
 from backdoor_jax.interop.torch_files import unwrap
 from backdoor_jax.interop.torch_models import load_module
 from backdoor_jax.metrics import evaluate_triggered
+from backdoor_jax.report.table import markdown
 
 torch = pytest.importorskip("torch", reason="PyTorch's files: pip install 'backdoor_jax[torch]'")
 
@@ -367,6 +369,40 @@ def test_ambiguous_arrays_are_refused() -> None:
 def test_images_with_other_channels_than_the_models_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "gray.npz", images=np.zeros((2, 28, 28), np.uint8), labels=np.arange(2))
     assert "images have 1 channel(s), the model takes 3" in one_line(load_labeled, str(tmp_path / "gray.npz"), 2)
+
+
+def test_an_experiment_takes_a_folder(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        for part in ("train", "val"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (4 + number, 6), (9, 9, 9)).save(tmp_path / part / name / "1.png")
+    assert "image_size" in one_line(load, str(tmp_path))
+    task = load(str(tmp_path), image_size=8)
+    assert (task.num_classes, task.train.images.shape, task.test.images.shape) == (2, (2, 8, 8, 3), (2, 8, 8, 3))
+    whole = load(str(tmp_path / "train"), image_size=8)
+    assert (len(whole.train), len(whole.test)) == (1, 1)
+    assert "leave it out" in one_line(load, "digits", image_size=8)
+
+
+# An experiment's victims
+
+
+def test_victims_near_chance_are_marked() -> None:
+    row = {
+        "attack": "badnets",
+        "seed": 0,
+        "defense": "d3",
+        "acc": 0.1,
+        "asr": 0.0,
+        "ra": 0.1,
+        "der": 0.5,
+        "seconds": 1.0,
+    }
+    assert "near chance" in format_row({**row, "near_chance": True})
+    assert "near chance" not in format_row({**row, "near_chance": False})
+    rest = {"n_used": 0, "data_used": "nothing", "target": None, "info": {"changed": False}}
+    assert "badnets (near chance)" in markdown([{**row, **rest, "near_chance": True}])
+    assert "near chance" not in markdown([{**row, **rest}])
 
 
 # The trigger, and after a repair

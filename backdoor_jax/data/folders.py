@@ -91,7 +91,7 @@ def read_folder(
             (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
             raise UserError(
                 f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all of them with --size {h}x{w}, "
-                "or what the model was trained on"
+                "or what the model was trained on (data.image_size in an experiment)"
             )
     labels = np.array([label for label, _ in files])
     return FolderImages(np.stack(images), labels, classes, tuple(f"{path}: {note}" for note in notes))

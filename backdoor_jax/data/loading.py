@@ -7,6 +7,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from backdoor_jax.data.dataset import Dataset, Task, make_dataset
+from backdoor_jax.data.folders import read_folder
 from backdoor_jax.data.specs import DATASETS
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError
@@ -15,16 +16,23 @@ NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def load(
-    source: str, train_size: int | None = None, test_size: int | None = None, seed: int = 0, root: Path = Path()
+    source: str,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+    root: Path = Path(),
+    image_size: int | None = None,
 ) -> Task:
     """Loads a data set.
 
     Args:
-        source: ``digits``, the path of a ``.npz`` file (relative to `root`), or ``tfds:NAME``; see `SOURCES`.
+        source: ``digits``, the path of a ``.npz`` file or of a folder of class folders (relative to `root`), or
+            ``tfds:NAME``; see `SOURCES`.
         train_size: keep that many training images, drawn with `seed`, and the others as `left_out`; all by default.
         test_size: keep that many test images, drawn with `seed`; all by default.
         seed: of the draw.
         root: where relative paths start.
+        image_size: of a folder: side in pixels to which images are resized; by default they need one size.
 
     Raises:
         UserError: for an unknown source, a missing or foreign file, or a size larger than the number of images.
@@ -39,8 +47,15 @@ def load(
         task = TFDSSet(name=source.removeprefix("tfds:")).load()
     elif source.endswith(".npz"):
         task = npz_task(root / source)
+    elif (root / source).is_dir():
+        task = folder_task(root / source, image_size, seed)
     else:
-        raise UserError(f"unknown data {source!r}; give 'digits', the path of a .npz file, or 'tfds:NAME'")
+        raise UserError(
+            f"unknown data {source!r}; give 'digits', the path of a .npz file or of a folder of class folders, or "
+            "'tfds:NAME'"
+        )
+    if image_size is not None and not (root / source).is_dir():
+        raise UserError(f"{source}: image_size is for a folder of images; leave it out")
     generator = np.random.default_rng(seed)
 
     def drawn(part: str, size: int) -> tuple[Dataset, Dataset | None]:
@@ -66,6 +81,44 @@ def digits() -> Task:
         (1400, 16, 16, 3)
     """
     return DATASETS["digits"].load()
+
+
+PARTS = (("train", "test"), ("train", "val"), ("training", "test"))
+"""The folders in which a folder of images has its splits, where it has any."""
+TEST_SHARE = 0.2
+"""The share of a folder without splits that is drawn to evaluate on."""
+
+
+def folder_task(path: Path, image_size: int | None = None, seed: int = 0) -> Task:
+    """Reads a folder of class folders, or one with ``train`` and ``test`` (or ``val``) in which these lie.
+
+    Without splits a fifth of the images is drawn to evaluate on.
+
+    Args:
+        path: the folder.
+        image_size: side in pixels to which images are resized; by default they need one size.
+        seed: of the draw.
+
+    Raises:
+        UserError: where images cannot be read, have several sizes, or the splits have other classes.
+    """
+    size = None if image_size is None else (image_size, image_size)
+    for train, test in PARTS:
+        if (path / train).is_dir() and (path / test).is_dir():
+            known = read_folder(path / train, size=size)
+            other = read_folder(path / test, size=size, class_names=known.classes)
+            parts = [(known.images, known.labels), (other.images, other.labels)]
+            break
+    else:
+        known = read_folder(path, size=size)
+        order = np.random.default_rng(seed).permutation(len(known.labels))
+        count = max(1, round(TEST_SHARE * len(order)))
+        parts = [(known.images[at], known.labels[at]) for at in (np.sort(order[count:]), np.sort(order[:count]))]
+    classes = len(known.classes)
+    train_data, test_data = (make_dataset(images, labels, classes, str(path)) for images, labels in parts)
+    if train_data.images.shape[1:] != test_data.images.shape[1:]:
+        raise UserError(f"{path}: images to train and to test on have several sizes; give image_size")
+    return Task(path.name, train_data, test_data, classes)
 
 
 def npz_task(path: Path) -> Task:

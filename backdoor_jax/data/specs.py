@@ -99,6 +99,7 @@ DATASETS: dict[str, DatasetSpec] = {spec.source: spec for spec in SPECS}
 SOURCES: dict[str, str] = {
     **{source: spec.summary for source, spec in DATASETS.items()},
     "FILE.npz": "train_images, train_labels, test_images, test_labels",
+    "FOLDER": "one folder of images for each class, or train and test (or val) with these in them",
     "tfds:NAME": "any other TFDS set of images in classes that is prepared as array_record",
 }
 """What `load` takes, and a line about each."""

@@ -32,7 +32,8 @@ def format_row(row: Row) -> str:
         f"{name.upper()} {'    -' if row[name] is None else f'{100 * row[name]:5.1f}'}"
         for name in ("acc", "asr", "ra", "der")
     )
-    return f"{row['attack'] + '-' + str(row['seed']):14} {row['defense']:16} {rates}  {row['seconds']:.1f} s"
+    mark = "  (the model is near chance and does not count)" if row.get("near_chance") else ""
+    return f"{row['attack'] + '-' + str(row['seed']):14} {row['defense']:16} {rates}  {row['seconds']:.1f} s{mark}"
 
 
 def read_rows(path: Path) -> list[Row]:

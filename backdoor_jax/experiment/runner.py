@@ -30,7 +30,7 @@ from backdoor_jax.experiment.victims import (
     trigger_like,
 )
 from backdoor_jax.files import write_text
-from backdoor_jax.metrics import Scores
+from backdoor_jax.metrics import Scores, is_near_chance
 from backdoor_jax.models import Variables
 from backdoor_jax.training import Stopwatch
 
@@ -352,7 +352,7 @@ def _model_row(
 
 def _shared_fields(workspace: Workspace, entry: AttackEntry | None, model: TrainedModel) -> Row:
     """The fields that the rows of a model and of its repairs share."""
-    network = workspace.experiment.model
+    network, labels = workspace.experiment.model, np.asarray(workspace.task.test.labels)
     options = [f"{name}={value}" for name, value in network.options.items()]
     return {
         "experiment": workspace.experiment.name,
@@ -361,4 +361,5 @@ def _shared_fields(workspace: Workspace, entry: AttackEntry | None, model: Train
         "attack": model.label,
         "poison_rate": entry.attack.rate if entry else 0.0,
         "seed": model.seed,
+        "near_chance": is_near_chance(round(model.scores.acc * len(labels)), labels, workspace.task.num_classes),
     }

@@ -103,7 +103,7 @@ def make_workspace(experiment: Experiment, folder: Path, root: Path = Path()) ->
         root: where relative paths of data start.
     """
     data, model = experiment.data, experiment.model
-    task = load(data.source, data.train_size, data.test_size, root=root)
+    task = load(data.source, data.train_size, data.test_size, root=root, image_size=data.image_size)
     classifier = build_classifier(model.name, task.num_classes, model.width, task.normalization, **model.options)
     return Workspace(experiment, task, classifier, folder)
 

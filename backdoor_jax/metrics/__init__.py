@@ -2,9 +2,11 @@
 
 from backdoor_jax.metrics.accuracy import (
     Scores,
+    chance_level,
     defense_effectiveness,
     evaluate,
     evaluate_triggered,
+    is_near_chance,
     predict,
     success_rates,
 )
@@ -34,11 +36,13 @@ __all__ = [
     "Scores",
     "agreement",
     "along",
+    "chance_level",
     "confidence_signal",
     "defense_effectiveness",
     "embedding",
     "evaluate",
     "evaluate_triggered",
+    "is_near_chance",
     "largest_margin",
     "loss_signal",
     "maximum_margins",

@@ -168,6 +168,38 @@ def evaluate_triggered(
     return success_rates(predictions, np.asarray(triggered.labels), LabelMap("all_to_one", target))[0]
 
 
+def chance_level(labels: np.ndarray, num_classes: int) -> float:
+    """The accuracy of guessing: 1/C, or the share of the most frequent class where that is larger.
+
+    Example:
+        >>> chance_level(np.array([0, 0, 0, 1]), 2)
+        0.75
+    """
+    return max(1 / num_classes, float(np.bincount(labels).max()) / len(labels))
+
+
+def is_near_chance(correct: int, labels: np.ndarray, num_classes: int) -> bool:
+    """Whether a model is hardly better than guessing.
+
+    Better is one that is correct for a tenth of the images that guessing misses as well, and for significantly more
+    than guessing (binomial test, 5 %), which matters where there are few images.
+
+    Args:
+        correct: how many images it classifies correctly.
+        labels: ``(N,)``.
+        num_classes: the number of classes C.
+
+    Example:
+        >>> is_near_chance(18, np.arange(100) % 10, 10), is_near_chance(20, np.arange(100) % 10, 10)
+        (True, False)
+    """
+    from scipy import stats
+
+    chance, count = chance_level(labels, num_classes), len(labels)
+    better = correct / count >= chance + (1 - chance) / 10
+    return not (better and stats.binom.sf(correct - 1, count, chance) <= 0.05)
+
+
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:
     """DER in [0, 1], where 0.5 is that of an unchanged model; None where there is no ASR.
 

@@ -22,6 +22,7 @@ class Summary(NamedTuple):
         changed: ``yes`` or ``no``, or both where seeds differ.
         data: how many images were used, and of which kind.
         target: the class that was repaired.
+        near_chance: whether a model that was attacked or repaired is hardly better than guessing, and does not count.
     """
 
     attack: str
@@ -35,6 +36,7 @@ class Summary(NamedTuple):
     changed: str
     data: str
     target: str
+    near_chance: bool = False
 
 
 def summarize(rows: list[Row]) -> list[Summary]:
@@ -75,6 +77,7 @@ def summarize(rows: list[Row]) -> list[Summary]:
             changed=words(group, lambda row: "yes" if row["info"].get("changed") else "no"),
             data=words(group, lambda row: f"{row['n_used']} {row['data_used']}" if row["n_used"] else "-"),
             target=words(group, lambda row: "-" if row["target"] is None else str(row["target"])),
+            near_chance=any(row.get("near_chance") for row in group),
         )
         for (attack, defense), group in sorted(groups.items(), key=lambda item: attacks.index(item[0][0]))
     ]
@@ -99,8 +102,9 @@ COLUMNS = ("attack", "defense", "seeds", "ACC %", "ASR %", "RA %", "DER %", "sec
 def cells(summary: Summary) -> tuple[str, ...]:
     """The text of a summary's cells, in the order of `COLUMNS`."""
     rates = (percent(summary.acc), percent(summary.asr), percent(summary.ra), percent(summary.der))
+    attack = f"{summary.attack} (near chance)" if summary.near_chance else summary.attack
     return (
-        summary.attack, summary.defense, str(summary.seeds), *rates, f"{summary.seconds:.1f}",
+        attack, summary.defense, str(summary.seeds), *rates, f"{summary.seconds:.1f}",
         summary.changed, summary.data, summary.target,
     )  # fmt: skip
 
