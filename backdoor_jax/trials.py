@@ -56,9 +56,9 @@ def try_inputs(
     if any_normalization:
         ways |= {f"--normalize {name}": way for name, way in NORMALIZATIONS.items() if len(way[0]) == channels}
         plain = {"0.5/0.5": (0.5, 0.5), "0/0.00392157": (0.0, 1 / 255)}
-        for text, (mean, std) in plain.items():
+        for text, (shift, scale) in plain.items():
             text = "/".join(",".join([part] * channels) for part in text.split("/"))
-            ways[f"--normalize {text}"] = (mean,) * channels, (std,) * channels
+            ways[f"--normalize {text}"] = (shift,) * channels, (scale,) * channels
     trials = []
     for option, (mean, std) in ways.items():
         for turned in ("", f"--channel-order {order}") if channels == 3 else ("",):

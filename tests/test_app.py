@@ -207,7 +207,8 @@ def test_the_functions_return_what_the_commands_print(place: Path, tmp_path: Pat
     assert found.flagged == found.scan.flagged(TAC().statistic, TAC().alpha)
     result = repair_model(suspect, FineTune(), tmp_path / "repaired")
     assert (result.accuracy, result.repair.why, result.held_out) == (1.0, "a test", False)
-    assert load_model(result.out)[0] == suspect.classifier
+    assert result.out == tmp_path / "repaired"
+    assert load_model(tmp_path / "repaired")[0] == suspect.classifier
 
 
 # Images

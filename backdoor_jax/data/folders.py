@@ -106,7 +106,8 @@ def _pixels(file: Path, channels: int, size: tuple[int, int] | None) -> np.ndarr
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
             if image.mode.startswith("I;16"):  # Pillow clips them when it converts.
                 image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
             elif image.mode in ("I", "F"):

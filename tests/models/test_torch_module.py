@@ -18,8 +18,9 @@ from backdoor_jax.interop import apply_bounds, torch_state
 from backdoor_jax.models import Variables
 from backdoor_jax.models.torch_module.operators import OPERATORS
 
-torch = pytest.importorskip("torch", reason="PyTorch modules: pip install 'backdoor_jax[torch]'")
-nn, F = torch.nn, torch.nn.functional
+torch: Any = pytest.importorskip("torch", reason="PyTorch modules: pip install 'backdoor_jax[torch]'")
+nn: Any = torch.nn
+F: Any = nn.functional
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def in_both_modes(
     return classifier.logits(variables, images)[0], *classifier.logits(variables, images, train=True)
 
 
-def images_of(shape: tuple[int, int, int], count: int = 4) -> np.ndarray:
+def images_of(shape: tuple[int, int, int], count: int = 4) -> Any:
     return np.random.default_rng(3).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
@@ -83,7 +84,7 @@ def flat(*layers: Any, classes: int = 3) -> Any:
     return nn.Sequential(body, nn.Linear(width, classes))
 
 
-class Computed(nn.Module):
+class Computed(torch.nn.Module):
     """A linear head on a function of a few channels."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -197,7 +198,7 @@ def test_convolutions_and_normalizations_equal_pytorchs() -> None:
     )
 
 
-class Tokens(nn.Module):
+class Tokens(torch.nn.Module):
     """What transformers are made of: a class token, embeddings of positions, attention of four kinds."""
 
     def __init__(self) -> None:
@@ -240,10 +241,10 @@ def test_every_operator_is_named_as_in_pytorch() -> None:
 # Networks
 
 
-class Kuangliu(nn.Module):
+class Kuangliu(torch.nn.Module):
     """A CIFAR ResNet with ``shortcut`` and ``linear``, functional rectifiers and pooling, and its own normalization."""
 
-    class Block(nn.Module):
+    class Block(torch.nn.Module):
         def __init__(self, fan_in: int, features: int, stride: int) -> None:
             super().__init__()
             self.conv1 = nn.Conv2d(fan_in, features, 3, stride, 1, bias=False)
@@ -358,7 +359,7 @@ def test_saved_weights_load_into_the_module(
 
 
 def test_tied_weights_stay_tied() -> None:
-    class Tied(nn.Module):
+    class Tied(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a = nn.Linear(3, 3)
@@ -392,7 +393,7 @@ def test_bounds_of_rectifiers_reach_pytorch(kuangliu: tuple[Any, Classifier, Var
 
 
 def test_bounds_of_tokens_reach_pytorch(tmp_path: Path) -> None:
-    class Mlp(nn.Module):
+    class Mlp(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.up, self.act, self.head = nn.Linear(3, 6), nn.GELU(), nn.Linear(6, 3)
@@ -445,12 +446,12 @@ def test_logits_behind_a_named_head_are_the_modules_and_tac_says_what_it_needs()
 # What is refused
 
 
-class Branching(nn.Module):
+class Branching(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         return x.flatten(1)[:, :3] if x.sum() > 0 else x.flatten(1)[:, 3:6]
 
 
-class Fixed(nn.Module):
+class Fixed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(192, 3)
@@ -459,7 +460,7 @@ class Fixed(nn.Module):
         return self.fc(x.reshape(2, 192))
 
 
-class Sorting(nn.Module):
+class Sorting(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
@@ -504,7 +505,7 @@ def test_another_image_shape_and_other_variables_are_refused(kuangliu: tuple[Any
 # Defenses
 
 
-DEFENSES = {
+DEFENSES: dict[str, dict[str, Any]] = {
     "d3": {"steps": 1},
     "tac": {},
     "clp": {},
@@ -521,7 +522,7 @@ def test_defenses_work_on_modules(kuangliu: tuple[Any, Classifier, Variables], n
     _, classifier, variables = kuangliu
     images = images_of((8, 8, 3), 16)
     data = bj.make_dataset(images, np.arange(16) % 4, 4)
-    defense = dataclasses.replace(bj.DEFENSES[name](), **DEFENSES[name])
+    defense: Any = dataclasses.replace(bj.DEFENSES[name](), **DEFENSES[name])
     repair = defense.repair(jax.random.key(0), classifier, variables, data)
     other = Kuangliu().eval()
     other.load_state_dict(

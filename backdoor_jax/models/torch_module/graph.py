@@ -151,7 +151,7 @@ def _batch_norm(
     mean, var = (statistics.get(name, tensor(name)) for name in names)
     if train:
         counter, momentum = arguments["counter"], arguments["momentum"]
-        count = None if counter is None else statistics.get(counter, tensor(counter)) + 1
+        count: Any = None if counter is None else statistics.get(counter, tensor(counter)) + 1
         share = 1 / count if momentum is None else momentum
         batch_mean, batch_var, n = batch_statistics(array, axes)
         statistics[names[0]] = mean + share * (batch_mean - mean)

@@ -82,7 +82,7 @@ def _unary(function: Callable[[Array], Array]) -> Callable[..., Array]:
     return lambda self: function(self)
 
 
-for name, function in {
+UNARY: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
@@ -116,8 +116,9 @@ for name, function in {
     "zeros_like": jnp.zeros_like,
     "ones_like": jnp.ones_like,
     "detach": lax.stop_gradient,
-}.items():
-    register(name, layout="pointwise")(_unary(function))
+}
+for name, unary in UNARY.items():
+    register(name, layout="pointwise")(_unary(unary))
 
 
 def _between(x: Array, low: float | None, high: float | None) -> Array:
@@ -143,7 +144,7 @@ def _convert(self: Array, dtype: str | None = None, copy: bool = False) -> Array
     return self if dtype is None else self.astype(_known(dtype))
 
 
-def _known(dtype: str) -> Any:
+def _known(dtype: Any) -> Any:
     """A type, in 32 bits where JAX has no 64."""
     return jax.dtypes.canonicalize_dtype(dtype)
 
@@ -198,7 +199,7 @@ def _binary(function: Callable[[Any, Any], Array]) -> Callable[..., Array]:
     return lambda self, other: function(self, other)
 
 
-for name, function in {
+BINARY: dict[str, Callable[[Any, Any], Array]] = {
     "mul": jnp.multiply,
     "maximum": jnp.maximum,
     "minimum": jnp.minimum,
@@ -214,8 +215,9 @@ for name, function in {
     "bitwise_or": jnp.bitwise_or,
     "floor_divide": jnp.floor_divide,
     "remainder": jnp.remainder,
-}.items():
-    register(name, layout="pointwise")(_binary(function))
+}
+for name, binary in BINARY.items():
+    register(name, layout="pointwise")(_binary(binary))
 
 
 @register("add", layout="pointwise")
@@ -705,7 +707,7 @@ def _var(
     self: Array, axes: Axes, dim: Sequence[int] | None = None, correction: float = 1, keepdim: bool = False
 ) -> Array:
     def variance(x: Array, axis: Sequence[int], keepdims: bool) -> Array:
-        return jnp.var(x, tuple(axis), ddof=1 if correction is None else correction, keepdims=keepdims)
+        return jnp.var(x, tuple(axis), ddof=1 if correction is None else int(correction), keepdims=keepdims)
 
     return _reduced(variance, self, dim, keepdim, axes)
 

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -330,7 +331,7 @@ def _find_head(
         if node.operator == "linear":
             return name
         plain = node.operator == "conv2d" and set(arguments) <= {"input", "weight", "bias"}
-        return name if plain and steps[weight.node].shape[2:] == (1, 1) else None
+        return name if plain and steps[arguments["weight"].node].shape[2:] == (1, 1) else None
 
     at, averaged = output, False
     while weight_of(at) is None:
@@ -454,12 +455,9 @@ def _with_layers(network: TorchNetwork, variables: Variables, steps: list[Step])
 
     outputs = _outputs(network.graph, steps)
     modules: dict[int, list[str]] = {}
-    for path, node in outputs.items():
-        modules.setdefault(node, []).append(path)
-    users: dict[int, int] = {}
-    for node in network.graph.nodes:
-        for source in node.refs():
-            users[source] = users.get(source, 0) + 1
+    for path, at in outputs.items():
+        modules.setdefault(at, []).append(path)
+    users = Counter(source for node in network.graph.nodes for source in node.refs())
 
     rectifiers, taken = [], set()
     for at, node in enumerate(network.graph.nodes):
