@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from backdoor_jax.data import Dataset, Labeled, load_labeled
+from backdoor_jax.data import Dataset, Labeled, LabelMap, load_labeled
 from backdoor_jax.defenses import TAC, Defense, Repair, Scan, scan
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
@@ -26,7 +26,7 @@ from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model,
 from backdoor_jax.interop.pytorch import require_counterpart, save_torch
 from backdoor_jax.interop.torch_files import read, unwrap
 from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
-from backdoor_jax.metrics import chance_level, evaluate, evaluate_triggered, is_near_chance
+from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict, success_rates
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
 from backdoor_jax.models.torch_module import TorchNetwork
 from backdoor_jax.trials import better_input, try_inputs
@@ -78,7 +78,9 @@ class Suspect:
         """The attack success rate of the user's trigger under these variables; None without triggered images."""
         if self.triggered is None or self.target is None:
             return None
-        return evaluate_triggered(self.classifier, variables, self.triggered, self.target, self.name)
+        predictions = predict(self.classifier, variables, self.triggered.images, name=self.name)
+        labels = np.asarray(self.triggered.labels)
+        return success_rates(predictions, labels, LabelMap("all_to_one", self.classifier.num_classes, self.target))[0]
 
     @property
     def held_out(self) -> bool:

@@ -5,10 +5,10 @@
 For each network `Classifier.from_torch` is compared with the module itself, on random images, in evaluation and in
 training mode; a difference is the largest one, relative to the largest value. Deep networks with random weights magnify
 rounding in training mode: `torch_train` is by how much PyTorch's own float32 differs from its float64 there, and a
-difference may be 4 times that where it exceeds the limit. With `--repair` the network also goes
-through the scan, D3 and TAC, is written by `save_torch`, loaded into the module again, and compared there. Rows are
-added to `results/torch_parity.jsonl`, one for each network and type; those that are there are not run again unless they
-are named. Needs PyTorch, torchvision and timm.
+difference may be 4 times that where it exceeds the limit. With `--repair` the network also goes through the scan, D3
+and TAC, is written by `save_torch`, loaded into the module again, and compared there. Rows are added to
+`results/torch_parity.jsonl` and `.md`, one for each network and type; those that are there are not run again unless
+they are named. Needs PyTorch, torchvision and timm.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import copy
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def main() -> None:
             row["error"] = str(error)
         known[name, kind] = row
         print(json.dumps(row), flush=True)
-        OUT.write_text("".join(json.dumps(known[key]) + "\n" for key in sorted(known)))
+        write(known)
     failed = [row for row in known.values() if not passed(row)]
     print(f"{len(known) - len(failed)} of {len(known)} within the limits")
     for row in failed:
@@ -95,6 +94,23 @@ def read() -> dict[tuple[str, str], dict[str, Any]]:
     """The rows there are, by network and type."""
     lines = OUT.read_text().splitlines() if OUT.exists() else []
     return {(row["network"], row["kind"]): row for row in map(json.loads, lines)}
+
+
+def write(known: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Writes the rows, and the same as a Markdown table."""
+    OUT.write_text("".join(json.dumps(known[key]) + "\n" for key in sorted(known)), encoding="utf-8")
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
+
+    columns = ("network", "kind", "side", "eval", "train", "torch_train", "statistics", "d3", "tac", "head")
+    lines = ["| " + " | ".join(columns) + " | within |", "|" + " --- |" * (len(columns) + 1)]
+    for key in sorted(known):
+        row = known[key]
+        # A repair that a network cannot have is told in the row; it is no difference.
+        lines.append("| " + " | ".join(cell(row.get(column)) for column in columns))
+        lines[-1] += f" | {'yes' if passed(row) else 'no'} |"
+    OUT.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def passed(row: dict[str, Any]) -> bool:
@@ -140,12 +156,10 @@ def relative(found: Any, expected: Any) -> float:
 
 
 def compare(name: str, dtype: str) -> dict[str, Any]:
-    """Differences of logits and statistics, in both modes, and seconds."""
+    """Differences of logits and statistics, in both modes."""
     module, side = build(name)
     module = module.to(getattr(torch, dtype))
-    start = time.perf_counter()
     classifier, variables = bj.Classifier.from_torch(module, (side, side, 3))
-    exported = time.perf_counter() - start
     images = np.random.default_rng(0).integers(0, 256, (COUNT, side, side, 3), np.uint8)
 
     @jax.jit
@@ -179,7 +193,6 @@ def compare(name: str, dtype: str) -> dict[str, Any]:
         "torch_train": own,
         "statistics": max(statistics, default=None),
         "head": "/".join(classifier.head_path) + ("" if classifier.network.tail is None else " (not linear)"),
-        "export_seconds": round(exported, 1),
     }
 
 

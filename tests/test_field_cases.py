@@ -1,6 +1,7 @@
 """Models and images as people have them, each case with its right behavior; docs/field_cases.md lists them."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 from pathlib import Path
@@ -12,16 +13,15 @@ import pytest
 from PIL import Image
 from torch_networks import torch_resnet, torchvision_models
 
-from backdoor_jax import Classifier, UserError, load_model, load_torch, make_dataset
+from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch, make_dataset, predict
 from backdoor_jax.app import Images, load_suspect, repair_model
 from backdoor_jax.cli import main
-from backdoor_jax.data import load, load_labeled
+from backdoor_jax.data import LabelMap, load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.defenses import CLP, FineTune, Repair
 from backdoor_jax.experiment.rows import format_row
 from backdoor_jax.interop.torch_files import unwrap
 from backdoor_jax.interop.torch_models import load_module
-from backdoor_jax.metrics import evaluate_triggered
 from backdoor_jax.report.table import markdown
 
 torch = pytest.importorskip("torch", reason="PyTorch's files: pip install 'backdoor_jax[torch]'")
@@ -413,9 +413,14 @@ def test_the_success_rate_of_triggered_images_leaves_out_the_target_class(place:
         place.folder / "model.pth.tar", str(place.folder / "clean.npz"), model=f"{place.folder / 'nets.py'}:make_net"
     )
     data = make_dataset(*draw(60, 5))
-    images = jnp.asarray(np.asarray(data.images)[np.full(60, 3)])
-    shown = make_dataset(np.asarray(images), np.asarray(data.labels))
-    assert evaluate_triggered(suspect.classifier, suspect.variables, shown, 3) in (0.0, 1.0)
+    shown = make_dataset(np.asarray(data.images)[np.full(60, 3)], np.asarray(data.labels))
+    target = int(predict(suspect.classifier, suspect.variables, shown.images[:1])[0])
+    label_map = LabelMap("all_to_one", 6, target)
+    scores = evaluate(suspect.classifier, suspect.variables, data, label_map=label_map, triggered=shown)
+    assert (scores.asr, scores.ra) == (1.0, 0.0)
+    informed = dataclasses.replace(suspect, triggered=shown, target=target)
+    assert informed.success_rate(suspect.variables) == 1.0
+    assert dataclasses.replace(informed, target=(target + 1) % 6).success_rate(suspect.variables) == 0.0
     assert "go together" in one_line(load_suspect, place.folder / "model.pth.tar", "x.npz", target=1)
 
 

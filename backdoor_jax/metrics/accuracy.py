@@ -104,18 +104,22 @@ def evaluate(
     trigger: Trigger | None = None,
     label_map: LabelMap | None = None,
     name: str = "model",
+    *,
+    triggered: Dataset | None = None,
 ) -> Scores:
-    """Computes ACC, and with a trigger and its label map ASR and RA, each set of images in one pass.
+    """Computes ACC, and with a label map and a trigger or triggered images ASR and RA, each set in one pass.
 
     Args:
         classifier: the network.
         variables: its variables.
         test: clean test images; the trigger is applied here.
         trigger: the attacker's.
-        label_map: the attacker's.
+        label_map: the attacker's; ``LabelMap("all_to_one", 10, 3)`` for class 3 of 10 as the target.
         name: what errors call the model.
+        triggered: images that carry the trigger already, under their true labels, instead of a trigger.
 
     Raises:
+        UserError: for a trigger and triggered images.
         NonFiniteError: where weights or logits are not finite.
 
     Example:
@@ -135,37 +139,13 @@ def evaluate(
         )
     labels = np.asarray(test.labels)
     acc = float(np.mean(predict(classifier, variables, test.images, name=name) == labels))
-    if trigger is None or label_map is None:
+    if trigger is not None and triggered is not None:
+        raise UserError("a trigger and triggered images are two ways to say the same; give one of them")
+    if (trigger is None and triggered is None) or label_map is None:
         return Scores(acc)
-    asr, ra = success_rates(predict(classifier, variables, test.images, trigger, name), labels, label_map)
-    return Scores(acc, asr, ra)
-
-
-def evaluate_triggered(
-    classifier: Classifier, variables: Variables, triggered: Dataset, target: int, name: str = "model"
-) -> float:
-    """Computes the ASR on images that carry a trigger already.
-
-    Args:
-        classifier: the network.
-        variables: its variables.
-        triggered: the images under their true labels; those of the target class do not count.
-        target: the class that the trigger leads to.
-        name: what errors call the model.
-
-    Raises:
-        UserError: where no image counts.
-        NonFiniteError: where logits are not finite.
-
-    Example:
-        >>> from backdoor_jax import build_classifier, digits
-        >>> classifier, test = build_classifier("small_cnn", 10, width=2), digits().test.take(slice(20))
-        >>> rate = evaluate_triggered(classifier, classifier.init(jax.random.key(0), test.images), test, target=3)
-        >>> 0 <= rate <= 1
-        True
-    """
-    predictions = predict(classifier, variables, triggered.images, name=name)
-    return success_rates(predictions, np.asarray(triggered.labels), LabelMap("all_to_one", target))[0]
+    shown = test if triggered is None else triggered
+    found = predict(classifier, variables, shown.images, trigger, name)
+    return Scores(acc, *success_rates(found, np.asarray(shown.labels), label_map))
 
 
 def chance_level(labels: np.ndarray, num_classes: int) -> float:
