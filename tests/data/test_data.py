@@ -126,8 +126,8 @@ def test_a_stratified_share_of_an_empty_class_is_refused(
 # Sources
 
 
-def test_sources_are_the_records_and_the_two_open_kinds() -> None:
-    assert list(SOURCES) == [*DATASETS, "FILE.npz", "tfds:NAME"]
+def test_sources_are_the_records_and_the_open_kinds() -> None:
+    assert list(SOURCES) == [*DATASETS, "FILE.npz", "FOLDER", "tfds:NAME"]
     for source, spec in DATASETS.items():
         assert (spec.source, spec.summary) == (source, SOURCES[source])
     assert [source for source, spec in DATASETS.items() if spec.flip] == ["tfds:cifar10"]
