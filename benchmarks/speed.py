@@ -263,11 +263,10 @@ def main() -> None:
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         results[name] = measuring.in_a_process(__file__, *sys.argv[1:], "--one", name)
-    content = {"about": results[next(iter(results))].pop("about"), "quick": arguments.quick, "results": results}
-    for result in results.values():
-        result.pop("about", None)
-    name = "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else "")
-    print(measuring.write(arguments, name, content))
+        about = results[name].pop("about")
+        content = {"about": about, "quick": arguments.quick, "results": results}
+        path = measuring.write(arguments, "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else ""), content)
+    print(path)
     rows = []
     for name, result in results.items():
         rate = f"{result['images'] / result['seconds']:,.0f}" if result["images"] else "-"
@@ -277,7 +276,7 @@ def main() -> None:
         compiling = f"{result['compile_seconds']:.1f}"
         rows.append([name, result["what"], times, rate, compiling, f"{result['floor']:.3g}", share, memory])
     columns = ["", "work", "seconds", "images/s", "compile s", "floor s", "share %", "peak MiB"]
-    measuring.show(f"{content['about']['device']}, {content['about']['processor']}", columns, rows)
+    measuring.show(f"{about['device']}, {about['processor']}", columns, rows)
 
 
 def measure(name: str, arguments: Any) -> dict[str, Any]:
