@@ -89,9 +89,10 @@ def build_classifier(
     """
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; known are {', '.join(sorted(MODELS))}")
-    if num_classes < 2 or width < 1:
+    if not (_whole(num_classes, 2, 2**16) and _whole(width, 1, 2**12)):
         raise UserError(
-            f"{num_classes} classes and width {width} make no classifier; give 2 classes and width 1 or more"
+            f"{num_classes!r} classes and width {width!r} make no classifier; give 2 to {2**16} classes and a width of "
+            f"1 to {2**12}"
         )
     if normalization not in NORMALIZATIONS:
         raise UserError(f"unknown normalization {normalization!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
@@ -102,6 +103,10 @@ def build_classifier(
             raise UserError(f"model {model!r} has no {name}; leave it out, or choose a model that has one: {owners}")
     network = MODELS[model].build(num_classes, width, **options)
     return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path, dtype)
+
+
+def _whole(value: object, lowest: int, highest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
 
 
 def describe(classifier: Classifier) -> dict[str, Any] | None:
