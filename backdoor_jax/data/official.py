@@ -36,6 +36,7 @@ from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.pickles import PlainUnpickler
 from backdoor_jax.progress import progress_bar
 from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
+from backdoor_jax.stopping import stop_if_asked
 
 Example = tuple[Any, int]
 """An image, as Pillow's or as its file's bytes, and its label."""
@@ -95,6 +96,7 @@ class Archive:
                         file.write(block)
                         digest.update(block)
                         advance(len(block))
+                        stop_if_asked()
             if digest.hexdigest() != self.md5:
                 raise OSError(f"{self.url} sent a file with MD5 {digest.hexdigest()}, published is {self.md5}")
             path.replace(folder / self.name)

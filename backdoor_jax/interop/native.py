@@ -26,7 +26,7 @@ from flax.traverse_util import unflatten_dict
 from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.config import Classes, Positive, Whole, Width
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.files import atomic_write, write_text
+from backdoor_jax.files import atomic_folder, atomic_write, settle, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Variables, VisionTransformer, build_classifier, describe
@@ -85,12 +85,11 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
             with atomic_write(path) as partial:
                 save_file(arrays, partial, {HEADER: json.dumps(described)})
             return
-        path.mkdir(exist_ok=True)
-        (path / DESCRIPTION).unlink(missing_ok=True)
+        with atomic_folder(path) as partial:
+            save_tree(partial / "variables", variables)
+            describe_folder(partial, classifier, variables)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)}); give another path") from error
-    save_tree(path / "variables", variables)
-    describe_folder(path, classifier, variables)
 
 
 def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
@@ -129,6 +128,7 @@ def load_model(
         UserError: where there is no such file, or it is damaged, holds another model or was written by another program.
     """
     path = Path(path)
+    settle(path)
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such model; give a file .safetensors or .pt, or a folder with {DESCRIPTION}")
     described: Description | None = None
