@@ -38,8 +38,9 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1), Le(10**9)]
 Whole = Annotated[int, Ge(0), Le(10**9)]
 """A whole number from 0."""
-Classes = Annotated[int, Ge(2), Le(2**16)]
-"""A number of classes; the largest public sets have 22,000."""
+MOST_CLASSES = 2**16
+"""The largest public sets have 22,000."""
+Classes = Annotated[int, Ge(2), Le(MOST_CLASSES)]
 Width = Annotated[int, Ge(1), Le(2**12)]
 """A network's width; the published one is 64 everywhere."""
 Seed = Annotated[int, Ge(0), Lt(2**32)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from backdoor_jax.config import MOST_CLASSES
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
 from backdoor_jax.models.network import Network
@@ -89,9 +90,9 @@ def build_classifier(
     """
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; known are {', '.join(sorted(MODELS))}")
-    if not (_whole(num_classes, 2, 2**16) and _whole(width, 1, 2**12)):
+    if not (_whole(num_classes, 2, MOST_CLASSES) and _whole(width, 1, 2**12)):
         raise UserError(
-            f"{num_classes!r} classes and width {width!r} make no classifier; give 2 to {2**16} classes and a width of "
+            f"{num_classes!r} classes and width {width!r} make no classifier; give 2 to {MOST_CLASSES} classes and a width of "
             f"1 to {2**12}"
         )
     if normalization not in NORMALIZATIONS:
