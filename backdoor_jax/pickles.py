@@ -115,11 +115,11 @@ class _Instructions(dict[int, Callable[..., None]]):
         raise pickle.UnpicklingError(f"it has the instruction {code}, which is not for plain data")
 
 
-_Machine: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_Machine: Any = pickle._Unpickler
 """Python's unpickler in Python: that in C cannot be told which instructions to leave out."""
 
 
-class PlainUnpickler(_Machine):  # type: ignore[misc]
+class PlainUnpickler(_Machine):
     """Reads plain values and arrays, and refuses everything else.
 
     Args:

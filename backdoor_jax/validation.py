@@ -135,13 +135,14 @@ def require_images(images: object, classifier: Classifier | None, where: str) ->
     Raises:
         UserError: for other arrays.
     """
-    dtype, shape = getattr(images, "dtype", None), getattr(images, "shape", ())
+    dtype: Any = getattr(images, "dtype", None)
+    shape: tuple[int, ...] = getattr(images, "shape", ())
     if dtype != np.uint8:
         found = _kind(images) if dtype is None else dtype
         raise UserError(f"{where} is {found}, expected uint8 from 0 to 255; scale it and cast with .astype('uint8')")
     channels = shape[-1:] if classifier is None else (len(classifier.mean),)
     if len(shape) != 4 or 0 in shape[1:] or shape[-1:] != channels:
-        number = "channels" if classifier is None else channels[0]
+        number = "channels" if classifier is None else len(classifier.mean)
         raise UserError(f"{where} has shape {shape}, expected (N, height, width, {number}), as in the model's training")
 
 

@@ -94,7 +94,7 @@ def pixels(*shape: int) -> np.ndarray:
 
 def npz() -> bytes:
     file = io.BytesIO()
-    part = {"train_images": pixels(6, 4, 4, 3), "train_labels": np.arange(6) % 3}
+    part: dict[str, Any] = {"train_images": pixels(6, 4, 4, 3), "train_labels": np.arange(6) % 3}
     part |= {"test_images": pixels(3, 4, 4, 3), "test_labels": np.arange(3), "class_names": np.array(["a", "b", "c"])}
     np.savez_compressed(file, **part, flip=True, normalization="cifar10")
     return file.getvalue()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from backdoor_jax import cli
+from backdoor_jax import cli, load_model
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import read_rows, rows, runner
 from backdoor_jax.files import is_leftover
@@ -46,8 +48,23 @@ def run(config: Path, out: Path, *settings: str) -> int:
 
 
 def reproducible(out: Path) -> list[tuple[Any, ...]]:
+    """The rates of all rows, and the bits of the models they are of."""
     found = read_rows(out / "results.jsonl")
-    return sorted((row["seed"], row["attack"], row["defense"], row["acc"], str(row["asr"])) for row in found)
+    bits = {}
+    for folder in {(row["attack"], row["seed"]) for row in found}:
+        _, variables = load_model(out / "victims" / "{}-{}".format(*folder))
+        bits[folder] = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(variables)))
+    return sorted(
+        (
+            row["seed"],
+            row["attack"],
+            row["defense"],
+            row["acc"],
+            str(row["asr"]),
+            bits[row["attack"], row["seed"]].hexdigest(),
+        )
+        for row in found
+    )
 
 
 def leftovers(out: Path) -> list[str]:
@@ -184,7 +201,8 @@ def test_a_folder_that_is_in_use_is_refused(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From within a run: another with the same seed is refused, one with another seed shares the folder."""
-    out, codes = tmp_path / "out", []
+    out = tmp_path / "out"
+    codes: list[int] = []
 
     def append(path: Path, row: Any) -> None:
         rows.append_row(path, row)

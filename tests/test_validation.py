@@ -154,7 +154,8 @@ def test_another_methods_configuration_and_a_trigger_of_nan_are_refused() -> Non
 
 def test_variables_of_another_network_are_one_line() -> None:
     other = build_classifier("small_cnn", 3, width=4).init(KEY, DATA.images)
-    for tree in (other, {"params": {}}):
+    trees: tuple[Variables, ...] = (other, {"params": {}})
+    for tree in trees:
         with pytest.raises(UserError, match=r"the network cannot take images of 8x8x3 with these variables \("):
             bj.evaluate(CLASSIFIER, tree, DATA)
 
@@ -173,11 +174,13 @@ def test_a_normalization_that_is_not_finite_is_refused(mean: Any, std: Any) -> N
 def test_nan_survives_rectifier_pooling_and_mean(count: int, level: int) -> None:
     """On CPU, XLA's maximum of NaN and 0 is 0 in some programs, depending on the size."""
 
+    rectify: Any = ReLU()
+
     def network(x: jax.Array, scale: jax.Array) -> jax.Array:
         x = jax.lax.conv_general_dilated(
             x, jnp.ones((3, 3, 3, 8)), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return jnp.mean(max_pool(ReLU().apply({}, x * scale + 1), 2), (1, 2))
+        return jnp.mean(max_pool(rectify.apply({}, x * scale + 1), 2), (1, 2))
 
     compiled = jax.jit(network, compiler_options={"xla_backend_optimization_level": level})
     assert np.isnan(compiled(jnp.ones((count, 8, 8, 3)), jnp.float32(np.nan))).all()

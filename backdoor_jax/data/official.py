@@ -29,7 +29,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError, first_line
@@ -69,7 +69,7 @@ class Archive:
             if path.suffix == ".zip":
                 yield closing.enter_context(zipfile.ZipFile(path))
             else:
-                stream = BoundedReader(closing.enter_context(gzip.open(path)), path, size)
+                stream: Any = BoundedReader(closing.enter_context(gzip.open(path)), path, size)
                 yield closing.enter_context(tarfile.open(fileobj=stream, mode="r|"))
 
     def warn_unless_official(self, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Archive:
 class BoundedReader:
     """The decompressed bytes of an archive, which end with an error beyond the budget of `reading.require_budget`."""
 
-    def __init__(self, file: IO[bytes], path: Path, size: int) -> None:
+    def __init__(self, file: gzip.GzipFile, path: Path, size: int) -> None:
         self._file, self._path, self._size, self._count = file, path, size, 0
 
     def read(self, count: int) -> bytes:

@@ -110,12 +110,12 @@ def _decoded(source: str, builder: Any) -> dict[str, np.ndarray]:
     ]
     records = np.str_([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     try:
-        arrays = read_npz(folder / CACHE, "decoded images")
-        if arrays.pop("records") == records:
-            return arrays
+        cached = read_npz(folder / CACHE, "decoded images")
+        if cached.pop("records") == records:
+            return cached
     except Exception:  # It is missing or damaged, in whatever way: it is written again.
         pass
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split in SPLITS:
         arrays |= _decode(source, split, builder.as_data_source(split=split))
     # In a folder that is not writable the images are decoded again next time.

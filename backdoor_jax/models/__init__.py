@@ -92,8 +92,8 @@ def build_classifier(
         raise UserError(f"unknown model {model!r}; known are {', '.join(sorted(MODELS))}")
     if not (_whole(num_classes, 2, MOST_CLASSES) and _whole(width, 1, 2**12)):
         raise UserError(
-            f"{num_classes!r} classes and width {width!r} make no classifier; give 2 to {MOST_CLASSES} classes and a width of "
-            f"1 to {2**12}"
+            f"{num_classes!r} classes and width {width!r} make no classifier; give 2 to {MOST_CLASSES} classes "
+            f"and a width of 1 to {2**12}"
         )
     if normalization not in NORMALIZATIONS:
         raise UserError(f"unknown normalization {normalization!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
