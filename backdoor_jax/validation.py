@@ -46,20 +46,36 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         Traceback (most recent call last):
         backdoor_jax.errors.UserError: draw: key is a int, expected a single key; give jax.random.key(0)
     """
+    return _door(function, classes=True)
+
+
+def checked_encoder(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`checked` for functions that use the classifier as an encoder: their data may have other classes.
+
+    Example:
+        >>> from backdoor_jax.training import pretrain
+        >>> pretrain(jax.random.key(0), "resnet18", None)
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: pretrain: classifier is a str; make one with build_classifier
+    """
+    return _door(function, classes=False)
+
+
+def _door(function: Callable[Arguments, Result], classes: bool) -> Callable[Arguments, Result]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def door(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         bound = signature.bind(*args, **kwargs)
-        method = bound.arguments.get("self")
+        name = getattr(bound.arguments.get("self"), "name", function.__name__)
         with standard_rules():
-            _check(getattr(method, "name", function.__name__), dict(bound.arguments), signature)
+            _check(name, dict(bound.arguments), signature, classes)
             return function(*args, **kwargs)
 
     return door
 
 
-def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature) -> None:
+def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature, classes: bool) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(list(given.values()))):
         raise UserError(f"{function} runs compiled programs itself; call it outside jit, vmap and grad")
     classifier = given.get("classifier")
@@ -73,7 +89,8 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
         elif name == "variables":
             require_variables(value, str(given.get("name", where)))
         elif name in DATA:
-            require_dataset(value, classifier, where, empty=getattr(method, "needs", None) == "nothing")
+            empty = getattr(method, "needs", None) == "nothing"
+            require_dataset(value, classifier, where, classes=classes, empty=empty)
         elif name == "images":
             require_images(value, classifier, where)
         elif name == "trigger" and value is not None:
@@ -146,8 +163,17 @@ def require_images(images: object, classifier: Classifier | None, where: str) ->
         raise UserError(f"{where} has shape {shape}, expected (N, height, width, {number}), as in the model's training")
 
 
-def require_dataset(data: object, classifier: Classifier | None, where: str, empty: bool = False) -> None:
+def require_dataset(
+    data: object, classifier: Classifier | None, where: str, *, classes: bool = True, empty: bool = False
+) -> None:
     """Refuses a data set of other images, or of labels that are not one class for each image.
+
+    Args:
+        data: what should be a `Dataset`.
+        classifier: whose images and classes they should be.
+        where: what errors call it.
+        classes: whether labels must be the classifier's classes.
+        empty: whether it may hold no images.
 
     Raises:
         UserError: for anything else.
@@ -165,7 +191,7 @@ def require_dataset(data: object, classifier: Classifier | None, where: str, emp
         if empty:
             return
         raise UserError(f"{where} holds no images; give some")
-    largest = np.inf if classifier is None else classifier.num_classes - 1
+    largest = classifier.num_classes - 1 if classifier is not None and classes else np.inf
     if labels.min() < 0 or labels.max() > largest:
         raise UserError(f"{where}.labels run from {labels.min()} to {labels.max()}, expected 0 to {largest}; relabel")
 

@@ -37,7 +37,7 @@ from backdoor_jax.training import (
     latents,
     unit_rows,
 )
-from backdoor_jax.validation import checked
+from backdoor_jax.validation import checked_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def bad_encoder_loss(
     return loss, (variables, {"effect": effect, "reference": reference, "utility": utility})
 
 
-@checked
+@checked_encoder
 def bad_encoder(
     key: jax.Array,
     classifier: Classifier,
@@ -189,7 +189,7 @@ def head_loss(classifier: Classifier, variables: Variables, batch: Dataset, key:
     return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {})
 
 
-@checked
+@checked_encoder
 def probe(
     key: jax.Array,
     classifier: Classifier,

@@ -32,7 +32,7 @@ from backdoor_jax.training.engine import GradientStep, LossResult
 from backdoor_jax.training.fitting import fit
 from backdoor_jax.training.optimizers import DecayedAdam, Optimizer
 from backdoor_jax.training.supervised import EpochsConfig
-from backdoor_jax.validation import checked
+from backdoor_jax.validation import checked_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def contrastive_loss(
     return contrast(seen[0], seen[1], temperature), (join(encoder=encoder, projector=projection), {})
 
 
-@checked
+@checked_encoder
 def pretrain(
     key: jax.Array,
     classifier: Classifier,
