@@ -18,7 +18,7 @@ import numpy as np
 
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import TAC, Defense, Repair, Scan, scan
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import UserError
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model, save_model
@@ -134,13 +134,8 @@ def load_suspect(
     for part in (labeled.data, judged):
         try:
             jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
-        except UserError:
-            raise
-        except Exception as error:  # Flax and JAX raise many types for images that do not fit.
-            shape = "x".join(map(str, part.images.shape[1:]))
-            raise UserError(
-                f"{checkpoint}: cannot take images of {shape} ({first_line(error)}); give images as in its training"
-            ) from error
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from error
     accuracy = evaluate(classifier, variables, judged, name=str(checkpoint)).acc
     labels = np.asarray(judged.labels)
     require_better_than_chance(round(accuracy * len(judged)), labels, classifier, str(checkpoint))

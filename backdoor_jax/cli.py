@@ -1,15 +1,21 @@
 """The command line: parses arguments, calls, and prints."""
 
 import argparse
+import contextlib
 import inspect
+import io
+import os
 import sys
+import tempfile
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import LONGEST, UserError, first_line, printable
+from backdoor_jax.stopping import Stopped, stopping_at_safe_points
 
 if TYPE_CHECKING:
     from backdoor_jax.analyses.base import Row
@@ -20,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, or 2 with one line on stderr for what the user can fix.
+        0; 2 with one line on stderr for what the user can fix; 1 with one line that names a log file for anything else;
+        130 or 143 where Ctrl-C or SIGTERM stopped it.
 
     Example:
         >>> main(["run", "nowhere.yaml"])
@@ -33,13 +40,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.error(f"unknown arguments {' '.join(rest)}; only run and defend take settings, as key=value")
     parsed.overrides = tuple(rest)
-    _enable_compilation_cache()
+    with _safe_output():
+        return _run_command(parsed)
+
+
+def _run_command(parsed: argparse.Namespace) -> int:
+    """Runs a parsed command, and turns every error into one line and an exit code."""
     try:
-        parsed.command(parsed)
+        with stopping_at_safe_points():
+            _set_up_jax()
+            parsed.command(parsed)
     except UserError as error:
-        print(f"backdoor-jax: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except Stopped as stopped:
+        return stopped.code  # The line was printed when the signal came.
+    except OSError as error:
+        return _fail(_system_error(error))
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="backdoor_jax-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        return _fail(f"{type(error).__name__}: {first_line(error)}; this is a bug, please report it with {log.name}", 1)
     return 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    """Prints a line on stderr and returns the exit code."""
+    with contextlib.suppress(OSError):
+        print(printable(f"backdoor-jax: {message}", LONGEST), file=sys.stderr, flush=True)
+    return code
+
+
+def _system_error(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror or first_line(error)}; free some space or choose another folder, and run it again"
+
+
+class _Quiet:
+    """A stream that drops what is written once its reader is gone: results are saved, whoever reads the output."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, or drops, a text."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or drops it."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            # Python flushes again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _safe_output() -> Iterator[None]:
+    """Lets any text be printed in any locale, and a closed pipe pass unnoticed."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, _Quiet(stream))
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)
+
+
+def _set_up_jax() -> None:
+    """Sets JAX to its default rules, whatever the environment says, and finds out whether it has a device."""
+    import jax
+
+    config: Any = jax.config
+    for name, value in (
+        ("jax_numpy_rank_promotion", "allow"),
+        ("jax_numpy_dtype_promotion", "standard"),
+        ("jax_transfer_guard", "allow"),
+        ("jax_disable_jit", False),
+    ):
+        config.update(name, value)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device ({first_line(error)}); unset JAX_PLATFORMS, or set it to cpu") from error
+    _enable_compilation_cache()
 
 
 def _enable_compilation_cache() -> None:
@@ -52,8 +145,9 @@ def _enable_compilation_cache() -> None:
         config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
         # A command compiles nearly a hundred small programs, two seconds in all.
         config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
-        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry", UserWarning)
+    # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
+    # A folder that cannot be read or written only costs time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,7 +326,7 @@ def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
     """Runs an experiment, and prints its rows, their table and where the page is."""
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.errors import FailedRepairs
-    from backdoor_jax.experiment import read_rows, run_experiment
+    from backdoor_jax.experiment import RESULT, read_rows, run_experiment
     from backdoor_jax.report import write_page
 
     experiment, failed = load_experiment(config, overrides), None
@@ -240,9 +334,11 @@ def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
         run_experiment(experiment, out, report=lambda line: print(line, flush=True))
     except FailedRepairs as error:
         failed = error
-    rows = read_rows(out / "results.jsonl")
+    rows = read_rows(out / "results.jsonl", RESULT)
+    page = write_page(rows, out) if rows else None
     print_table(rows)
-    print(f"{write_page(rows, out)}: open it in a browser")
+    if page:
+        print(f"{page}: open it in a browser")
     if failed:
         raise failed
 

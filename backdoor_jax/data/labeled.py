@@ -1,14 +1,17 @@
 """Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.data.dataset import Dataset, make_dataset
-from backdoor_jax.data.loading import load, read_npz
+from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import UserError
+from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 """The files of a class folder that are images; others are ignored."""
@@ -56,11 +59,11 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
                 f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes"
             )
         return Labeled(task.train, task.test)
-    if path.is_dir():
+    if os.path.isdir(path):
         return Labeled(_folder(path, num_classes, channels))
     if path.suffix != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
-    arrays = read_npz(path, ("images", "labels"))
+    arrays = read_npz(path, "images, labels")
     parts = {}
     for prefix in ("", "train_", "test_"):
         images, labels = f"{prefix}images", f"{prefix}labels"
@@ -75,29 +78,31 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
 
 def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
     """The images of a folder of class folders."""
-    from PIL import Image
-
-    classes = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    with parsing(path, "cannot be read", "give a folder with one folder for each class"):
+        classes = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
     if len(classes) != num_classes:
         raise UserError(
             f"{path}: has {len(classes)} class folders, the model {num_classes} classes; give one folder for each "
             "class, empty where there are no images"
         )
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for file in sorted((path / name).iterdir()):
-            if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
-                continue
-            try:
-                with Image.open(file) as image:
-                    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files.
-                raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
-            images.append(pixels.reshape(*pixels.shape[:2], channels))
-            labels.append(label)
-            if images[-1].shape != images[0].shape:
-                (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
-                raise UserError(f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all to one shape")
-    if not images:
+    with parsing(path, "cannot be read", "check the permissions of its folders"):
+        files = [
+            (label, file)
+            for label, name in enumerate(classes)
+            for file in sorted((path / name).iterdir())
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        ]
+    if not files:
         raise UserError(f"{path}: its class folders hold no images ({', '.join(SUFFIXES)})")
+    sizes = [file_size(file, "remove it") for _, file in files]
+    images, labels = [], []
+    for (label, file), size in zip(files, sizes, strict=True):
+        pixels = np.asarray(image_pixels(file, file, "L" if channels == 1 else "RGB", size))
+        images.append(pixels.reshape(*pixels.shape[:2], channels))
+        labels.append(label)
+        if images[-1].shape != images[0].shape:
+            (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
+            raise UserError(f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all to one shape")
+        if len(images) == 1:
+            require_budget(len(files) * images[0].nbytes, sum(sizes), path)
     return make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))

@@ -34,11 +34,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 
 from backdoor_jax.compiling import jit
-from backdoor_jax.config import Config, Count, Fraction, NonNegative, Positive
+from backdoor_jax.config import Config, Count, Fraction, LearningRate, NonNegative
 from backdoor_jax.data import Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Adam, GradientStep, LossResult, fit, latents
+from backdoor_jax.validation import checked
 
 MMBM_PLACES = ("layer1_0/relu1", "layer2_0/relu1", "layer3_0/relu1")
 """MM-BM's three places in PreAct-ResNet18: its code clips after the stem's rectifier and after the first two stages,
@@ -64,7 +65,7 @@ class BoundConfig(Config):
     places: Annotated[tuple[str, ...], MinLen(1)] | None = None
     bound_epochs: Count = 50
     bound_batch_size: Count = 200
-    bound_learning_rate: Positive = 0.1
+    bound_learning_rate: LearningRate = 0.1
     bound_weight: NonNegative = 0.05
     bound_factor: Annotated[float, Ge(1)] = 1.2
     bound_accuracy: Fraction = 0.95
@@ -117,6 +118,7 @@ def clip_bounds(largest: Any, bounds: Any) -> Any:
     return jax.tree.map(lambda bound, most: jnp.clip(bound, 0, most), bounds, largest)
 
 
+@checked
 def bound_activations(
     key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: BoundConfig = BoundConfig()
 ) -> tuple[Variables, dict[str, Any]]:

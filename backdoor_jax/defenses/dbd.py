@@ -50,7 +50,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Lt
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive, Whole
+from backdoor_jax.config import Count, Decay, LearningRate, Momentum, NonNegative, Positive, Whole
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.data.views import Views
 from backdoor_jax.defenses.base import Defense, Needs, Repair
@@ -114,7 +114,7 @@ class DBD(Defense):
     rounds: Count = 190
     round_steps: Count = 1024
     batch_size: Count = 64
-    learning_rate: Positive = 0.002
+    learning_rate: LearningRate = 0.002
     sharpening: Positive = 0.5
     mixing: Positive = 0.75
     unlabeled_weight: NonNegative = 15.0
@@ -205,9 +205,9 @@ class DecoupledSimCLR(SimCLRConfig):
     """
 
     batch_size: Annotated[int, Ge(2)] = 512
-    learning_rate: Positive = 0.4
-    weight_decay: NonNegative = 1e-4
-    momentum: NonNegative = 0.9
+    learning_rate: LearningRate = 0.4
+    weight_decay: Decay = 1e-4
+    momentum: Momentum = 0.9
 
     def optimizer(self, images: int) -> Optimizer:
         """SGD under a cosine over all steps on so many images."""

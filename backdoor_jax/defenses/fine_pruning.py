@@ -49,6 +49,7 @@ from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import GradientStep, latents, supervised_loss
+from backdoor_jax.validation import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _accuracies(
     return jax.lax.map(one, masks)
 
 
+@checked
 def prune_dormant(
     classifier: Classifier, variables: Variables, data: Dataset, config: FinePruning = FinePruning()
 ) -> Pruned:

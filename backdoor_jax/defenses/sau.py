@@ -47,7 +47,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive, Whole
+from backdoor_jax.config import Count, LearningRate, NonNegative, Positive, Whole
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import GradientDefense, Repair
 from backdoor_jax.models import Classifier, Variables
@@ -76,7 +76,7 @@ class SAU(GradientDefense):
     name: ClassVar[str] = "sau"
     summary: ClassVar[str] = "unlearn perturbations that mislead victim and repaired model alike"
 
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     crop: Whole = 0
     flip: bool | None = False
     bound: Positive = 0.2

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import jax
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, Fraction, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, Fraction, LearningRate, Momentum
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.models import Classifier, Variables
@@ -69,14 +69,14 @@ class SuperFineTune(SGDDefense):
 
     steps: Count = 1600
     batch_size: Count = 128
-    learning_rate: Positive = 3e-3
-    peak1: Positive = 0.25
-    peak2: Positive = 5e-3
+    learning_rate: LearningRate = 3e-3
+    peak1: LearningRate = 0.25
+    peak2: LearningRate = 5e-3
     first_phase: Fraction = 0.4
     up: Count = 10
     down: Count = 10
-    momentum: NonNegative = 0.0
-    weight_decay: NonNegative = 0.0
+    momentum: Momentum = 0.0
+    weight_decay: Decay = 0.0
 
     @property
     def optimizer(self) -> SGD:

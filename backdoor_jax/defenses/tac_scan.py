@@ -27,6 +27,7 @@ from backdoor_jax.defenses.tac_program import Perturbations, class_perturbations
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import latents
+from backdoor_jax.validation import checked
 
 Statistic = Literal["worst_case", "per_sample"]
 FEWEST_CLASSES = 5
@@ -127,6 +128,7 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
     return Outlier(index, float(grubbs), p_value, float(score))
 
 
+@checked
 def scan(
     classifier: Classifier, variables: Variables, images: jax.Array, margin: float = 0.0, name: str = "scan"
 ) -> Scan:

@@ -7,8 +7,10 @@ import numpy as np
 import pydantic
 from matplotlib.figure import Figure
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.defenses import DEFENSES, GradientDefense
 from backdoor_jax.drawing import COLORS, MARKERS, legend_beside, use_logarithmic_scale
+from backdoor_jax.reading import parsing
 from backdoor_jax.report.table import Row, summarize
 
 
@@ -62,7 +64,7 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
         folder: holds the examples.
         side_by_side: attacks in each row; columns are filled first.
     """
-    examples = sorted(path for path in folder.glob("*.npz") if not path.stem.endswith(".partial"))
+    examples = sorted(path for path in folder.glob("*.npz") if ".partial" not in path.name)
     if not examples:
         return None
     high = -(-len(examples) // side_by_side)
@@ -72,8 +74,11 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
         axes.axis("off")
     by_column = np.concatenate(np.split(grid, side_by_side, axis=1))
     for panels, path in zip(by_column, examples, strict=False):
-        with np.load(path) as arrays:
-            clean, triggered = arrays["clean"].astype(int), arrays["triggered"].astype(int)
+        arrays = read_npz(path, "an example of a trigger")
+        with parsing(path, "is no example of a trigger", "remove it to make it again"):
+            clean, triggered = np.stack([arrays["clean"], arrays["triggered"]]).astype(int)
+            if clean.ndim != 3:
+                raise ValueError(f"it has shape {clean.shape}")
         difference = triggered - clean
         gain = 127 / max(np.abs(difference).max(), 1)
         titles = (path.stem, "triggered", f"difference × {gain:.1f}, gray is zero")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, LearningRate, Momentum, NonNegative
 from backdoor_jax.data import Dataset, Trigger
 from backdoor_jax.data.views import Views
 from backdoor_jax.errors import UserError
@@ -37,6 +37,7 @@ from backdoor_jax.training import (
     latents,
     unit_rows,
 )
+from backdoor_jax.validation import checked_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ class BadEncoderConfig(EpochsConfig):
 
     epochs: Count = 200
     batch_size: Count = 256
-    learning_rate: Positive = 1e-3
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    learning_rate: LearningRate = 1e-3
+    momentum: Momentum = 0.9
+    weight_decay: Decay = 5e-4
     reference_weight: NonNegative = 1.0
     utility_weight: NonNegative = 1.0
 
@@ -104,6 +105,7 @@ def bad_encoder_loss(
     return loss, (variables, {"effect": effect, "reference": reference, "utility": utility})
 
 
+@checked_encoder
 def bad_encoder(
     key: jax.Array,
     classifier: Classifier,
@@ -177,7 +179,7 @@ class ProbeConfig(EpochsConfig):
 
     epochs: Count = 100
     batch_size: Count = 64
-    learning_rate: Positive = 1e-2
+    learning_rate: LearningRate = 1e-2
 
 
 def head_loss(classifier: Classifier, variables: Variables, batch: Dataset, key: jax.Array) -> LossResult:
@@ -187,6 +189,7 @@ def head_loss(classifier: Classifier, variables: Variables, batch: Dataset, key:
     return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {})
 
 
+@checked_encoder
 def probe(
     key: jax.Array,
     classifier: Classifier,

@@ -141,7 +141,7 @@ def test_a_custom_picture_of_any_size_and_mode_is_resized_to_the_data(
 def test_an_unreadable_picture_is_an_error(tmp_path: Path, key: jax.Array) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     for path in (tmp_path / "text.png", tmp_path / "absent.png", tmp_path):
-        with pytest.raises(UserError, match=f"Blended.image '{path}' cannot be read as a picture"):
+        with pytest.raises(UserError, match=f"Blended.image cannot be read as a picture: {path}: "):
             Blended(image=str(path)).trigger(key, (8, 8, 3))
 
 

@@ -206,11 +206,13 @@ def test_an_unusable_pattern_file_is_an_error(tmp_path: Path, key: jax.Array) ->
     np.save(tmp_path / "objects.npy", np.full((8, 8, 3), None), allow_pickle=True)
     np.savez(tmp_path / "several.npz", a=np.zeros((8, 8, 3)))
     (tmp_path / "text.npy").write_text("not an array")
-    unreadable = ("absent.npy", "objects.npy", "text.npy", ".")
-    unfit = ("small.npy", "words.npy", "several.npz")
-    for names, part in ((unreadable, "cannot be read"), (unfit, r"must be an array of numbers of shape \(8, 8, 3\)")):
+    np.save(tmp_path / "nan.npy", np.full((8, 8, 3), np.nan))
+    unreadable = ("absent.npy", "objects.npy", "text.npy", "several.npz", ".")
+    unfit = ("small.npy", "words.npy", "nan.npy")
+    reasons = "no such file|cannot be read as an array|is a folder"
+    for names, part in ((unreadable, reasons), (unfit, r"must be an array of finite numbers of shape \(8, 8, 3\)")):
         for name in names:
-            with pytest.raises(UserError, match=rf"LowFrequency\.pattern '.*' {part}"):
+            with pytest.raises(UserError, match=rf"LowFrequency\.pattern.* ({part})"):
                 LowFrequency(pattern=str(tmp_path / name)).trigger(key, (8, 8, 3))
 
 

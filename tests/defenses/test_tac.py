@@ -632,7 +632,7 @@ def test_weights_that_are_not_finite_are_an_error_of_the_scan(
 
 def test_divergence_of_the_repair_names_method_and_step(poisoned: Case) -> None:
     with pytest.raises(NonFiniteError, match=r"^tac: .*step \d+"):
-        run(poisoned, learning_rate=1e30)
+        run(poisoned, learning_rate=jnp.float32(1e30))
 
 
 @pytest.mark.parametrize(

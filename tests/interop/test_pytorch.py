@@ -290,10 +290,7 @@ def test_without_pytorch_the_error_names_the_extra_and_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    (tmp_path / "model.pt").write_bytes(b"")
     message = r"needs PyTorch.*pip install 'backdoor_jax\[torch\]', or use a .safetensors"
-    with pytest.raises(UserError, match=message):
-        load_torch(tmp_path / "model.pt", "preact_resnet18")
     with pytest.raises(UserError, match=message):
         save_torch(tmp_path / "new.pth", *load_torch(state_of("preact_resnet18"), "preact_resnet18"))
     assert not (tmp_path / "new.pth").exists()
