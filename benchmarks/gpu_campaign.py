@@ -58,8 +58,8 @@ def phases(out: Path, data: str, torch_python: str) -> dict[str, Phase]:
     return {
         "tests": Phase([*pytest, "tests"], [*pytest, "tests/training/test_losses.py"], 4),
         "versus_torch": Phase(
-            script("versus_torch", "--widths", "64", "--only", "finetune/tuned", "d3/tuned", "scoring/tuned", *torch),
-            script("versus_torch", "--quick", "--only", "finetune/tuned", "scoring/tuned", *torch),
+            script("versus_torch", "--widths", "64", *torch),
+            script("versus_torch", "--quick", "--only", "scoring/tuned", *torch),
             4,
         ),
         "speed": Phase(script("speed", "--repeats", "3"), script("speed", "--quick", "--only", "pad_score"), 4),
@@ -91,6 +91,9 @@ def main() -> None:
         if record.get(name, {}).get("ended") or left < 5:
             continue
         limit = left if phase.minutes is None else min(left, 60 * phase.minutes)
+        if name == "versus_torch" and not has_torch(arguments.torch_python):
+            print(f"{name}: left out, {arguments.torch_python} has no PyTorch", flush=True)
+            continue
         print(f"{name}: at most {limit / 60:.1f} minutes ...", flush=True)
         found = run_phase(phase.tiny if arguments.tiny else phase.command, limit, out / f"{name}.log")
         # A phase of bounded length that was cut off by its own limit would be so again.
@@ -100,6 +103,11 @@ def main() -> None:
         print(f"{name}: {found['seconds']:.0f} s, {describe(found['status'])}", flush=True)
     if failed := [name for name, found in record.items() if found["status"] not in (0, None)]:
         parser.exit(1, f"failed: {', '.join(failed)}; see the logs in {arguments.out}\n")
+
+
+def has_torch(python: str) -> bool:
+    """Whether an interpreter can import PyTorch."""
+    return subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
 
 
 def run_phase(command: list[str], limit: float, log: Path) -> dict[str, float | int | None]:
