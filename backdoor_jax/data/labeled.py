@@ -20,17 +20,22 @@ class Labeled(NamedTuple):
     Attributes:
         data: the images to work with.
         test: separate images to evaluate on, where the source has some.
+        class_names: names of the classes, where the source has some.
+        files: of the images in `data`, where they come from a folder.
     """
 
     data: Dataset
     test: Dataset | None = None
+    class_names: tuple[str, ...] | None = None
+    files: tuple[str, ...] | None = None
 
 
 def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
     """Reads labeled images.
 
     - ``FILE.npz`` with ``images`` and ``labels``: all of them. With ``train_images``, ``train_labels`` and, if it has
-      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on.
+      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on. Also
+      ``class_names``, if it has them.
     - A folder with one folder for each class: the sorted folder names are classes 0, 1, ... (``"10"`` comes before
       ``"2"``, as in torchvision); a class without images keeps an empty folder. All images need one shape, and become
       RGB or gray.
@@ -57,7 +62,7 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
             )
         return Labeled(task.train, task.test)
     if path.is_dir():
-        return Labeled(_folder(path, num_classes, channels))
+        return _folder(path, num_classes, channels)
     if path.suffix != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     arrays = read_npz(path, ("images", "labels"))
@@ -70,10 +75,13 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
     if data is None:
         raise UserError(f"{path}: lacks images and labels; it must hold these, or train_images and train_labels")
     test = None if "" in parts else parts.get("test_")
-    return Labeled(data, test)
+    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+    if names is not None and len(names) != num_classes:
+        raise UserError(f"{path}: has {len(names)} class_names, the model {num_classes} classes; give one for each")
+    return Labeled(data, test, names)
 
 
-def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
+def _folder(path: Path, num_classes: int, channels: int) -> Labeled:
     """The images of a folder of class folders."""
     from PIL import Image
 
@@ -83,7 +91,7 @@ def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
             f"{path}: has {len(classes)} class folders, the model {num_classes} classes; give one folder for each "
             "class, empty where there are no images"
         )
-    images, labels = [], []
+    images, labels, files = [], [], []
     for label, name in enumerate(classes):
         for file in sorted((path / name).iterdir()):
             if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
@@ -95,9 +103,11 @@ def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
                 raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
             images.append(pixels.reshape(*pixels.shape[:2], channels))
             labels.append(label)
+            files.append(f"{name}/{file.name}")
             if images[-1].shape != images[0].shape:
                 (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
                 raise UserError(f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all to one shape")
     if not images:
         raise UserError(f"{path}: its class folders hold no images ({', '.join(SUFFIXES)})")
-    return make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))
+    data = make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))
+    return Labeled(data, None, tuple(classes), tuple(files))
