@@ -7,16 +7,15 @@ For each class t a mask m and a pattern p are fitted to clean images x,
 
 where :math:`\lambda` is doubled while the share of images classified as t is above 99 % and divided by
 :math:`2^{3/2}` while it is below; the smallest mask above 99 % counts. The anomaly index of the smallest of the C
-masks is its distance below the median of all in scaled median absolute deviations. The paper calls a model backdoored
-where it exceeds 2, which normal values of 43 classes do half of the time. The p-value here accounts for the choice of
-the smallest:
-
-.. math:: p = 1 - \Phi(\mathrm{index})^C .
+masks is its distance below the median of all in scaled median absolute deviations (MAD). The paper calls a model
+backdoored where it exceeds 2. That is no test at a level: normal values exceed 2 in half of all sets of 43, and the MAD
+of 10 values is rough (a clean model of digits had an index of 3.5). The p-value here is Grubbs' for the logarithms of
+the mask sizes, which takes both into account; the index is reported beside it.
 
 Sources. From the released code: mask and pattern are :math:`(\tanh(\cdot) + 1) / 2`, Adam at rate 0.1 with betas 0.5
 and 0.9, batches of 32, :math:`\lambda` from 1e-3 once the threshold has been kept for 5 rounds, and the multipliers.
 Ours: a round is 10 batches, where the code's is 31, there are 40 rounds instead of up to 1,000 with an early stop, the
-start is random but not large, and the p-value.
+start is random but not large, and the test.
 
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
@@ -38,13 +37,14 @@ import optax
 
 from backdoor_jax.config import Count, NonNegative, Positive, Share
 from backdoor_jax.data import Dataset
+from backdoor_jax.defenses import smallest_outlier
 from backdoor_jax.detectors.base import Detector, Evidence, Inverted
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy
 
-FEWEST_CLASSES = 5
-"""With fewer classes there is no p-value."""
+SMALLEST = 1e-3
+"""Mask size in pixels below which the test sees no difference."""
 TOGETHER = 10
 """Classes whose triggers pass through the network together."""
 
@@ -100,7 +100,7 @@ class NeuralCleanse(Detector):
 
 
 def smallest_mask(norms: np.ndarray) -> tuple[int, float, float | None]:
-    """The class of the smallest mask, its anomaly index, and the p-value; None for fewer than five classes.
+    """The class of the smallest mask, its anomaly index, and the p-value, which is None for fewer than five classes.
 
     Example:
         >>> target, index, p_value = smallest_mask(np.array([50.0, 52.0, 48.0, 9.0, 51.0, 49.5]))
@@ -109,10 +109,10 @@ def smallest_mask(norms: np.ndarray) -> tuple[int, float, float | None]:
     """
     from scipy import stats
 
-    target, deviation = int(np.argmin(norms)), stats.median_abs_deviation(norms, scale="normal")
-    index = float((np.median(norms) - norms[target]) / deviation) if deviation > 0 else 0.0
-    p_value = float(-np.expm1(len(norms) * stats.norm.logcdf(index))) if len(norms) >= FEWEST_CLASSES else None
-    return target, index, p_value
+    deviation = stats.median_abs_deviation(norms, scale="normal")
+    index = float((np.median(norms) - norms.min()) / deviation) if deviation > 0 else 0.0
+    test = smallest_outlier(np.log(np.maximum(norms, SMALLEST)))
+    return test.smallest, index, test.p_value
 
 
 class Trigger(NamedTuple):
