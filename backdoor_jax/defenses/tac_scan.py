@@ -113,6 +113,11 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
     The factor C accounts for selecting the smallest value. Infinite values are left out; with fewer than five left
     there is no p-value.
 
+    Limits. The level holds for normal values, and for values with a heavier right tail. For Student's t with 4 degrees
+    of freedom a test at 5 % flags 12 % of sets of 10, 27 % of 43 and 46 % of 100, for a mirrored gamma distribution
+    (shape 4) 20, 39 and 55 %. A large value hides a small one, because it widens the deviation; `mad_score` does not
+    have this fault.
+
     Example:
         >>> smallest_outlier(np.array([5.0, 5.1, 4.9, 5.2, 1.0, 4.8])).smallest
         4

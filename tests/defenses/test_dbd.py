@@ -210,8 +210,8 @@ def test_lambda_u_increases_over_the_ramp_and_not_over_the_rounds(case: Case, mo
     monkeypatch.setattr(dbd, "fit", fitted)
     monkeypatch.setattr(dbd, "pretrain", lambda *rest, **options: (case.variables, {}))
     monkeypatch.setattr(Fitted, "info", {})
-    dataclasses.replace(SMALL, warmup_epochs=2, rounds=4, ramp=4).repair(jax.random.key(0), *case)
-    assert rises == [0.5, 0.75, 1.0, 1.0]
+    dataclasses.replace(SMALL, warmup_epochs=2, rounds=5, ramp=4).repair(jax.random.key(0), *case)
+    assert rises == [0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_benchmarks_presets() -> None:

@@ -11,9 +11,11 @@ import pytest
 from comparison import assert_trees_equal, structure, trees_equal
 from miniature import Case
 from scipy import optimize, stats
+from scipy.special import logsumexp
 
 from backdoor_jax import TAC, Classifier, NonFiniteError, Repair, UserError, make_dataset, scan
 from backdoor_jax.defenses import tac_program
+from backdoor_jax.defenses.tac import tac_loss
 from backdoor_jax.defenses.tac_program import Perturbations, class_perturbations, sample_norms
 from backdoor_jax.defenses.tac_scan import Scan, balanced_means, balanced_subset, smallest_outlier
 
@@ -403,6 +405,27 @@ def test_false_alarms_are_at_most_six_percent(null: str, draws: int, classes: in
         assert alarms >= 0.04
 
 
+@pytest.mark.parametrize(
+    ("null", "expected"),
+    [(lambda draw: draw.standard_t(4, size=(1000, 43)), 0.27), (lambda draw: -draw.gamma(4.0, size=(1000, 43)), 0.39)],
+    ids=["heavy tails", "left skew"],
+)
+def test_false_alarms_under_heavy_tails_and_left_skew_are_as_many_as_documented(null: Any, expected: float) -> None:
+    values = null(np.random.default_rng(0))
+    alarms = np.mean([smallest_outlier(row).p_value <= 0.05 for row in values])  # type: ignore[operator]
+    assert alarms == pytest.approx(expected, abs=0.04)
+
+
+def test_a_large_value_hides_a_small_one_from_the_p_value_but_not_from_the_mad_score() -> None:
+    values = 10 + np.random.default_rng(0).normal(size=43)
+    values[7] = 2
+    shown = smallest_outlier(values)
+    hidden = smallest_outlier(np.where(np.arange(43) == 20, 60, values))
+    assert shown.p_value is not None and hidden.p_value is not None
+    assert shown.p_value < 1e-6 and hidden.p_value > 0.05
+    assert hidden.smallest == 7 and hidden.mad_score > 5
+
+
 class Pixels(nn.Module):
     """One linear layer without bias on flattened images, then a linear head."""
 
@@ -632,6 +655,21 @@ def test_a_repair_from_a_scan_equals_the_repair_that_scans_itself(poisoned: Case
 def test_a_given_scan_is_used_and_not_made_again(poisoned: Case, clean: Case) -> None:
     repair = run(poisoned, found=scan(*clean[:2], clean.data.images))
     assert (repair.changed, repair.target, repair.why) == (False, None, "nothing flagged")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_loss_is_the_cross_entropy_of_latents_and_of_perturbed_latents(poisoned: Case, beta: float) -> None:
+    change = np.random.default_rng(0).normal(size=11).astype(np.float32)
+    batch = poisoned.data.take(slice(20))
+    loss, (_, info) = tac_loss(*poisoned[:1], beta, jnp.asarray(change), poisoned.variables, batch, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), poisoned.variables["params"])
+    latent = np.asarray(batch.images, np.float64).reshape(20, -1) / 255 @ params["extract"]["kernel"]
+    expected = []
+    for moved in (latent, latent + change):
+        z = moved @ params["linear"]["kernel"] + params["linear"]["bias"]
+        expected.append(np.mean(logsumexp(z, axis=1) - z[np.arange(20), np.asarray(batch.labels)]))
+    np.testing.assert_allclose([info["clean"], info["perturbed"]], expected, rtol=1e-4, atol=1e-6)
+    assert float(loss) == pytest.approx(expected[0] + beta * expected[1], rel=1e-4)
 
 
 def test_one_key_gives_one_result_and_another_key_another(poisoned: Case) -> None:
