@@ -148,8 +148,8 @@ def one_model(made: Plan, task: Any, tiny: bool) -> dict[str, Any]:
             acc = evaluate(classifier, variables, task.test).acc
         else:
             share = float(np.mean(np.asarray(data.labels) == target))
-            settings = {"rate": min(made.rate, share)} if made.attack == "sig" else {"rate": made.rate}
-            attack = REGISTRY[made.attack](target=target, **settings)
+            poison = min(made.rate, share) if made.attack == "sig" else made.rate
+            attack = REGISTRY[made.attack](target=target, rate=poison)
             clean_model = None
             if attack.needs_clean_model:
                 clean_model = train(keys[1], classifier, data, training, flip=task.flip).variables
@@ -186,7 +186,7 @@ def examined(key: Any, classifier: Any, variables: Any, clean: Any, tiny: bool) 
     from backdoor_jax.training import Stopwatch
 
     quick = {"mm_bd": {"starts": 2, "steps": 5}, "neural_cleanse": {"rounds": 2}, "loss_ascent": {"steps": 5}}
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, make in DETECTORS.items():
         with Stopwatch() as watch:
             try:
