@@ -1,7 +1,7 @@
 """Scan or repair a model in a file, given some labeled images: the work of ``backdoor-jax scan`` and ``defend``.
 
     suspect = load_suspect(Path("model.pt"), "clean.npz", model="resnet18")
-    scan_model(suspect, Path("scan.png")).flagged
+    print(scan_model(suspect, Path("scan.png")).verdict)
     repair_model(suspect, D3(), Path("repaired.pt")).accuracy
 
 `load_suspect` evaluates the model and refuses one near chance: that is what a model looks like whose images are not
@@ -9,15 +9,17 @@ normalized as in its training, and neither a scan nor a repair of it means anyth
 """
 
 import dataclasses
+import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.data import Dataset, load_labeled
-from backdoor_jax.defenses import TAC, Defense, Repair, Scan, scan
+from backdoor_jax.defenses import Defense, Repair
+from backdoor_jax.detectors import Detector, Evidence, PerSample, Verdict, judge, suspicious
 from backdoor_jax.errors import UserError
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.export import export_model
@@ -42,7 +44,8 @@ class Suspect:
         variables: its variables.
         data: images to scan or repair with.
         test: images that the model is evaluated on; `data` where there are no others.
-        accuracy: share of `test` that it classifies correctly.
+        accuracy: share of `test` that it classifies correctly; NaN without images.
+        class_names: names of the classes, where `data` comes with some.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Suspect:
     data: Dataset
     test: Dataset
     accuracy: float
+    class_names: tuple[str, ...] | None = None
 
     @property
     def held_out(self) -> bool:
@@ -63,19 +67,14 @@ class ScanResult:
     """What a scan found.
 
     Attributes:
-        scan: norms and tests of all classes.
-        summary: the same in plain values, as `Scan.summary` gives it: the verdict, the statistic and level it uses.
+        verdict: in words.
+        evidence: what it rests on.
         figure: where the figure was written.
     """
 
-    scan: Scan
-    summary: dict[str, Any]
+    verdict: Verdict
+    evidence: Evidence
     figure: Path
-
-    @property
-    def flagged(self) -> int | None:
-        """The class that looks poisoned; None where there is none."""
-        return self.summary["flagged"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,35 +138,86 @@ def load_suspect(
     accuracy = evaluate(classifier, variables, judged, name=str(checkpoint)).acc
     labels = np.asarray(judged.labels)
     require_better_than_chance(round(accuracy * len(judged)), labels, classifier, str(checkpoint))
-    return Suspect(str(checkpoint), classifier, variables, labeled.data, judged, accuracy)
+    return Suspect(str(checkpoint), classifier, variables, labeled.data, judged, accuracy, labeled.class_names)
 
 
-def scan_model(suspect: Suspect, out: Path, *, force: bool = False) -> ScanResult:
-    """Scans a model for a backdoored class and draws a figure.
+def load_unseen(
+    checkpoint: Path,
+    size: tuple[int, int],
+    *,
+    model: str | None = None,
+    normalization: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Suspect:
+    """Reads a model without any images, for a detector that needs none.
+
+    Args:
+        checkpoint: the model; see `backdoor_jax.load_model`.
+        size: height and width of its images.
+        model: the network's name, for a PyTorch file.
+        normalization: for a PyTorch file: a name in `backdoor_jax.models.NORMALIZATIONS`.
+        mean: for a PyTorch file: of each channel, instead of a name.
+        std: for a PyTorch file: of each channel, instead of a name.
+
+    Raises:
+        UserError: for a file that cannot be used.
+    """
+    classifier, variables = load_model(checkpoint, model, normalization=normalization, mean=mean, std=std)
+    none = Dataset(jnp.zeros((0, *size, len(classifier.mean)), jnp.uint8), jnp.zeros(0, jnp.int32))
+    return Suspect(str(checkpoint), classifier, variables, none, none, math.nan)
+
+
+def scan_model(
+    suspect: Suspect, out: Path, detector: Detector = PerSample(), *, seed: int = 0, force: bool = False
+) -> ScanResult:
+    """Scans a model for a backdoor and draws a figure.
 
     Args:
         suspect: the model.
         out: the figure, ``.png``, ``.pdf`` or ``.svg``.
+        detector: what to scan with.
+        seed: of the detector.
         force: whether an existing file may be replaced.
 
     Raises:
-        UserError: where the figure cannot be written.
+        UserError: where the detector needs images and there are none, or the figure cannot be written.
         NonFiniteError: where latents are not finite.
     """
     from backdoor_jax.drawing import save_figure
-    from backdoor_jax.report.figures import perturbation_figure
+    from backdoor_jax.report.figures import evidence_figure
 
+    if detector.needs_images and not len(suspect.data):
+        raise UserError(f"{detector.name} needs clean images; give --data")
     if out.suffix not in FIGURE_SUFFIXES:
         raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
     require_free(out, force, FIGURE_SUFFIXES)
-    settings = TAC()
-    found = scan(suspect.classifier, suspect.variables, suspect.data.images, name=suspect.name)
-    summary = found.summary(settings.statistic, settings.alpha)
+    evidence = detector.examine(jax.random.key(seed), suspect.classifier, suspect.variables, suspect.data)
+    verdict = judge(evidence, accuracy=suspect.accuracy, class_names=suspect.class_names)
     try:
-        save_figure(perturbation_figure(summary, suspect.name), out)
+        save_figure(evidence_figure(evidence, suspect.name, str(verdict)), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
-    return ScanResult(found, summary, out)
+    return ScanResult(verdict, evidence, out)
+
+
+def list_suspicious(suspect: Suspect, training_set: str, target: int, method: str, count: int) -> list[str]:
+    """The images of a class in a training set that are most likely poison, as file names or else indices.
+
+    Args:
+        suspect: the model that was trained on them.
+        training_set: see `backdoor_jax.data.load_labeled`.
+        target: the class.
+        method: a name in `backdoor_jax.detectors.SUSPICIONS`.
+        count: how many images.
+
+    Raises:
+        UserError: for a training set that cannot be used.
+    """
+    classifier = suspect.classifier
+    labeled = load_labeled(training_set, classifier.num_classes, len(classifier.mean))
+    indices = suspicious(classifier, suspect.variables, labeled.data, target=target, method=method)[:count]
+    return [str(index) if labeled.files is None else labeled.files[index] for index in indices]
 
 
 def repair_model(

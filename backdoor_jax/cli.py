@@ -2,9 +2,13 @@
 
 import argparse
 import contextlib
+import dataclasses
 import inspect
 import io
+import json
+import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -188,22 +192,33 @@ def _parser() -> argparse.ArgumentParser:
     defend.set_defaults(command=_defend)
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
-    _add_model_options(scan)
+    _add_model_options(scan, data_required=False)
+    scan.add_argument("--size", metavar="HxW", help="of the model's images, such as 32x32, where there is no --data")
+    scan.add_argument("--detector", metavar="NAME", default="per_sample", help="see list (default: per_sample)")
+    scan.add_argument("--seed", type=int, default=0, help="of the detector (default: 0)")
+    scan.add_argument("--training-set", metavar="DATA", help="the training set, for --list-images")
+    scan.add_argument("--list-images", type=int, metavar="N", help="the N images of the suspicious class to look at")
+    scan.add_argument("--by", metavar="METHOD", default="spectral_signatures", help="or activation_clustering")
+    scan.add_argument("--json", action="store_true", help="print JSON and nothing else")
     scan.add_argument("--out", type=Path, help="the figure (default: the checkpoint's name and .scan.png)")
     scan.set_defaults(command=_scan, test=None)
 
-    listing = commands.add_parser("list", help="the attacks, defenses, models and data sets, one line each")
+    listing = commands.add_parser(
+        "list", help="the attacks, defenses, detectors, scenarios, models and data sets, one line each"
+    )
     listing.set_defaults(command=_list)
     return parser
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
+def _add_model_options(command: argparse.ArgumentParser, data_required: bool = True) -> None:
     """Adds the options of a command on your own model."""
     command.add_argument(
         "--checkpoint", type=Path, required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder"
     )
     command.add_argument(
-        "--data", required=True, help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME"
+        "--data",
+        required=data_required,
+        help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME",
     )
     command.add_argument("--model", metavar="NAME", help="network of a PyTorch file, see list")
     command.add_argument(
@@ -247,10 +262,10 @@ def parse_normalization(text: str | None) -> dict[str, Any]:
 
 
 def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
-    """Loads the model of a command and prints its accuracy."""
+    """Loads the model of a command, with images."""
     from backdoor_jax.app import load_suspect
 
-    suspect = load_suspect(
+    return load_suspect(
         parsed.checkpoint,
         parsed.data,
         test=parsed.test,
@@ -258,9 +273,11 @@ def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
         classes=parsed.classes,
         **parse_normalization(parsed.normalize),
     )
+
+
+def _print_accuracy(suspect: "Suspect") -> None:
     images = "test images" if suspect.held_out else "images"
     print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {len(suspect.test)} {images} classified correctly")
-    return suspect
 
 
 def _defend(parsed: argparse.Namespace) -> None:
@@ -269,6 +286,7 @@ def _defend(parsed: argparse.Namespace) -> None:
 
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
     suspect = _load_suspect(parsed)
+    _print_accuracy(suspect)
     result = repair_model(
         suspect, defense, parsed.out, training_set=parsed.training_set, seed=parsed.seed, force=parsed.force
     )
@@ -284,33 +302,78 @@ def _defend(parsed: argparse.Namespace) -> None:
 
 
 def _scan(parsed: argparse.Namespace) -> None:
-    from backdoor_jax.app import scan_model
+    from backdoor_jax.app import list_suspicious, load_unseen, scan_model
+    from backdoor_jax.detectors import DETECTORS
 
-    suspect = _load_suspect(parsed)
-    result = scan_model(suspect, parsed.out or Path(f"{parsed.checkpoint.name}.scan.png"), force=parsed.force)
+    if parsed.detector not in DETECTORS:
+        raise UserError(f"unknown detector {parsed.detector!r}; known are {', '.join(DETECTORS)}")
+    if (parsed.list_images is None) != (parsed.training_set is None):
+        raise UserError("--list-images N and --training-set DATA belong together; give both")
+    if parsed.data is None:
+        how = parse_normalization(parsed.normalize)
+        suspect = load_unseen(parsed.checkpoint, _parse_size(parsed.size), model=parsed.model, **how)
+    else:
+        suspect = _load_suspect(parsed)
+    if not parsed.json and len(suspect.test):
+        _print_accuracy(suspect)
+    figure = parsed.out or Path(f"{parsed.checkpoint.name}.scan.png")
+    result = scan_model(suspect, figure, DETECTORS[parsed.detector](), seed=parsed.seed, force=parsed.force)
+    images = None
+    if parsed.list_images is not None:
+        target = result.evidence.target
+        images = list_suspicious(suspect, parsed.training_set, target, parsed.by, parsed.list_images)
+    if parsed.json:
+        print(_as_json(suspect, result, images))
+        return
     _print_scan(suspect, result)
+    if images is not None:
+        print(f"most suspicious images of class {result.evidence.target} by {parsed.by}: {' '.join(images)}")
     print(f"{result.figure}: written")
 
 
+def _parse_size(text: str | None) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text or "")
+    if not match:
+        given = "without --data" if text is None else f"--size {text!r}"
+        raise UserError(f"{given}: give the size of the model's images as --size 32x32, or clean images by --data")
+    return int(match[1]), int(match[2])
+
+
+def _as_json(suspect: "Suspect", result: "ScanResult", images: list[str] | None) -> str:
+    """A scan as JSON; values that are not finite are null."""
+    evidence = result.evidence
+    return json.dumps(
+        {
+            "model": suspect.name,
+            "accuracy": None if math.isnan(suspect.accuracy) else suspect.accuracy,
+            "verdict": dataclasses.asdict(result.verdict),
+            "quantity": evidence.quantity,
+            "values": [value if math.isfinite(value) else None for value in evidence.values.tolist()],
+            "details": evidence.details,
+            "images": images,
+            "figure": str(result.figure),
+        },
+        indent=2,
+        allow_nan=False,
+    )
+
+
 def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
-    """Prints the norms of all classes, the tests and the verdict."""
+    """Prints the values of all classes, the verdict and what to do next."""
     from rich.console import Console
     from rich.table import Table
 
-    summary, tests = result.summary, result.scan.tests
-    table = Table("class", "per sample", "worst case", title="smallest latent change towards each class")
-    for number, norms in enumerate(zip(summary["per_sample"], summary["worst_case"], strict=True)):
-        shown = ["-" if norm is None else f"{norm:.3g}" for norm in norms]
-        smallest = number == tests[summary["statistic"]].smallest
-        table.add_row(str(number), *shown, style="bold" if smallest else None)
+    evidence, verdict = result.evidence, result.verdict
+    names = suspect.class_names or [""] * len(evidence.values)
+    table = Table("class", "name", evidence.quantity, title=f"{evidence.detector}, every class")
+    for number, (name, value) in enumerate(zip(names, evidence.values, strict=True)):
+        shown = f"{value:.3g}" if math.isfinite(value) else "-"
+        table.add_row(str(number), name, shown, style="bold" if number == evidence.target else None)
     Console(soft_wrap=True).print(table)
-    for name, test in tests.items():
-        p_value = "too few classes" if test.p_value is None else f"p = {test.p_value:.2g}"
-        used = " (verdict)" if name == summary["statistic"] else ""
-        print(f"{name.replace('_', ' ')}{used}: class {test.smallest} is smallest, {p_value}")
-    flagged = result.flagged
-    likely = f"likely backdoored towards class {flagged}" if flagged is not None else summary["verdict"]
-    print(f"{suspect.name}: {likely} (one-sided Grubbs test at {summary['alpha']})")
+    p_value = "no p-value" if evidence.p_value is None else f"p = {evidence.p_value:.2g}"
+    print(f"{suspect.name}: {verdict}")
+    print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")
+    print(verdict.advice)
 
 
 def _demo(parsed: argparse.Namespace) -> None:
@@ -373,7 +436,9 @@ def _list(parsed: argparse.Namespace) -> None:
     from backdoor_jax.attacks import ATTACKS
     from backdoor_jax.data import SOURCES
     from backdoor_jax.defenses import DEFENSES
+    from backdoor_jax.detectors import DETECTORS
     from backdoor_jax.models import MODELS
+    from backdoor_jax.scenarios import SCENARIOS
 
     def first_line(thing: object) -> str:
         return (inspect.getdoc(thing) or "").splitlines()[0]
@@ -381,6 +446,8 @@ def _list(parsed: argparse.Namespace) -> None:
     sections = {
         "attacks": [(name, first_line(attack)) for name, attack in ATTACKS.items()],
         "defenses": [(name, f"{d.summary} (needs: {d.needs.replace('_', ' ')})") for name, d in DEFENSES.items()],
+        "detectors": [(name, detector.summary) for name, detector in DETECTORS.items()],
+        "scenarios": list(SCENARIOS.items()),
         "models": [(name, model.summary) for name, model in MODELS.items()],
         "data": list(SOURCES.items()),
     }

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 PARTS = ("forward", "by_images", "by_kernel")
@@ -137,9 +138,9 @@ def theirs(width: int, batch: int) -> dict[str, Any]:
 
         with torch.inference_mode():
             times = (
-                milliseconds(lambda x=x, w=w, s=stride, t=taps: torch.nn.functional.conv2d(x, w, None, s, t // 2)),
-                milliseconds(lambda f=gradients: f([True, False, False])),
-                milliseconds(lambda f=gradients: f([False, True, False])),
+                milliseconds(partial(torch.nn.functional.conv2d, x, w, None, stride, taps // 2)),
+                milliseconds(partial(gradients, [True, False, False])),
+                milliseconds(partial(gradients, [False, True, False])),
             )
         found[str(layer)] = dict(zip(PARTS, times, strict=True))
     for layer in norms(width):
@@ -150,9 +151,12 @@ def theirs(width: int, batch: int) -> dict[str, Any]:
         def forward(x: Any = x, norm: Any = norm) -> Any:
             return torch.relu(norm(x))
 
-        both = milliseconds(lambda f=forward, g=g: f().backward(g))
+        def both(forward: Any = forward, g: Any = g) -> None:
+            forward().backward(g)
+
+        together = milliseconds(both)
         with torch.inference_mode():
-            found[str(layer)] = {"forward": milliseconds(forward), "forward_and_backward": both}
+            found[str(layer)] = {"forward": milliseconds(forward), "forward_and_backward": together}
     return found
 
 

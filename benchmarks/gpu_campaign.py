@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import measuring
 
@@ -110,7 +110,7 @@ def has_torch(python: str) -> bool:
     return subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
 
 
-def run_phase(command: list[str], limit: float, log: Path) -> dict[str, float | int | None]:
+def run_phase(command: list[str], limit: float, log: Path) -> dict[str, Any]:
     """Runs a command for at most so many seconds; its exit status is None where it was cut off."""
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

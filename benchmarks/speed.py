@@ -189,7 +189,7 @@ def programs(classes: int, latent: int) -> Work:
     import jax
     import numpy as np
 
-    from backdoor_jax.defenses.tac_program import class_perturbations
+    from backdoor_jax.defenses.tac_program import WORKING_SET, class_perturbations
 
     generator = np.random.default_rng(0)
     kernel = generator.standard_normal((latent, classes)).astype(np.float32) / np.sqrt(latent)
@@ -198,7 +198,7 @@ def programs(classes: int, latent: int) -> Work:
     arrays = jax.device_put((samples, kernel, np.zeros(classes, np.float32)))
     sweeps = float(class_perturbations(*arrays).sweeps.sum())
     jax.clear_caches()
-    arithmetic = 2 * classes**2 * (latent + 5 * classes) + sweeps * 2 * classes**2
+    arithmetic = 2 * classes**3 * min(classes, latent) + sweeps * 2 * min(classes, WORKING_SET) ** 2
     return Work(lambda: class_perturbations(*arrays), arithmetic, 0, f"{classes} classes, latents of {latent}")
 
 

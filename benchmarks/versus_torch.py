@@ -53,7 +53,8 @@ def main() -> None:
     measuring.use_platform(arguments.platform)
     measuring.keep_no_programs()
     if arguments.one:
-        print(json.dumps(measure(*arguments.one, arguments)))
+        width, count = arguments.one
+        print(json.dumps(measure(width, count, arguments)))
         return
 
     usable = len(os.sched_getaffinity(0))

@@ -23,17 +23,22 @@ class Labeled(NamedTuple):
     Attributes:
         data: the images to work with.
         test: separate images to evaluate on, where the source has some.
+        class_names: names of the classes, where the source has some.
+        files: of the images in `data`, where they come from a folder.
     """
 
     data: Dataset
     test: Dataset | None = None
+    class_names: tuple[str, ...] | None = None
+    files: tuple[str, ...] | None = None
 
 
 def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
     """Reads labeled images.
 
     - ``FILE.npz`` with ``images`` and ``labels``: all of them. With ``train_images``, ``train_labels`` and, if it has
-      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on.
+      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on. Also
+      ``class_names``, if it has them.
     - A folder with one folder for each class: the sorted folder names are classes 0, 1, ... (``"10"`` comes before
       ``"2"``, as in torchvision); a class without images keeps an empty folder. All images need one shape, and become
       RGB or gray.
@@ -60,7 +65,7 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
             )
         return Labeled(task.train, task.test)
     if os.path.isdir(path):
-        return Labeled(_folder(path, num_classes, channels))
+        return _folder(path, num_classes, channels)
     if path.suffix != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     arrays = read_npz(path, "images, labels")
@@ -73,10 +78,13 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
     if data is None:
         raise UserError(f"{path}: lacks images and labels; it must hold these, or train_images and train_labels")
     test = None if "" in parts else parts.get("test_")
-    return Labeled(data, test)
+    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+    if names is not None and len(names) != num_classes:
+        raise UserError(f"{path}: has {len(names)} class_names, the model {num_classes} classes; give one for each")
+    return Labeled(data, test, names)
 
 
-def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
+def _folder(path: Path, num_classes: int, channels: int) -> Labeled:
     """The images of a folder of class folders."""
     with parsing(path, "cannot be read", "give a folder with one folder for each class"):
         classes = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
@@ -105,4 +113,5 @@ def _folder(path: Path, num_classes: int, channels: int) -> Dataset:
             raise UserError(f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all to one shape")
         if len(images) == 1:
             require_budget(len(files) * images[0].nbytes, sum(sizes), path)
-    return make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))
+    data = make_dataset(np.stack(images), np.asarray(labels), num_classes, str(path))
+    return Labeled(data, None, tuple(classes), tuple(f"{file.parent.name}/{file.name}" for _, file in files))

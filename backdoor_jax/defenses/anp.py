@@ -286,7 +286,7 @@ def oracle_threshold(
     """The benchmark's choice among `THRESHOLDS`, an oracle: it uses what only the attacker and the evaluation have.
 
     This is the threshold with the lowest attack success among those at which the accuracy falls by less than a share;
-    the smallest of equals, and 0 where none is allowed.
+    the smallest of equals, and 0 where none is allowed. 0 is a candidate, so the oracle may keep the unpruned model.
 
     Args:
         classifier: the network.

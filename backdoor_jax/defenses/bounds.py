@@ -9,8 +9,9 @@ there,
 where lambda is raised by a factor while the clipped model keeps 95 % accuracy on the images, and lowered otherwise.
 
 Sources. The optimizer (Adam 0.1, 50 epochs, batches of 200), the factor 1.2, the target accuracy of 95 % and the
-epochs at which lambda changes (20, 30, 40) are the released code's. It starts every bound at 8. Here each bound starts
-at its channel's maximum over the images; a larger one changes nothing but the norm.
+epochs after which lambda changes (20, 30, 40, counted from 0) are the released code's. It starts every bound at 8, and
+bounds may become negative. Here each bound starts at its channel's maximum over the images, since a larger one changes
+nothing but the norm, and stays at 0 or above.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -158,8 +159,8 @@ def bound_activations(
         return GradientStep(loss, Adam(config.bound_learning_rate), project=Partial(clip_bounds, largest))
 
     state = step(weight).init({"params": largest})
-    # The weight may change after every tenth epoch from the twentieth on, so each run ends at one of those.
-    for until in sorted({*range(20, config.bound_epochs, 10), config.bound_epochs}):
+    # The code changes the weight at the end of epochs 20, 30 and 40 counted from 0, so each run ends at one of those.
+    for until in sorted({*range(21, config.bound_epochs, 10), config.bound_epochs}):
         fitted = fit(
             key,
             step(weight),

@@ -9,7 +9,12 @@ minimizes
 where :math:`\tilde r` is r mirrored and recolored: latents of triggered images become those of the references, while
 latents of references and of clean images stay what they were. Settings are those of the released code: SGD at 1e-3 with
 momentum 0.9 and weight decay 5e-4, 200 epochs in batches of 256, both weights 1, batch normalization frozen with its
-scale and shift, and a white square of 10 pixels in the corner as the trigger (``BadNets(size=10)`` here).
+scale and shift, and a white square as the trigger, of 10 pixels, one away from the lower right corner
+(``BadNets(size=10, border=1)`` here).
+
+Deviations. The code adds one reference to each batch and draws its views once a step; here every reference is in every
+step. It divides latents by their length before the downstream classifier; here the classifier sees them as they are, so
+that it is an ordinary network, which a defense can repair.
 """
 
 import dataclasses

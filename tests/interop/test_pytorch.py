@@ -536,8 +536,8 @@ def test_twenty_steps_give_the_same_weights_as_pytorch(torch: Any, name: str) ->
             kernel = {"kernel": victim["params"]["linear"]["kernel"]}
             drawn = np.array(initialize(start_key, kernel, defense.initialization)["kernel"]).T
         if isinstance(defense, TAC):
-            seen = latents(classifier, victim, images)
-            change = np.array(class_perturbations(seen, *classifier.head_weights(victim)).vectors[3])
+            seen, (weights, bias) = latents(classifier, victim, images), classifier.head_weights(victim)
+            change = class_perturbations(np.array(seen), np.array(weights), np.array(bias)).vectors[3]
 
     head = network.get_submodule(classifier.head_path[0])
     weight = head.weight
