@@ -28,7 +28,7 @@ torch: install
 	  $(PIP) 'torch==2.13.0+cpu' >/dev/null 2>&1 || true
 
 fast: install
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow and not fuzz" tests
 
 lint: install
 	$(BIN)/ruff check .

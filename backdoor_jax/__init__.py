@@ -10,10 +10,11 @@
 True
 
 The names below are those one usually needs. The rest are in `backdoor_jax.attacks`, `backdoor_jax.defenses`,
-`backdoor_jax.metrics`, `backdoor_jax.models`, `backdoor_jax.data` and `backdoor_jax.training`.
+`backdoor_jax.detectors`, `backdoor_jax.metrics`, `backdoor_jax.models`, `backdoor_jax.data` and
+`backdoor_jax.training`.
 """
 
-from backdoor_jax import attacks, data, defenses, metrics, models, training
+from backdoor_jax import attacks, data, defenses, detectors, metrics, models, training
 from backdoor_jax.attacks import ATTACKS, BadNets, Blended, Victim
 from backdoor_jax.data import Dataset, Task, digits, load, make_dataset
 from backdoor_jax.defenses import D3, DEFENSES, PADFT, TAC, FineTune, Repair, SuperFineTune, scan
@@ -50,6 +51,7 @@ __all__ = [
     "build_classifier",
     "data",
     "defenses",
+    "detectors",
     "digits",
     "evaluate",
     "export_model",

@@ -1,7 +1,7 @@
 """Scan or repair a model in a file, given some labeled images: the work of ``backdoor-jax scan`` and ``defend``.
 
     suspect = load_suspect(Path("model.pt"), "clean.npz", model="resnet18")
-    scan_model(suspect, Path("scan.png")).flagged
+    print(scan_model(suspect, Path("scan.png")).verdict)
     repair_model(suspect, D3(), Path("repaired.pt")).accuracy
 
 `load_suspect` evaluates the model. Shapes of weights do not show how images were normalized, in which order their
@@ -10,16 +10,20 @@ chance. Near chance it is refused; below what a healthy model reaches a scan giv
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.data import Dataset, Labeled, LabelMap, load_labeled
-from backdoor_jax.defenses import TAC, Defense, Repair, Scan, scan
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.defenses import Defense, Repair
+from backdoor_jax.detectors import HEALTHY, Detector, Evidence, PerSample, Verdict, judge, suspicious
+from backdoor_jax.errors import UserError
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model, save_model
@@ -35,8 +39,6 @@ NEEDED_PACKAGES = {**dict.fromkeys(TORCH_SUFFIXES, "torch"), EXPORT_SUFFIX: "fla
 """The package that writing a file needs, by its suffix."""
 MODEL_SUFFIXES = (".safetensors", *NEEDED_PACKAGES)
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
-HEALTHY = 0.7
-"""The accuracy below which a scan gives no verdict; ours. Models near it are rarely trained to the end."""
 MAX_DROP = 0.05
 """The loss of accuracy above which a repair is not written; ours."""
 
@@ -51,8 +53,9 @@ class Suspect:
         variables: its variables.
         data: images to scan or repair with.
         test: images that the model is evaluated on; `data` where there are no others.
-        accuracy: share of `test` that it classifies correctly.
+        accuracy: share of `test` that it classifies correctly; NaN without images.
         healthy: the accuracy that a healthy model reaches on such images; below it there is no verdict.
+        class_names: names of the classes, where `data` comes with some.
         notes: what was assumed, converted or passed over, and what would give a higher accuracy, one line each.
         triggered: the user's triggered images under their true labels, where given.
         target: the class that the trigger leads to.
@@ -65,14 +68,10 @@ class Suspect:
     test: Dataset
     accuracy: float
     healthy: float = HEALTHY
+    class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     triggered: Dataset | None = None
     target: int | None = None
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether it is as accurate as a healthy model."""
-        return self.accuracy >= self.healthy
 
     def success_rate(self, variables: Variables) -> float | None:
         """The attack success rate of the user's trigger under these variables; None without triggered images."""
@@ -93,21 +92,14 @@ class ScanResult:
     """What a scan found.
 
     Attributes:
-        scan: norms and tests of all classes.
-        summary: the same in plain values, as `Scan.summary` gives it: the verdict, the statistic and level it uses.
+        verdict: in words.
+        evidence: what it rests on.
         figure: where the figure was written.
-        certain: whether the model is as accurate as a healthy one; otherwise there is no verdict.
     """
 
-    scan: Scan
-    summary: dict[str, Any]
+    verdict: Verdict
+    evidence: Evidence
     figure: Path
-    certain: bool = True
-
-    @property
-    def flagged(self) -> int | None:
-        """The class that looks poisoned; None where there is none, or no verdict."""
-        return self.summary["flagged"] if self.certain else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +138,8 @@ class Images:
         found = load_labeled(source, num_classes, channels, size=self.size, class_names=self.class_names)
         if self.channel_order == "rgb":
             return found
-        turned = [part and Dataset(part.images[..., ::-1], part.labels) for part in (found.data, found.test)]
-        return Labeled(turned[0] or found.data, turned[1], found.notes)
+        data, test = (part and dataclasses.replace(part, images=part.images[..., ::-1]) for part in found[:2])
+        return found._replace(data=data or found.data, test=test)
 
 
 def load_suspect(
@@ -192,24 +184,10 @@ def load_suspect(
     """
     if (triggered is None) != (target is None):
         raise UserError("triggered images and the target class go together; give both (--triggered, --target)")
+    opened = _open(checkpoint, model, key, stem, normalization, mean, std, classes)
+    labeled = images.load(data, opened.num_classes, opened.channels)
+    classifier, variables = opened.network(labeled.data.images)
     name = str(checkpoint)
-    if names_module(model):
-        assert model is not None
-        if not checkpoint.is_file():
-            raise UserError(f"{checkpoint}: no such file; give a state dict written by torch.save, or .safetensors")
-        state, bounds = unwrap(read(checkpoint), name, key)
-        loaded = load_module(model, state, name, classes)
-        labeled = images.load(data, loaded.num_classes, loaded.channels)
-        mean, std = _normalization(normalization, mean, std, loaded.channels)
-        classifier, variables = Classifier.from_torch(loaded.module, labeled.data.images, mean=mean, std=std)
-        variables = bounds_of(variables, classifier, bounds, name) if bounds else variables
-    else:
-        classifier, variables = load_model(
-            checkpoint, model, key=key, stem=stem, normalization=normalization, mean=mean, std=std
-        )
-        labeled = images.load(data, classifier.num_classes, len(classifier.mean))
-    if classes is not None and classes != classifier.num_classes:
-        raise UserError(f"{checkpoint}: has {classifier.num_classes} classes, not {classes}; fix --classes")
     channels, notes = len(classifier.mean), list(labeled.notes)
     held_out = labeled.test
     if test is not None:
@@ -227,11 +205,6 @@ def load_suspect(
             jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from error
-        except Exception as error:  # Flax and JAX raise many types for images that do not fit.
-            shape = "x".join(map(str, part.images.shape[1:]))
-            raise UserError(
-                f"{checkpoint}: cannot take images of {shape} ({first_line(error)}); give images as in its training"
-            ) from error
     accuracy = evaluate(classifier, variables, judged, name=name).acc
     labels = np.asarray(judged.labels)
     assumed = model is not None
@@ -244,7 +217,19 @@ def load_suspect(
         notes.insert(0, _assumptions(classifier, images))
     if better:
         notes.append(better)
-    return Suspect(name, classifier, variables, labeled.data, judged, accuracy, healthy, tuple(notes), shown, target)
+    return Suspect(
+        name,
+        classifier,
+        variables,
+        labeled.data,
+        judged,
+        accuracy,
+        healthy,
+        labeled.class_names,
+        tuple(notes),
+        shown,
+        target,
+    )
 
 
 def _normalization(
@@ -272,32 +257,132 @@ def _assumptions(classifier: Classifier, images: Images) -> str:
     return f"assumed: {'; '.join(parts)}"
 
 
-def scan_model(suspect: Suspect, out: Path, *, force: bool = False) -> ScanResult:
-    """Scans a model for a backdoored class and draws a figure.
+def load_unseen(
+    checkpoint: Path,
+    size: tuple[int, int],
+    *,
+    model: str | None = None,
+    key: str | None = None,
+    stem: Stem | None = None,
+    normalization: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    classes: int | None = None,
+) -> Suspect:
+    """Reads a model without any images, for a detector that needs none.
+
+    Args:
+        checkpoint: the model; see `backdoor_jax.load_model`.
+        size: height and width of its images.
+        model: see `load_suspect`, as for the other arguments.
+        key: for a PyTorch file that holds several models: which.
+        stem: for a PyTorch file of a ResNet.
+        normalization: for a PyTorch file: a name in `backdoor_jax.models.NORMALIZATIONS`.
+        mean: for a PyTorch file: of each channel, instead of a name.
+        std: for a PyTorch file: of each channel, instead of a name.
+        classes: what the model's number of classes must be.
+
+    Raises:
+        UserError: for a file that cannot be used.
+    """
+    opened = _open(checkpoint, model, key, stem, normalization, mean, std, classes)
+    images = jnp.zeros((1, *size, opened.channels), jnp.uint8)
+    classifier, variables = opened.network(images)
+    none = Dataset(images[:0], jnp.zeros(0, jnp.int32))
+    return Suspect(str(checkpoint), classifier, variables, none, none, math.nan)
+
+
+class _Opened(NamedTuple):
+    """A model in a file, of which a module's network follows from the shape of its images."""
+
+    num_classes: int
+    channels: int
+    network: Callable[[jax.Array], tuple[Classifier, Variables]]
+
+
+def _open(
+    checkpoint: Path,
+    model: str | None,
+    key: str | None,
+    stem: Stem | None,
+    normalization: str | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    classes: int | None,
+) -> _Opened:
+    """Reads a model of this package's or a PyTorch module; see `load_suspect`."""
+    if model is None or not names_module(model):
+        found = load_model(checkpoint, model, key=key, stem=stem, normalization=normalization, mean=mean, std=std)
+        opened = _Opened(found[0].num_classes, len(found[0].mean), lambda images: found)
+    else:
+        name = str(checkpoint)
+        state, bounds = unwrap(read(checkpoint), name, key)
+        loaded = load_module(model, state, name, classes)
+        ways = _normalization(normalization, mean, std, loaded.channels)
+
+        def network(images: jax.Array) -> tuple[Classifier, Variables]:
+            classifier, variables = Classifier.from_torch(loaded.module, images, mean=ways[0], std=ways[1])
+            return classifier, bounds_of(variables, classifier, bounds, name) if bounds else variables
+
+        opened = _Opened(loaded.num_classes, loaded.channels, network)
+    if classes is not None and classes != opened.num_classes:
+        raise UserError(f"{checkpoint}: has {opened.num_classes} classes, not {classes}; fix --classes")
+    return opened
+
+
+def scan_model(
+    suspect: Suspect, out: Path, detector: Detector = PerSample(), *, seed: int = 0, force: bool = False
+) -> ScanResult:
+    """Scans a model for a backdoor and draws a figure.
 
     Args:
         suspect: the model.
         out: the figure, ``.png``, ``.pdf`` or ``.svg``.
+        detector: what to scan with.
+        seed: of the detector.
         force: whether an existing file may be replaced.
 
     Raises:
-        UserError: where the figure cannot be written.
+        UserError: where the detector needs images and there are none, or the figure cannot be written.
         NonFiniteError: where latents are not finite.
     """
     from backdoor_jax.drawing import save_figure
-    from backdoor_jax.report.figures import perturbation_figure
+    from backdoor_jax.report.figures import evidence_figure
 
+    if detector.needs_images and not len(suspect.data):
+        raise UserError(f"{detector.name} needs clean images; give --data")
     if out.suffix not in FIGURE_SUFFIXES:
         raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
     require_free(out, force, FIGURE_SUFFIXES)
-    settings = TAC()
-    found = scan(suspect.classifier, suspect.variables, suspect.data.images, name=suspect.name)
-    summary = found.summary(settings.statistic, settings.alpha)
+    evidence = detector.examine(jax.random.key(seed), suspect.classifier, suspect.variables, suspect.data)
+    verdict = judge(evidence, accuracy=suspect.accuracy, healthy=suspect.healthy, class_names=suspect.class_names)
     try:
-        save_figure(perturbation_figure(summary, suspect.name), out)
+        save_figure(evidence_figure(evidence, suspect.name, str(verdict)), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
-    return ScanResult(found, summary, out, suspect.is_healthy)
+    return ScanResult(verdict, evidence, out)
+
+
+def list_suspicious(
+    suspect: Suspect, training_set: str, target: int, method: str, count: int, images: Images = Images()
+) -> list[str]:
+    """The images of a class in a training set that are most likely poison, as file names or else indices.
+
+    Args:
+        suspect: the model that was trained on them.
+        training_set: see `backdoor_jax.data.load_labeled`.
+        target: the class.
+        method: a name in `backdoor_jax.detectors.SUSPICIONS`.
+        count: how many images.
+        images: how they are read.
+
+    Raises:
+        UserError: for a training set that cannot be used.
+    """
+    classifier = suspect.classifier
+    labeled = images.load(training_set, classifier.num_classes, len(classifier.mean))
+    indices = suspicious(classifier, suspect.variables, labeled.data, target=target, method=method)[:count]
+    return [str(index) if labeled.files is None else labeled.files[index] for index in indices]
 
 
 def repair_model(
@@ -332,7 +417,7 @@ def repair_model(
     if (defense.needs == "training_set") != (training_set is not None):
         fix = "give it with --training-set" if training_set is None else "leave --training-set out"
         raise UserError(f"{defense.name} needs {defense.needs.replace('_', ' ')}; {fix}")
-    if not suspect.is_healthy and not force:
+    if suspect.accuracy < suspect.healthy and not force:
         raise UserError(
             f"{suspect.name}: {100 * suspect.accuracy:.1f} % correct is less than a healthy model reaches "
             f"({100 * suspect.healthy:.0f} %, --healthy), so a repair would mean nothing; fix what it is given"

@@ -1,15 +1,24 @@
 """The command line: parses arguments, calls, and prints."""
 
 import argparse
+import contextlib
+import dataclasses
 import inspect
+import io
+import json
+import math
+import os
 import sys
+import tempfile
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import LONGEST, UserError, first_line, printable
+from backdoor_jax.stopping import Stopped, stopping_at_safe_points
 
 if TYPE_CHECKING:
     from backdoor_jax.analyses.base import Row
@@ -20,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0; 1 where a repair lost too much accuracy; or 2 with one line on stderr for what the user can fix.
+        0; 2 with one line on stderr for what the user can fix; 1 where a repair lost too much accuracy, and with one
+        line that names a log file for anything else; 130 or 143 where Ctrl-C or SIGTERM stopped it.
 
     Example:
         >>> main(["run", "nowhere.yaml"])
@@ -33,13 +43,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.error(f"unknown arguments {' '.join(rest)}; only run and defend take settings, as key=value")
     parsed.overrides = tuple(rest)
-    _enable_compilation_cache()
+    with _safe_output():
+        return _run_command(parsed)
+
+
+def _run_command(parsed: argparse.Namespace) -> int:
+    """Runs a parsed command, and turns every error into one line and an exit code."""
     try:
-        code: int | None = parsed.command(parsed)
+        with stopping_at_safe_points():
+            _set_up_jax()
+            code: int | None = parsed.command(parsed)
     except UserError as error:
-        print(f"backdoor-jax: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except Stopped as stopped:
+        return stopped.code  # The line was printed when the signal came.
+    except OSError as error:
+        return _fail(_system_error(error))
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="backdoor_jax-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        return _fail(f"{type(error).__name__}: {first_line(error)}; this is a bug, please report it with {log.name}", 1)
     return code or 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    """Prints a line on stderr and returns the exit code."""
+    with contextlib.suppress(OSError):
+        print(printable(f"backdoor-jax: {message}", LONGEST), file=sys.stderr, flush=True)
+    return code
+
+
+def _system_error(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    name = f"{error.filename}: " if error.filename else ""
+    return f"{name}{error.strerror or first_line(error)}; free some space or choose another folder, and run it again"
+
+
+class _Quiet:
+    """A stream that drops what is written once its reader is gone: results are saved, whoever reads the output."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, or drops, a text."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or drops it."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            # Python flushes again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _safe_output() -> Iterator[None]:
+    """Lets any text be printed in any locale, and a closed pipe pass unnoticed."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, _Quiet(stream))
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)
+
+
+def _set_up_jax() -> None:
+    """Sets JAX to its default rules, whatever the environment says, and finds out whether it has a device."""
+    import jax
+
+    config: Any = jax.config
+    for name, value in (
+        ("jax_numpy_rank_promotion", "allow"),
+        ("jax_numpy_dtype_promotion", "standard"),
+        ("jax_transfer_guard", "allow"),
+        ("jax_disable_jit", False),
+    ):
+        config.update(name, value)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device ({first_line(error)}); unset JAX_PLATFORMS, or set it to cpu") from error
+    _enable_compilation_cache()
 
 
 def _enable_compilation_cache() -> None:
@@ -52,8 +148,9 @@ def _enable_compilation_cache() -> None:
         config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
         # A command compiles nearly a hundred small programs, two seconds in all.
         config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
-        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry", UserWarning)
+    # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
+    # A folder that cannot be read or written only costs time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,22 +198,32 @@ def _parser() -> argparse.ArgumentParser:
     defend.set_defaults(command=_defend)
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
-    _add_model_options(scan)
+    _add_model_options(scan, data_required=False)
+    scan.add_argument("--detector", metavar="NAME", default="per_sample", help="see list (default: per_sample)")
+    scan.add_argument("--seed", type=int, default=0, help="of the detector (default: 0)")
+    scan.add_argument("--training-set", metavar="DATA", help="the training set, for --list-images")
+    scan.add_argument("--list-images", type=int, metavar="N", help="the N images of the suspicious class to look at")
+    scan.add_argument("--by", metavar="METHOD", default="spectral_signatures", help="or activation_clustering")
+    scan.add_argument("--json", action="store_true", help="print JSON and nothing else")
     scan.add_argument("--out", type=Path, help="the figure (default: the checkpoint's name and .scan.png)")
     scan.set_defaults(command=_scan, test=None)
 
-    listing = commands.add_parser("list", help="the attacks, defenses, models and data sets, one line each")
+    listing = commands.add_parser(
+        "list", help="the attacks, defenses, detectors, scenarios, models and data sets, one line each"
+    )
     listing.set_defaults(command=_list)
     return parser
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
+def _add_model_options(command: argparse.ArgumentParser, data_required: bool = True) -> None:
     """Adds the options of a command on your own model."""
     command.add_argument(
         "--checkpoint", type=Path, required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder"
     )
     command.add_argument(
-        "--data", required=True, help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME"
+        "--data",
+        required=data_required,
+        help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME",
     )
     command.add_argument(
         "--model",
@@ -133,7 +240,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         "the default",
     )
     command.add_argument("--channel-order", choices=("rgb", "bgr"), default="rgb", help="bgr: as OpenCV reads images")
-    command.add_argument("--size", metavar="HxW", help="resize images to this height and width, such as 224x224")
+    command.add_argument("--size", metavar="HxW", help="of the model's images, such as 32x32; others are resized")
     command.add_argument("--class-names", metavar="A,B,...", help="the folders of classes 0, 1, ... (default: sorted)")
     command.add_argument(
         "--healthy",
@@ -191,29 +298,35 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdigit() and 0 < int(side) <= 4096 for side in sides):
+    known = all(len(side) <= 4 and side.isascii() and side.isdigit() and 0 < int(side) <= 4096 for side in sides)
+    if len(sides) not in (1, 2) or not known:
         raise UserError(f"--size {text!r} is no size; give height and width, such as 224x224")
     return int(sides[0]), int(sides[-1])
 
 
+def _model_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What a command says about its model, as `backdoor_jax.app` takes it."""
+    given = {name: getattr(parsed, name) for name in ("model", "key", "stem", "classes")}
+    return given | parse_normalization(parsed.normalize)
+
+
 def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
-    """Loads the model of a command and prints its accuracy."""
+    """Loads the model of a command, with images."""
     from backdoor_jax.app import load_suspect
 
-    suspect = load_suspect(
+    return load_suspect(
         parsed.checkpoint,
         parsed.data,
         test=parsed.test,
-        model=parsed.model,
-        key=parsed.key,
-        stem=parsed.stem,
-        classes=parsed.classes,
         images=_images(parsed),
         healthy=parsed.healthy,
         triggered=parsed.triggered,
         target=parsed.target,
-        **parse_normalization(parsed.normalize),
+        **_model_options(parsed),
     )
+
+
+def _print_accuracy(suspect: "Suspect") -> None:
     images = "test images" if suspect.held_out else "images"
     print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {len(suspect.test)} {images} classified correctly")
     for note in suspect.notes:
@@ -221,7 +334,6 @@ def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
     rate = suspect.success_rate(suspect.variables)
     if rate is not None:
         print(f"{suspect.name}: {100 * rate:.1f} % of the triggered images classified as {suspect.target}")
-    return suspect
 
 
 def _images(parsed: argparse.Namespace) -> "Images":
@@ -238,6 +350,7 @@ def _defend(parsed: argparse.Namespace) -> int:
 
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
     suspect = _load_suspect(parsed)
+    _print_accuracy(suspect)
     result = repair_model(
         suspect,
         defense,
@@ -270,39 +383,74 @@ def _defend(parsed: argparse.Namespace) -> int:
 
 
 def _scan(parsed: argparse.Namespace) -> None:
-    from backdoor_jax.app import scan_model
+    from backdoor_jax.app import list_suspicious, load_unseen, scan_model
+    from backdoor_jax.detectors import DETECTORS
 
-    suspect = _load_suspect(parsed)
-    result = scan_model(suspect, parsed.out or Path(f"{parsed.checkpoint.name}.scan.png"), force=parsed.force)
+    if parsed.detector not in DETECTORS:
+        raise UserError(f"unknown detector {parsed.detector!r}; known are {', '.join(DETECTORS)}")
+    if (parsed.list_images is None) != (parsed.training_set is None):
+        raise UserError("--list-images N and --training-set DATA belong together; give both")
+    if parsed.data is None:
+        size = parse_size(parsed.size)
+        if size is None:
+            raise UserError("give the size of the model's images as --size 32x32, or clean images by --data")
+        suspect = load_unseen(parsed.checkpoint, size, **_model_options(parsed))
+    else:
+        suspect = _load_suspect(parsed)
+    if not parsed.json and len(suspect.test):
+        _print_accuracy(suspect)
+    figure = parsed.out or Path(f"{parsed.checkpoint.name}.scan.png")
+    result = scan_model(suspect, figure, DETECTORS[parsed.detector](), seed=parsed.seed, force=parsed.force)
+    images = None
+    if parsed.list_images is not None:
+        target = result.evidence.target
+        images = list_suspicious(suspect, parsed.training_set, target, parsed.by, parsed.list_images, _images(parsed))
+    if parsed.json:
+        print(_as_json(suspect, result, images))
+        return
     _print_scan(suspect, result)
+    if images is not None:
+        print(f"most suspicious images of class {result.evidence.target} by {parsed.by}: {' '.join(images)}")
     print(f"{result.figure}: written")
 
 
+def _as_json(suspect: "Suspect", result: "ScanResult", images: list[str] | None) -> str:
+    """A scan as JSON; values that are not finite are null."""
+    evidence = result.evidence
+    return json.dumps(
+        {
+            "model": suspect.name,
+            "accuracy": None if math.isnan(suspect.accuracy) else suspect.accuracy,
+            "notes": suspect.notes,
+            "success_rate": suspect.success_rate(suspect.variables),
+            "verdict": dataclasses.asdict(result.verdict),
+            "quantity": evidence.quantity,
+            "values": [value if math.isfinite(value) else None for value in evidence.values.tolist()],
+            "details": evidence.details,
+            "images": images,
+            "figure": str(result.figure),
+        },
+        indent=2,
+        allow_nan=False,
+    )
+
+
 def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
-    """Prints the norms of all classes, the tests and the verdict."""
+    """Prints the values of all classes, the verdict and what to do next."""
     from rich.console import Console
     from rich.table import Table
 
-    summary, tests = result.summary, result.scan.tests
-    table = Table("class", "per sample", "worst case", title="smallest latent change towards each class")
-    for number, norms in enumerate(zip(summary["per_sample"], summary["worst_case"], strict=True)):
-        shown = ["-" if norm is None else f"{norm:.3g}" for norm in norms]
-        smallest = number == tests[summary["statistic"]].smallest
-        table.add_row(str(number), *shown, style="bold" if smallest else None)
+    evidence, verdict = result.evidence, result.verdict
+    names = suspect.class_names or [""] * len(evidence.values)
+    table = Table("class", "name", evidence.quantity, title=f"{evidence.detector}, every class")
+    for number, (name, value) in enumerate(zip(names, evidence.values, strict=True)):
+        shown = f"{value:.3g}" if math.isfinite(value) else "-"
+        table.add_row(str(number), name, shown, style="bold" if number == evidence.target else None)
     Console(soft_wrap=True).print(table)
-    for name, test in tests.items():
-        p_value = "too few classes" if test.p_value is None else f"p = {test.p_value:.2g}"
-        used = " (verdict)" if name == summary["statistic"] else ""
-        print(f"{name.replace('_', ' ')}{used}: class {test.smallest} is smallest, {p_value}")
-    flagged = result.flagged
-    if not result.certain:
-        print(
-            f"{suspect.name}: cannot tell, since {100 * suspect.accuracy:.1f} % correct is less than a healthy model "
-            f"reaches ({100 * suspect.healthy:.0f} %, --healthy)"
-        )
-        return
-    likely = f"likely backdoored towards class {flagged}" if flagged is not None else summary["verdict"]
-    print(f"{suspect.name}: {likely} (one-sided Grubbs test at {summary['alpha']})")
+    p_value = "no p-value" if evidence.p_value is None else f"p = {evidence.p_value:.2g}"
+    print(f"{suspect.name}: {verdict}")
+    print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")
+    print(verdict.advice)
 
 
 def _demo(parsed: argparse.Namespace) -> None:
@@ -318,7 +466,7 @@ def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
     """Runs an experiment, and prints its rows, their table and where the page is."""
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.errors import FailedRepairs
-    from backdoor_jax.experiment import read_rows, run_experiment
+    from backdoor_jax.experiment import RESULT, read_rows, run_experiment
     from backdoor_jax.report import write_page
 
     experiment, failed = load_experiment(config, overrides), None
@@ -326,9 +474,11 @@ def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
         run_experiment(experiment, out, report=lambda line: print(line, flush=True))
     except FailedRepairs as error:
         failed = error
-    rows = read_rows(out / "results.jsonl")
+    rows = read_rows(out / "results.jsonl", RESULT)
+    page = write_page(rows, out) if rows else None
     print_table(rows)
-    print(f"{write_page(rows, out)}: open it in a browser")
+    if page:
+        print(f"{page}: open it in a browser")
     if failed:
         raise failed
 
@@ -363,7 +513,9 @@ def _list(parsed: argparse.Namespace) -> None:
     from backdoor_jax.attacks import ATTACKS
     from backdoor_jax.data import SOURCES
     from backdoor_jax.defenses import DEFENSES
+    from backdoor_jax.detectors import DETECTORS
     from backdoor_jax.models import MODELS
+    from backdoor_jax.scenarios import SCENARIOS
 
     def first_line(thing: object) -> str:
         return (inspect.getdoc(thing) or "").splitlines()[0]
@@ -371,6 +523,8 @@ def _list(parsed: argparse.Namespace) -> None:
     sections = {
         "attacks": [(name, first_line(attack)) for name, attack in ATTACKS.items()],
         "defenses": [(name, f"{d.summary} (needs: {d.needs.replace('_', ' ')})") for name, d in DEFENSES.items()],
+        "detectors": [(name, detector.summary) for name, detector in DETECTORS.items()],
+        "scenarios": list(SCENARIOS.items()),
         "models": [(name, model.summary) for name, model in MODELS.items()],
         "data": list(SOURCES.items()),
     }

@@ -1,6 +1,7 @@
 """How programs that run a network are compiled."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import ParamSpec, TypeVar
 
@@ -25,6 +26,13 @@ one_program = partial(jax.jit, inline=True)
 
 Inside they become part of the surrounding program; outside they are one program, not one for each operation.
 """
+
+
+@contextlib.contextmanager
+def standard_rules() -> Iterator[None]:
+    """JAX's default rules for ranks, types and transfers, whatever the user has set for code of their own."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.transfer_guard("allow"):
+        yield
 
 
 def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

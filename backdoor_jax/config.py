@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar
 import jax
 import numpy as np
 import pydantic
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from backdoor_jax.errors import UserError
 
@@ -35,9 +35,20 @@ Share = Annotated[float, Gt(0), Le(1)]
 """A share in (0, 1]."""
 Fraction = Annotated[float, Ge(0), Le(1)]
 """A share in [0, 1]."""
-Count = Annotated[int, Ge(1)]
-Whole = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1), Le(10**9)]
+Whole = Annotated[int, Ge(0), Le(10**9)]
 """A whole number from 0."""
+MOST_CLASSES = 2**16
+"""The largest public sets have 22,000."""
+Classes = Annotated[int, Ge(2), Le(MOST_CLASSES)]
+Width = Annotated[int, Ge(1), Le(2**12)]
+"""A network's width; the published one is 64 everywhere."""
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+LearningRate = Annotated[float, Gt(0), Le(100)]
+"""A learning rate; the largest published one is 2.5."""
+Decay = Annotated[float, Ge(0), Le(1)]
+"""Weight decay."""
+Momentum = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,18 +14,29 @@ where the method has them ``preset`` and ``known_target``. pydantic checks types
 value and an unknown name are one line each.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pydantic
+import yaml
 
 from backdoor_jax.attacks import ATTACKS
 from backdoor_jax.config import Config, _expected
 from backdoor_jax.defenses import DEFENSES, Defense
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Experiment, ModelConfig
+from backdoor_jax.reading import DEEPEST, file_size
 from backdoor_jax.training import TrainConfig
+
+LARGEST = 1 << 20
+"""Bytes of an experiment's YAML."""
+LONGEST_LABEL = 64
+"""Characters of a label, which names folders and files."""
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -39,14 +50,12 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: for anything that cannot be used, naming file and key.
     """
-    import yaml
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give an experiment in YAML, such as those in configs/")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    fix = "give an experiment in YAML, such as those in configs/"
+    size = file_size(path, fix)
+    if size > LARGEST:
+        raise UserError(f"{path}: has {size} bytes, at most {LARGEST} are read; {fix}")
+    with _parsing_yaml(str(path)):
+        document = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected keys such as name, data, attacks and defenses")
     for override in overrides:
@@ -94,15 +103,54 @@ def parse_override(override: str) -> tuple[str, Any]:
         >>> parse_override("victim.epochs=2")
         ('victim.epochs', 2)
     """
-    import yaml
-
     name, separator, value = override.partition("=")
     if not separator or not name:
         raise UserError(f"override {override!r} is not key=value, such as victim.epochs=2")
+    with _parsing_yaml(f"override {override!r}"):
+        return name, parse_yaml(value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values, with 1e-3 as a number, as in YAML 1.2, and without references, which may grow endlessly."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next value."""
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("references (*name) are not allowed; write the value out")
+        if self.depth > DEEPEST:
+            raise ValueError(f"it has more than {DEEPEST} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain value that YAML text holds.
+
+    Raises:
+        Exception: of many kinds for other text; see `_parsing_yaml`.
+
+    Example:
+        >>> parse_yaml("{learning_rate: 1e-3}")
+        {'learning_rate': 0.001}
+    """
+    return yaml.load(text, _Loader)
+
+
+@contextlib.contextmanager
+def _parsing_yaml(where: str) -> Iterator[None]:
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not YAML ({' '.join(str(error).split())})") from error
+        yield
+    except Exception as error:  # Numbers, dates and nesting raise others than YAMLError.
+        raise UserError(f"{where}: not YAML ({' '.join(str(error).split())[:200]})") from error
 
 
 def make_defense(name: str, preset: str | None = None, overrides: Sequence[str] = ()) -> Defense:
@@ -138,36 +186,37 @@ def check_defense(name: str, preset: Any, settings: dict[str, Any], where: str) 
     return check(defense, settings, where)
 
 
-def check(kind: type[Any], values: Any, where: str) -> Any:
+def check(kind: type[Config], values: Any, where: str) -> Any:
     """The configuration of a type from plain values, such as YAML holds.
 
     Raises:
         UserError: for an unknown or missing key, or a value of the wrong type or out of range.
     """
-    import pydantic
-
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected keys and values, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{where}: unknown key {name!r}; known are {', '.join(fields)}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}: {name}: missing; give it a value")
+    given = {name: _tuples(value) for name, value in values.items()}
+    for name, value in given.items():
+        try:
+            kind._adapters()[name].validate_python(value, strict=True)
+        except pydantic.ValidationError as errors:
+            dot = "." if ": " in where else ": "
+            raise UserError(f"{where}{dot}{name} is {values[name]!r}, expected {_expected(errors)}") from errors
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
-    except pydantic.ValidationError as errors:
-        raise UserError(f"{where}{_explain(errors, kind, values, where)}") from errors
+        return kind(**given)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _explain(errors: Any, kind: type[Config], values: dict[str, Any], where: str) -> str:
-    """What is wrong with values, after the place where they are."""
-    first = errors.errors()[0]
-    if isinstance(first.get("ctx", {}).get("error"), UserError):
-        return f": {first['ctx']['error']}"
-    key = first["loc"][0] if first["loc"] else ""
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = ", ".join(field.name for field in dataclasses.fields(kind))
-        return f": unknown key {key!r}; known are {known}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f": {key}: missing; give it a value"
-    return f"{'.' if ': ' in where else ': '}{key} is {values.get(key)!r}, expected {_expected(errors)}"
+def _tuples(value: Any) -> Any:
+    """The value, in which YAML's lists are tuples, as in configurations."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _attack(entry: Any, where: str, victim: TrainConfig) -> AttackEntry:
@@ -198,8 +247,16 @@ def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dic
     label = settings.pop("label", name)
     if name not in known:
         raise UserError(f"{where}: unknown name {name!r}; known are {', '.join(known)}")
-    if not isinstance(label, str) or not label or label.startswith(".") or set(label) & set("/\\"):
-        raise UserError(f"{where}: label {label!r} must be text that can name a file")
+    if (
+        not isinstance(label, str)
+        or not 0 < len(label) <= LONGEST_LABEL
+        or not label.isprintable()
+        or label.startswith(".")
+        or set(label) & set("/\\")
+    ):
+        raise UserError(
+            f"{where}: label {label!r} must be text of up to {LONGEST_LABEL} characters that can name a file"
+        )
     return name, label, settings
 
 

@@ -1,8 +1,15 @@
-"""Files that are complete or absent, and files that several processes append to."""
+"""The one way to write: new beside old, then renamed; and locks of files and folders that several processes write to.
 
+What is being written is called ``NAME.PID.partial``, and an old folder that is being replaced ``NAME.PID.old``. A
+killed process leaves them behind; they are recognized by the number of a process that no longer runs.
+"""
+
+import contextlib
 import os
+import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -32,12 +39,105 @@ def atomic_write(path: Path) -> Iterator[Path]:
         ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
         [('a.txt', 'new')]
     """
+    settle(path)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which replaces ``path`` at the end of the block.
+
+    Until then, and after an error, ``path`` is as it was. What an old folder holds besides the new one's files is kept.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for text in ("old", "new"):
+        ...         with atomic_folder(Path(folder) / "model") as temporary:
+        ...             _ = (temporary / "a.txt").write_text(text)
+        ...     [file.name for file in Path(folder).iterdir()], (Path(folder) / "model" / "a.txt").read_text()
+        (['model'], 'new')
+    """
+    settle(path)
+    partial, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.is_dir():
+            os.replace(path, old)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _settle_old(old, path)
+
+
+_LEFTOVER = re.compile(r"(?P<stem>.+)\.(?P<process>\d+)\.(?P<kind>partial|old)(?P<suffix>\.[^.]+)?")
+
+
+def settle(path: Path) -> None:
+    """Removes what killed processes left beside a path, and puts back an old folder where they moved it away."""
+    with contextlib.suppress(OSError):
+        for leftover in path.parent.iterdir():
+            if (found := _left_behind(leftover)) and found["stem"] + (found["suffix"] or "") == path.name:
+                _remove_leftover(leftover, found)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left anywhere in a folder, and puts back old folders."""
+    for leftover in sorted(folder.rglob("*"), reverse=True):
+        if found := _left_behind(leftover):
+            _remove_leftover(leftover, found)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a killed process left a file or folder behind while it wrote another one."""
+    return _left_behind(path) is not None
+
+
+def _left_behind(path: Path) -> re.Match[str] | None:
+    found = _LEFTOVER.fullmatch(path.name)
+    return found if found and not _runs(int(found["process"])) else None
+
+
+def _remove_leftover(leftover: Path, found: re.Match[str]) -> None:
+    if found["kind"] == "old":
+        _settle_old(leftover, leftover.with_name(found["stem"]))
+    elif leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
+def _settle_old(old: Path, new: Path) -> None:
+    """Puts an old folder back where there is no new one, or moves into the new one what that lacks."""
+    if not old.is_dir():
+        return
+    if not new.exists():
+        os.replace(old, new)
+        return
+    for inner in old.iterdir():
+        if not (new / inner.name).exists():
+            os.replace(inner, new / inner.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs."""
+    if os.name == "nt":  # There `os.kill` would end it.
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,3 +199,78 @@ def _lock_file(path: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink()
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """A folder that no other process has locked in this way during the block; nothing is written for it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path, parts: Sequence[str]) -> Iterator[None]:
+    """Parts of a folder that no other process holds during the block; a killed process gives them up.
+
+    Args:
+        folder: the folder.
+        parts: what to hold, such as ``seed-0``.
+
+    Raises:
+        UserError: where another process holds one, with the number of the process.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, held(Path(folder), ["seed-0"]):
+        ...     with held(Path(folder), ["seed-1"]):
+        ...         sorted(path.name for path in Path(folder).iterdir())
+        ['.seed-0.lock', '.seed-1.lock']
+    """
+    with contextlib.ExitStack() as holding:
+        for part in parts:
+            holding.enter_context(_held(folder / f".{part}.lock", part))
+        yield
+
+
+@contextmanager
+def _held(path: Path, part: str) -> Iterator[None]:
+    while True:
+        if fcntl is None and path.exists():
+            raise UserError(_in_use(path, part))
+        with path.open("a+") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(_in_use(path, part)) from None
+                try:
+                    current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+                except FileNotFoundError:
+                    current = False
+                if not current:  # Its holder removed it meanwhile.
+                    continue
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _in_use(path: Path, part: str) -> str:
+    with contextlib.suppress(OSError):
+        holder = path.read_text().strip()
+        return (
+            f"{path.parent} is in use by process {holder or 'unknown'} ({part.replace('-', ' ')}); wait for it, or "
+            "give other seeds or another --out"
+        )
+    return f"{path.parent} was in use a moment ago; try again"

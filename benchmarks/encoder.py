@@ -97,7 +97,7 @@ def one_seed(arguments: argparse.Namespace, encoder: Any, images: Any, task: Any
     from backdoor_jax.training import SimCLRConfig, Stopwatch, pretrain
 
     clean_key, trigger_key, backdoor_key, head_key, whole_key = jax.random.split(jax.random.key(seed), 5)
-    attack = BadNets(size=arguments.trigger_size, target=arguments.target)
+    attack = BadNets(size=arguments.trigger_size, border=1, target=arguments.target)
     trigger, label_map = attack.trigger(trigger_key, images.images.shape[1:]), attack.label_map(task.num_classes)
     references = task.train.images[task.train.labels == arguments.target][: arguments.references]
     simclr = SimCLRConfig(epochs=arguments.epochs)

@@ -7,6 +7,7 @@
 - `classes`: TAC's programs, all classes;
 - `victims`: an epoch of several networks of one shape: one after another, in `lax.map`, under `vmap`, and a network a
   device;
+- `batches`: four steps of one network at that many images a step;
 - `devices`: data-parallel epochs of one network; virtual devices share the processor's cores, so on a CPU this shows
   what dividing costs, not what it gains.
 
@@ -21,8 +22,6 @@ from typing import Any
 
 import measuring
 from speed import Size, network, programs, random_data, scoring
-
-WIDTH = 16
 
 
 def images(point: int, how: str, width: int) -> Callable[[], Any]:
@@ -52,6 +51,14 @@ def victims(point: int, how: str, width: int) -> Callable[[], Any]:
         return lambda: each(states, sets, keys, steps)
     mesh = mesh_for(point, jax.devices()[: point if how == "sharded" else 1])
     return lambda: fit_many(keys, steps, states, sets, **options, mesh=mesh).state
+
+
+def batches(point: int, how: str, width: int) -> Callable[[], Any]:
+    """Four steps of one network in batches of so many images."""
+    from backdoor_jax.training import fit
+
+    step, state, data, key = epoch_of(width, 4 * point)
+    return lambda: fit(key, step, state, data, epochs=1, batch_size=point).state
 
 
 def devices(point: int, how: str, width: int) -> Callable[[], Any]:
@@ -84,6 +91,7 @@ SCALES: dict[str, tuple[Callable[[int, str, int], Callable[[], Any]], tuple[str,
     "images": (images, ("",), (2_000, 8_000, 32_000)),
     "classes": (classes, ("",), (10, 50, 100, 200)),
     "victims": (victims, ("one by one", "map", "vmap", "sharded"), (1, 2, 4, 8)),
+    "batches": (batches, ("",), (128, 256, 512, 1024)),
     "devices": (devices, ("",), (1, 2, 4, 8)),
 }
 
@@ -104,7 +112,7 @@ def main() -> None:
         if (how == "sharded" or scale == "devices") and int(point) > jax.device_count():
             print(json.dumps({"left_out": f"there are {jax.device_count()} devices"}))
             return
-        width = 4 if arguments.quick else WIDTH
+        width = 4 if arguments.quick else 16 if jax.default_backend() == "cpu" else 64
         times = measuring.timed(SCALES[scale][0](int(point), how, width), 2 if arguments.quick else arguments.repeats)
         print(json.dumps({**times, "peak_bytes": measuring.peak_memory(), "about": measuring.about()}))
         return
@@ -122,10 +130,11 @@ def main() -> None:
                     continue
                 about = found.pop("about")
                 results.append({"scale": scale, "how": how, "point": point, **found})
+                content = {"about": about, "quick": arguments.quick, "results": results}
+                path = measuring.write(arguments, "scaling", content)
                 seconds = f"{found['seconds']:.3g} ({found['least']:.3g} to {found['most']:.3g})"
                 rows.append([scale, how, str(point), seconds, f"{found['peak_bytes'] / 2**20:,.0f}"])
-    content = {"about": about, "quick": arguments.quick, "results": results}
-    print(measuring.write(arguments, "scaling", content))
+    print(path)
     columns = ["scale", "how", "point", "seconds", "peak MiB"]
     measuring.show(f"{about['device']}, {about['processor']}", columns, rows)
 

@@ -189,7 +189,7 @@ def programs(classes: int, latent: int) -> Work:
     import jax
     import numpy as np
 
-    from backdoor_jax.defenses.tac_program import class_perturbations
+    from backdoor_jax.defenses.tac_program import WORKING_SET, class_perturbations
 
     generator = np.random.default_rng(0)
     kernel = generator.standard_normal((latent, classes)).astype(np.float32) / np.sqrt(latent)
@@ -198,7 +198,7 @@ def programs(classes: int, latent: int) -> Work:
     arrays = jax.device_put((samples, kernel, np.zeros(classes, np.float32)))
     sweeps = float(class_perturbations(*arrays).sweeps.sum())
     jax.clear_caches()
-    arithmetic = 2 * classes**2 * (latent + 5 * classes) + sweeps * 2 * classes**2
+    arithmetic = 2 * classes**3 * min(classes, latent) + sweeps * 2 * min(classes, WORKING_SET) ** 2
     return Work(lambda: class_perturbations(*arrays), arithmetic, 0, f"{classes} classes, latents of {latent}")
 
 
@@ -263,11 +263,10 @@ def main() -> None:
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         results[name] = measuring.in_a_process(__file__, *sys.argv[1:], "--one", name)
-    content = {"about": results[next(iter(results))].pop("about"), "quick": arguments.quick, "results": results}
-    for result in results.values():
-        result.pop("about", None)
-    name = "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else "")
-    print(measuring.write(arguments, name, content))
+        about = results[name].pop("about")
+        content = {"about": about, "quick": arguments.quick, "results": results}
+        path = measuring.write(arguments, "speed" + ("-bfloat16" if arguments.dtype == "bfloat16" else ""), content)
+    print(path)
     rows = []
     for name, result in results.items():
         rate = f"{result['images'] / result['seconds']:,.0f}" if result["images"] else "-"
@@ -277,7 +276,7 @@ def main() -> None:
         compiling = f"{result['compile_seconds']:.1f}"
         rows.append([name, result["what"], times, rate, compiling, f"{result['floor']:.3g}", share, memory])
     columns = ["", "work", "seconds", "images/s", "compile s", "floor s", "share %", "peak MiB"]
-    measuring.show(f"{content['about']['device']}, {content['about']['processor']}", columns, rows)
+    measuring.show(f"{about['device']}, {about['processor']}", columns, rows)
 
 
 def measure(name: str, arguments: Any) -> dict[str, Any]:

@@ -10,12 +10,7 @@ from typing import Any
 
 import measuring
 
-LABELS = {
-    "as_published": "as published,\njudged every epoch",
-    "judged_once": "as published,\njudged at the end",
-    "tuned": "tuned",
-}
-METHODS = {"finetune": "fine-tuning", "d3": "D3"}
+WORK = {"finetune": "fine-tuning", "d3": "D3", "scoring": "scoring"}
 
 
 def main() -> None:
@@ -47,14 +42,15 @@ def draw(speed: dict[str, Any], versus: dict[str, Any], scaling: dict[str, Any],
     figure.suptitle(f"{about['processor']}, {about['cores']} cores, JAX {about['versions']['jax']}", fontsize=10)
 
     axis = axes[0, 0]
-    for number, (method, label) in enumerate(METHODS.items()):
-        ratios = [versus["results"][f"{method}/{style}"]["ratio"] for style in LABELS]
-        bars = axis.bar(np.arange(len(LABELS)) + 0.4 * number - 0.2, ratios, 0.38, label=label)
-        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    titles = list(versus["results"])
+    for number, (work, label) in enumerate(WORK.items()):
+        ratios = [versus["results"][title][f"{work}/tuned"]["ratio"] for title in titles]
+        bars = axis.bar(np.arange(len(titles)) + 0.27 * (number - 1), ratios, 0.25, label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(LABELS)), list(LABELS.values()), fontsize=8)
+    axis.set_xticks(range(len(titles)), [title.replace(", ", "\n") for title in titles], fontsize=8)
     axis.set_ylabel("PyTorch's seconds / ours")
-    axis.set_title("Against PyTorch in the same run", fontsize=10)
+    axis.set_title("Against tuned PyTorch in the same run", fontsize=10)
     axis.legend(fontsize=8)
 
     axis = axes[0, 1]

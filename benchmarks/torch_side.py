@@ -1,4 +1,6 @@
-"""Fine-tuning and D3 in plain PyTorch, for `versus_torch.py`: reads a file, then a line a run, and answers in JSON.
+"""Fine-tuning, D3 and scoring in plain PyTorch, for `versus_torch.py`.
+
+Reads a file, then a line a run, and answers in JSON.
 
 Needs PyTorch and NumPy alone, so that it may have an interpreter of its own. The file holds the network's tensors
 under `finetune/` and `d3/`, images and labels, and the settings. A run is ``METHOD STYLE``:
@@ -75,17 +77,23 @@ class Side:
 
     def run(self, method: str, style: str) -> dict[str, float]:
         tuned = style == "tuned"
-        network = self.network(method)
+        network = self.network("finetune" if method == "scoring" else method)
         if tuned:
             network = network.to(memory_format=torch.channels_last)
         forward = network
         if tuned and self.device.type == "cuda":
             forward = torch.compile(network)
-            self.train(forward, network, method, tuned, steps=3, judge=False)  # Compiles.
-            network.load_state_dict(self.start(method))
-            network.to(self.device)
+            if method == "scoring":
+                self.score(forward)
+            else:
+                self.train(forward, network, method, tuned, steps=3, judge=False)
+                network.load_state_dict(self.start(method))
+                network.to(self.device)
         synchronize(self.device)
         started = time.perf_counter()
+        if method == "scoring":
+            mean = self.score(forward)
+            return {"seconds": time.perf_counter() - started, "mean": mean}
         self.train(forward, network, method, tuned, self.steps, judge=style == "as_published")
         rates = self.judge(network, tuned)
         synchronize(self.device)
@@ -126,6 +134,20 @@ class Side:
             if judge and step < steps:
                 self.judge(network, tuned)
                 network.train()
+
+    @torch.inference_mode()
+    def score(self, forward: Any) -> float:
+        """The mean symmetric cross-entropy of all images to be scored."""
+        forward.eval()
+        pixels, truth = torch.tensor(self.work["scored_images"]), torch.tensor(self.work["scored_labels"]).long()
+        scores = []
+        for images, labels in zip(pixels.split(500), truth.split(500), strict=True):
+            x = images.to(self.device).permute(0, 3, 1, 2).float().div(255)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                logits = forward(self.normalized(x)).float()
+            losses = torch.nn.functional.cross_entropy(logits, labels.to(self.device), reduction="none")
+            scores.append(losses + 4 * (1 - torch.exp(-losses)))
+        return float(torch.cat(scores).mean())
 
     def batches(self, tuned: bool) -> Any:
         images, labels = self.work["images"], self.work["labels"]

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backdoor_jax import TAC, Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model
+from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model, scan
 from backdoor_jax.app import load_suspect, repair_model, require_better_than_chance, scan_model
 from backdoor_jax.cli import main, parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import CLP
+from backdoor_jax.detectors import DETECTORS
 from backdoor_jax.models import Variables
 
 COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
@@ -188,9 +191,9 @@ def test_a_scan_prints_norms_tests_and_verdict_and_writes_a_figure(
     lines = output.splitlines()
     assert lines[0] == f"{place / form}: 100.0 % of 60 images classified correctly"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == list("012345")
-    assert any(line.startswith("per sample (verdict): class ") and "p = " in line for line in lines)
-    assert any(line.startswith("worst case: class ") for line in lines)
-    assert lines[-2].startswith(f"{place / form}: ") and "Grubbs" in lines[-2]
+    assert lines[-4] == f"{place / form}: no sign of a backdoor"
+    assert lines[-3].startswith("evidence: none; class ") and "p = " in lines[-3] and "per_sample" in lines[-3]
+    assert "no proof of a clean model" in lines[-2]
     assert lines[-1] == f"{form}.scan.png: written"
     with Image.open(tmp_path / f"{form}.scan.png") as figure:
         assert figure.size[0] > 400
@@ -199,12 +202,61 @@ def test_a_scan_prints_norms_tests_and_verdict_and_writes_a_figure(
     assert call("scan", "--checkpoint", place / form, *again)[0] == 0
 
 
+def test_a_scan_in_json_has_verdict_values_and_the_images_to_look_at(place: Path, tmp_path: Path) -> None:
+    given = ("scan", "--checkpoint", place / "model", "--data", place / "images", "--out", tmp_path / "s.png")
+    listed = ("--training-set", place / "clean.npz", "--list-images", "4", "--by", "activation_clustering")
+    code, output, error = call(*given, "--json", *listed)
+    assert (code, error) == (0, "")
+    found = json.loads(output)
+    assert found["verdict"]["outcome"] == "no sign of a backdoor" and found["verdict"]["detector"] == "per_sample"
+    assert (found["accuracy"], len(found["values"]), found["details"]["unsolved_samples"]) == (1.0, 6, 0)
+    labels = np.load(place / "clean.npz")["labels"]
+    assert len(found["images"]) == 4
+    assert (labels[[int(index) for index in found["images"]]] == np.argmin(found["values"])).all()
+    assert Path(found["figure"]).is_file()
+
+
+def test_labeled_images_bring_class_names_and_file_names(place: Path, tmp_path: Path) -> None:
+    folder = load_labeled(str(place / "images"), 6)
+    assert folder.class_names == tuple(f"class{number}" for number in range(6))
+    assert folder.files is not None and folder.files[0] == "class0/00.png" and len(folder.files) == len(folder.data)
+    images, labels = draw(6, 0)
+    np.savez(tmp_path / "named.npz", images=images, labels=labels, class_names=list("abcdef"))
+    assert load_labeled(str(tmp_path / "named.npz"), 6).class_names == tuple("abcdef")
+    with pytest.raises(UserError, match="6 class_names, the model 7"):
+        load_labeled(str(tmp_path / "named.npz"), 7)
+
+
+@pytest.mark.parametrize("detector", ["mm_bd", "neural_cleanse", "loss_ascent", "worst_case"])
+def test_every_detector_scans_from_the_command_line(
+    detector: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"mm_bd": {"steps": 2}, "neural_cleanse": {"rounds": 1}, "loss_ascent": {"steps": 1}}.get(detector, {})
+    monkeypatch.setitem(DETECTORS, detector, functools.partial(DETECTORS[detector], **quick))
+    source = ("--size", "8x8") if detector == "mm_bd" else ("--data", place / "clean.npz")
+    out = tmp_path / "s.png"
+    code, output, _ = call("scan", "--checkpoint", place / "model", *source, "--detector", detector, "--out", out)
+    assert code == 0 and f"({detector})" in output and out.is_file()
+    assert ("cannot tell: loss ascent" in output) == (detector == "loss_ascent")
+
+
+def test_a_scan_without_what_it_needs_says_what_to_give(place: Path, tmp_path: Path) -> None:
+    given = ("scan", "--checkpoint", place / "model", "--out", tmp_path / "s.png")
+    assert "--size 32x32" in error_of(*given, "--detector", "mm_bd")
+    assert "--size 'big'" in error_of(*given, "--size", "big")
+    assert "per_sample needs clean images; give --data" in error_of(*given, "--size", "8x8")
+    assert "known are per_sample, worst_case" in error_of(*given, "--detector", "best")
+    assert "belong together" in error_of(*given, "--list-images", "3")
+
+
 def test_the_functions_return_what_the_commands_print(place: Path, tmp_path: Path, no_repair: None) -> None:
     suspect = load_suspect(place / "model", str(place / "clean.npz"))
     assert (suspect.accuracy, suspect.held_out, len(suspect.test)) == (1.0, False, 60)
     found = scan_model(suspect, tmp_path / "scan.png")
     assert found.figure.is_file()
-    assert found.flagged == found.scan.flagged(TAC().statistic, TAC().alpha)
+    expected = scan(suspect.classifier, suspect.variables, suspect.data.images)
+    np.testing.assert_array_equal(found.evidence.values, expected.per_sample)
+    assert found.verdict.target is expected.flagged() is None
     result = repair_model(suspect, FineTune(), tmp_path / "repaired")
     assert (result.accuracy, result.repair.why, result.held_out) == (1.0, "a test", False)
     assert result.out == tmp_path / "repaired"
@@ -319,7 +371,7 @@ def test_which_models_are_near_chance(correct: int, labels: np.ndarray, accepted
         ({"--defense": "pad_ft"}, "pad_ft needs training set; give it with --training-set"),
         ({"--training-set": "clean.npz"}, "leave --training-set out"),
         ({"--defense": "clp", "--training-set": "clean.npz"}, "clp needs nothing; leave --training-set out"),
-        ({"--preset": "paper"}, "unknown finetune preset 'paper'; it has none"),
+        ({"--preset": "paper"}, "unknown finetune preset 'paper'; known are gtsrb"),
         ({"--model": "resnet18"}, "holds preact_resnet18, not resnet18"),
         ({"--normalize": "cifar10"}, "has its own normalization"),
         ({"--normalize": "much"}, "neither"),

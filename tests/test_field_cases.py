@@ -184,8 +184,8 @@ def test_below_a_healthy_accuracy_there_is_no_verdict_and_no_repair(place: Place
     named = ("--model", f"{place.folder / 'nets.py'}:make_net")
     code, output, _ = call("scan", *given, *named, "--out", tmp_path / "a.png")
     assert code == 0
-    assert "cannot tell, since" in output.splitlines()[-2]
-    assert "likely" not in output
+    assert "cannot tell: 100.0 % of the images classified correctly is less than a healthy model" in output
+    assert "backdoored, class" not in output
     code, _, error = call("defend", *given, *named, "--defense", "clp", "--out", tmp_path / "a.pt")
     assert code == 2
     assert "less than a healthy model reaches" in error and "--force" in error

@@ -16,7 +16,7 @@ import numpy as np
 
 from backdoor_jax.attacks.base import Attack
 from backdoor_jax.attacks.triggers import PatchTrigger
-from backdoor_jax.config import Count
+from backdoor_jax.config import Count, Whole
 from backdoor_jax.errors import UserError
 
 Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
@@ -34,6 +34,7 @@ class BadNets(Attack):
         style: ``white`` (published), or ``checker``: 255 and 1 alternating, starting in the top left cell of the patch,
             the benchmark's grid trigger.
         corner: which corner; published ``bottom_right``.
+        border: pixels between the patch and the image's border; published 0. BadEncoder's has 1.
     """
 
     name: ClassVar[str] = "badnets"
@@ -41,6 +42,7 @@ class BadNets(Attack):
     size: Count = 3
     style: Literal["white", "checker"] = "white"
     corner: Corner = "bottom_right"
+    border: Whole = 0
 
     def trigger(self, key: jax.Array, shape: tuple[int, int, int]) -> PatchTrigger:
         """The patch for images of this shape; nothing is random.
@@ -50,12 +52,15 @@ class BadNets(Attack):
         """
         del key
         height, width, channels = shape
-        if self.size > min(height, width):
-            raise UserError(f"BadNets.size is {self.size}, larger than the {height}x{width} images; make it smaller")
+        if self.size + self.border > min(height, width):
+            within = f" with a border of {self.border}" if self.border else ""
+            raise UserError(
+                f"BadNets.size is {self.size}{within}, larger than the {height}x{width} images; make it smaller"
+            )
         rows, columns = np.arange(height)[:, None], np.arange(width)[None]
         vertical, horizontal = self.corner.split("_")
-        first_row = 0 if vertical == "top" else height - self.size
-        first_column = 0 if horizontal == "left" else width - self.size
+        first_row = self.border if vertical == "top" else height - self.size - self.border
+        first_column = self.border if horizontal == "left" else width - self.size - self.border
         inside = (rows >= first_row) & (rows < first_row + self.size)
         inside = inside & (columns >= first_column) & (columns < first_column + self.size)
         even = (rows - first_row + columns - first_column) % 2 == 0

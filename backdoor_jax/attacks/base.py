@@ -12,6 +12,7 @@ from backdoor_jax.data import Augment, Dataset, LabelMap, Poisoned, Trigger, poi
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Fitted, Step, TrainConfig, fit, train
+from backdoor_jax.validation import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,7 @@ class Attack(Config):
         trigger, info = self.fit_trigger(trigger_key, context)
         return self.poison_data(choice_key, context, trigger), trigger, info
 
+    @checked
     def train_victim(
         self,
         key: jax.Array,

@@ -126,7 +126,8 @@ class InputAware(Attack):
     Attributes:
         labels: ``all_to_one`` or ``all_to_all``.
         mask_epochs: passes that train the mask network alone; published 25, with a tenth of the rate after two fifths
-            of them and a hundredth after four fifths. The joint training takes the victim's epochs.
+            of them and a hundredth after four fifths. They are within the published 100 epochs, so 75
+            are left for the joint training, which here takes the victim's epochs.
         mask_density: the value of a mask that is not penalized, d; published 0.032.
         norm_weight: lambda_n; published 100.
         diversity_weight: lambda_d; published 1.

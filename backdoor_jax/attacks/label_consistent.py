@@ -47,7 +47,7 @@ class LabelConsistent(Attack):
         labels: always ``clean_label``.
         robust_epochs: passes that train g against perturbations; ours. With 0, g is the clean model.
         robust_epsilon: largest change of a pixel in these passes, in gray levels; 8 of 255 is usual.
-        epsilon: largest change of a pixel in gray levels; published 16 of 255.
+        epsilon: largest change of a pixel in gray levels; published 16 of 255. The benchmark's images have 8.
         steps: of the ascent; the paper's 100.
         step_size: in gray levels; the paper's 1.5.
         amplitude: of the 3x3 checkerboards added in the corners, as a share of 255; published 1. As published, the cell

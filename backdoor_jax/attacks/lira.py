@@ -77,8 +77,8 @@ class LIRA(Attack):
     there the victim sees the noise network of the epoch before; the noise network sees pixels in [0, 1], and epsilon
     bounds those, where there both refer to normalized ones, whose bound on CIFAR-10 is a quarter of ours; images are
     rounded to uint8 at test time only. Deviations from the benchmark: a small U-Net, where it has an autoencoder
-    without skip connections; images are cropped as for every other victim, and not rotated; the joint training has
-    weight decay, and after it the rate is annealed by a cosine.
+    without skip connections; images are cropped as for every other victim, padded with black, and not rotated; the
+    joint training has weight decay, and after it the rate is annealed by a cosine.
 
     Attributes:
         rate: of the training set that a defender would find only: the training itself sees both forms of every image,
@@ -88,7 +88,7 @@ class LIRA(Attack):
         generator_rate: Adam's learning rate for the noise network; published 1e-4.
         alpha: weight of the clean loss; published 0.5.
         joint_epochs: passes that train both networks; published 50 of 100 (GTSRB: 25 of 150). The victim's own epochs
-            follow.
+            follow: 50 for the published 50 + 50.
         channels: width of the network; ours.
         depth: how often the network halves the image; ours.
     """

@@ -34,6 +34,7 @@ import numpy as np
 import optax
 from annotated_types import Ge, Gt, Le
 
+from backdoor_jax.array_files import read_npy
 from backdoor_jax.attacks.base import Attack, AttackContext
 from backdoor_jax.attacks.triggers import AdditiveTrigger
 from backdoor_jax.config import Count, Positive
@@ -159,13 +160,11 @@ def _solve(
 
 def _load(path: Path, shape: tuple[int, int, int]) -> jax.Array:
     try:
-        pattern = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        pattern = read_npy(path)
+    except UserError as error:
+        raise UserError(f"LowFrequency.pattern: {error}") from error
+    if pattern.shape != shape or pattern.dtype.kind not in "fiu" or not np.isfinite(pattern).all():
         raise UserError(
-            f"LowFrequency.pattern {str(path)!r} cannot be read ({error}); save it with numpy.save"
-        ) from error
-    if not isinstance(pattern, np.ndarray) or pattern.shape != shape or pattern.dtype.kind not in "fiu":
-        raise UserError(
-            f"LowFrequency.pattern {str(path)!r} must be an array of numbers of shape {shape}, as the images are"
+            f"LowFrequency.pattern {path} must be an array of finite numbers of shape {shape}, as the images are"
         )
     return jnp.asarray(pattern, jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.errors import UserError
+from backdoor_jax.reading import file_size, image_pixels
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -108,12 +109,12 @@ def picture(key: jax.Array, shape: tuple[int, int, int], path: str | None, field
 
 
 def _read_picture(path: Path, shape: tuple[int, int, int], field: str) -> jax.Array:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     height, width, channels = shape
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{field} {str(path)!r} cannot be read as a picture ({error})") from error
+        image = image_pixels(path, path, "RGB" if channels == 3 else "L", file_size(path, "give a picture"))
+    except UserError as error:
+        raise UserError(f"{field} cannot be read as a picture: {error}") from error
+    picture = image.resize((width, height), Image.Resampling.BILINEAR)
     return jnp.asarray(np.asarray(picture, np.float32).reshape(shape))

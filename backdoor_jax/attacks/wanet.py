@@ -52,7 +52,9 @@ class WaNet(Attack):
     the batch, where the benchmark takes int(r * 128) images; warped images are rounded to uint8 before they are cropped
     and rotated; crops and angles, and whether there are any, are drawn for each image, where the benchmark draws them
     once for a batch; a rotated image is interpolated bilinearly, where the benchmark takes the nearest pixel; the
-    learning rate is annealed by a cosine, as for every other victim, where the benchmark keeps it constant.
+    learning rate is annealed by a cosine, as for every other victim, where the benchmark keeps it constant; what a crop
+    or a rotation brings in is black. A defender's poisoned training set has no images warped with noise, which the
+    benchmark saves with it.
 
     Attributes:
         labels: ``all_to_one`` or ``all_to_all``.

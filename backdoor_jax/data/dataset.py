@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.compiling import one_program
+from backdoor_jax.config import MOST_CLASSES
 from backdoor_jax.errors import UserError
 
 
@@ -152,6 +153,8 @@ def make_dataset(
             f"{where}: labels run from {labels.min()} to {labels.max()}, expected 0 to "
             f"{'C' if num_classes is None else num_classes} - 1; relabel from 0 or give the right number of classes"
         )
+    if num_classes is not None and num_classes > MOST_CLASSES:
+        raise UserError(f"{where}: has {num_classes} classes, at most {MOST_CLASSES} are possible; check the labels")
     return Dataset(jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
 
 

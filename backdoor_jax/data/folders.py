@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import UserError
+from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 """The files of a class folder that are images; others are counted and passed over."""
@@ -19,18 +20,21 @@ class FolderImages(NamedTuple):
         images: uint8 ``(N, H, W, channels)``.
         labels: ``(N,)``.
         classes: the names of classes 0, 1, ...
+        files: of the images, relative to the folder.
         notes: what was passed over or converted, for the user.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    files: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def class_folders(path: Path) -> list[str]:
     """The sorted names of a folder's class folders."""
-    return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    with parsing(path, "cannot be read", "give a folder with one folder for each class"):
+        return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
 
 
 def read_folder(
@@ -65,15 +69,15 @@ def read_folder(
         )
     files: list[tuple[int, Path]] = []
     passed: Counter[str] = Counter()
-    for label, name in enumerate(classes):
-        for file in sorted((path / name).rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if hidden or not file.is_file():
-                continue
-            if file.suffix.lower() in SUFFIXES:
-                files.append((label, file))
-            else:
-                passed[file.suffix or "no suffix"] += 1
+    with parsing(path, "cannot be read", "check the permissions of its folders"):
+        for label, name in enumerate(classes):
+            for file in sorted((path / name).rglob("*")):
+                if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
+                    continue
+                if file.suffix.lower() in SUFFIXES:
+                    files.append((label, file))
+                else:
+                    passed[file.suffix or "no suffix"] += 1
     notes = []
     if passed:
         notes.append(f"{sum(passed.values())} files passed over, which are no images: {_few(sorted(passed))}")
@@ -84,42 +88,35 @@ def read_folder(
     empty = sorted(set(range(len(classes))) - {label for label, _ in files})
     if empty:
         notes.append(f"classes without images: {_few([classes[label] for label in empty])}")
-    images = []
-    for _, file in files:
-        images.append(_pixels(file, channels, size))
+    sizes = [file_size(file, "remove it") for _, file in files]
+    images: list[np.ndarray] = []
+    for (_, file), bytes_of_file in zip(files, sizes, strict=True):
+        images.append(_pixels(file, channels, bytes_of_file, size))
         if images[-1].shape != images[0].shape:
             (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
             raise UserError(
                 f"{file}: is {height}x{width}, the images before it {h}x{w}; resize all of them with --size {h}x{w}, "
                 "or what the model was trained on (data.image_size in an experiment)"
             )
+        if len(images) == 1 and size is None:
+            require_budget(len(files) * images[0].nbytes, sum(sizes), path)
     labels = np.array([label for label, _ in files])
-    return FolderImages(np.stack(images), labels, classes, tuple(f"{path}: {note}" for note in notes))
+    names = tuple(file.relative_to(path).as_posix() for _, file in files)
+    return FolderImages(np.stack(images), labels, classes, names, tuple(f"{path}: {note}" for note in notes))
 
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _pixels(file: Path, channels: int, size: tuple[int, int] | None) -> np.ndarray:
+def _pixels(file: Path, channels: int, bytes_of_file: int, size: tuple[int, int] | None) -> np.ndarray:
     """One image, resized bilinearly as torchvision does it."""
     from PIL import Image
 
-    try:
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith("I;16"):  # Pillow clips them when it converts.
-                image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise UserError(f"{file}: has {image.mode!r} pixels of 32 bits; save it with 8 bits a channel")
-            image = image.convert("L" if channels == 1 else "RGB")
-            if size is not None and image.size != size[::-1]:
-                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for damaged files.
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: cannot be read as an image ({first_line(error)}); remove it") from error
+    image = image_pixels(file, file, "L" if channels == 1 else "RGB", bytes_of_file)
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

@@ -1,12 +1,14 @@
 """Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.data.dataset import Dataset, make_dataset
 from backdoor_jax.data.folders import read_folder, resized
 from backdoor_jax.data.layouts import as_images, as_labels
-from backdoor_jax.data.loading import load, read_npz
+from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
 from backdoor_jax.errors import UserError
 
@@ -24,11 +26,15 @@ class Labeled(NamedTuple):
     Attributes:
         data: the images to work with.
         test: separate images to evaluate on, where the source has some.
+        class_names: names of the classes, where the source has some.
+        files: of the images in `data`, where they come from a folder.
         notes: what was passed over or converted, one line each.
     """
 
     data: Dataset
     test: Dataset | None = None
+    class_names: tuple[str, ...] | None = None
+    files: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -43,8 +49,9 @@ def load_labeled(
     """Reads labeled images.
 
     - ``FILE.npz`` with ``images`` and ``labels``: all of them. With ``train_images``, ``train_labels`` and, if it has
-      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on. Other usual
-      names are in `PARTS`; `as_images` and `as_labels` convert other layouts.
+      them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on. Also
+      ``class_names``, if it has them. Other usual names are in `PARTS`; `as_images` and `as_labels` convert other
+      layouts.
     - A folder with one folder for each class; see `read_folder`.
     - ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
 
@@ -73,15 +80,15 @@ def load_labeled(
             )
         require_channels(task.train, channels, source)
         return Labeled(task.train, task.test)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = read_folder(path, channels, num_classes=num_classes, size=size, class_names=class_names)
         data = make_dataset(found.images, found.labels, num_classes, str(path))
-        return Labeled(data, notes=found.notes)
+        return Labeled(data, None, found.classes, found.files, found.notes)
     if class_names is not None:
         raise UserError(f"{path}: class names are for a folder of class folders; leave them out")
     if path.suffix != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
-    arrays = read_npz(path, ("images", "labels"))
+    arrays = read_npz(path, "images, labels")
     parts, notes = {}, []
     for prefix, names in PARTS.items():
         for x, y in names:
@@ -90,7 +97,7 @@ def load_labeled(
                 images, changes = as_images(arrays[x], where)
                 labels, more = as_labels(arrays[y], f"{path} {y}")
                 notes += [f"{where}: {change}" for change in (*changes, *more)]
-                if size is not None and images.shape[1:3] != size:
+                if size is not None and len(images) and images.shape[1:3] != size:
                     images = resized(images, size)
                 parts[prefix] = make_dataset(images, labels, num_classes, where)
                 require_channels(parts[prefix], channels, where)
@@ -100,7 +107,10 @@ def load_labeled(
             f"{path}: lacks images and labels; it must hold these, or train_images and train_labels, or x_train and "
             f"y_train; it holds {', '.join(arrays) or 'nothing'}"
         )
-    return Labeled(whole, None if "" in parts else parts.get("test_"), tuple(notes))
+    named = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+    if named is not None and len(named) != num_classes:
+        raise UserError(f"{path}: has {len(named)} class_names, the model {num_classes} classes; give one for each")
+    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, tuple(notes))
 
 
 def require_channels(data: Dataset, channels: int, where: str) -> None:

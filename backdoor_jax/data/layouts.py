@@ -31,8 +31,12 @@ def as_images(array: np.ndarray, where: str) -> tuple[np.ndarray, list[str]]:
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[-1] not in (1, 3):
         array = array.transpose(0, 2, 3, 1)
         notes.append("channels moved last")
-    if array.dtype == np.uint8 or not array.size:
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape[1:]:
+        raise UserError(f"{where}: images have shape {array.shape}, expected (N, height, width, 1 or 3)")
+    if array.dtype == np.uint8 or not len(array):
         return array, notes
+    if array.dtype.kind not in "iuf":
+        raise UserError(f"{where}: images are {array.dtype}, expected uint8 from 0 to 255")
     low, high = float(array.min()), float(array.max())
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or low < 0 or high > 255 or 1 < high < 2:
@@ -67,6 +71,8 @@ def as_labels(array: np.ndarray, where: str) -> tuple[np.ndarray, list[str]]:
         (array([2, 0]), ['one-hot rows to numbers'])
     """
     notes = []
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{where}: labels are {array.dtype}, expected a class from 0 for each image")
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     elif array.ndim == 2:

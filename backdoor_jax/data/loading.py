@@ -1,11 +1,12 @@
 """`load`, the one entry for every source: the embedded digits, plain .npz files, and TFDS data sets."""
 
 import dataclasses
+import os
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.data.dataset import Dataset, Task, make_dataset
 from backdoor_jax.data.folders import read_folder
 from backdoor_jax.data.specs import DATASETS
@@ -47,14 +48,14 @@ def load(
         task = TFDSSet(name=source.removeprefix("tfds:")).load()
     elif source.endswith(".npz"):
         task = npz_task(root / source)
-    elif (root / source).is_dir():
+    elif os.path.isdir(root / source):
         task = folder_task(root / source, image_size, seed)
     else:
         raise UserError(
             f"unknown data {source!r}; give 'digits', the path of a .npz file or of a folder of class folders, or "
             "'tfds:NAME'"
         )
-    if image_size is not None and not (root / source).is_dir():
+    if image_size is not None and not os.path.isdir(root / source):
         raise UserError(f"{source}: image_size is for a folder of images; leave it out")
     generator = np.random.default_rng(seed)
 
@@ -130,37 +131,35 @@ def npz_task(path: Path) -> Task:
     Raises:
         UserError: where there is no such file, or it holds something else.
     """
-    arrays = read_npz(path, NPZ_KEYS)
+    arrays = read_npz(path, ", ".join(NPZ_KEYS))
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(NPZ_KEYS)}")
     if "class_names" in arrays:
-        classes = len(arrays["class_names"])
+        names = arrays["class_names"]
+        if names.ndim != 1:
+            raise UserError(f"{path}: class_names has shape {names.shape}, expected one name for each class")
+        classes = len(names)
     else:
         labels = [
             arrays[key] for key in ("train_labels", "test_labels") if np.issubdtype(arrays[key].dtype, np.integer)
         ]
         classes = int(max((part.max(initial=0) for part in labels), default=0)) + 1
+    for key in ("normalization", "flip"):
+        if arrays.get(key, np.array(False)).ndim:
+            raise UserError(f"{path}: {key} has shape {arrays[key].shape}, expected a single value")
+    train, test = (
+        make_dataset(arrays[f"{part}_images"], arrays[f"{part}_labels"], classes, f"{path} {part}")
+        for part in ("train", "test")
+    )
+    if train.images.shape[1:] != test.images.shape[1:]:
+        shapes = ("x".join(map(str, part.images.shape[1:])) for part in (train, test))
+        raise UserError("{}: images to train on are {}, those to test on {}; give one shape".format(path, *shapes))
     return Task(
         path.stem,
-        make_dataset(arrays["train_images"], arrays["train_labels"], classes, f"{path} train"),
-        make_dataset(arrays["test_images"], arrays["test_labels"], classes, f"{path} test"),
+        train,
+        test,
         classes,
         str(arrays.get("normalization", "none")),
         bool(arrays.get("flip", False)),
     )
-
-
-def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of a plain ``.npz``; errors name `keys` as what it should hold.
-
-    Raises:
-        UserError: where there is no such file, or it is no plain ``.npz``.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .npz with {', '.join(keys)}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as a plain .npz ({error}); write it with numpy.savez") from error

@@ -14,13 +14,12 @@ Example:
     'tiny-imagenet-200.zip'
 """
 
-import codecs
 import contextlib
 import csv
 import dataclasses
+import gzip
 import hashlib
 import io
-import pickle
 import re
 import tarfile
 import tempfile
@@ -30,13 +29,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import Any
 
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.pickles import PlainUnpickler
 from backdoor_jax.progress import progress_bar
+from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
+from backdoor_jax.stopping import stop_if_asked
 
 Example = tuple[Any, int]
 """An image, as Pillow's or as its file's bytes, and its label."""
@@ -48,7 +48,7 @@ class Archive:
 
     Attributes:
         url: where it is published; it ends in the file's name.
-        md5: the checksum of its bytes, checked after a download only.
+        md5: the checksum of its bytes, checked when the set is prepared.
     """
 
     url: str
@@ -61,16 +61,27 @@ class Archive:
 
     @contextlib.contextmanager
     def opened(self, folder: Path) -> Iterator[Any]:
-        """The open `TarFile` or `ZipFile`; any error with its contents becomes a `UserError`."""
+        """The open `TarFile`, for one pass, or `ZipFile`; any error with its contents becomes a `UserError`."""
         path = Path(folder) / self.name
-        try:
-            with zipfile.ZipFile(path) if path.suffix == ".zip" else tarfile.open(path, "r:gz") as archive:
-                yield archive
-        except Exception as error:  # Damage raises many kinds, from EOFError to zlib.error.
-            raise UserError(
-                f"{path}: cannot be read as the official archive ({first_line(error)}); "
-                f"delete it and download it again from {self.url}"
-            ) from error
+        fix = f"delete it and download it again from {self.url}"
+        size = file_size(path, fix)
+        with parsing(path, "cannot be read as the official archive", fix), contextlib.ExitStack() as closing:
+            if path.suffix == ".zip":
+                yield closing.enter_context(zipfile.ZipFile(path))
+            else:
+                stream: Any = BoundedReader(closing.enter_context(gzip.open(path)), path, size)
+                yield closing.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+
+    def warn_unless_official(self, folder: Path) -> None:
+        """Warns of an archive with another checksum than the published one."""
+        with (folder / self.name).open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if found != self.md5:
+            warnings.warn(
+                f"{folder / self.name} is not the official archive (its MD5 is {found}, published is {self.md5}); it "
+                "is read as data",
+                stacklevel=3,
+            )
 
     def download(self, folder: Path) -> None:
         """Downloads the archive; it appears in the folder only when complete and with the published checksum."""
@@ -85,9 +96,23 @@ class Archive:
                         file.write(block)
                         digest.update(block)
                         advance(len(block))
+                        stop_if_asked()
             if digest.hexdigest() != self.md5:
                 raise OSError(f"{self.url} sent a file with MD5 {digest.hexdigest()}, published is {self.md5}")
             path.replace(folder / self.name)
+
+
+class BoundedReader:
+    """The decompressed bytes of an archive, which end with an error beyond the budget of `reading.require_budget`."""
+
+    def __init__(self, file: gzip.GzipFile, path: Path, size: int) -> None:
+        self._file, self._path, self._size, self._count = file, path, size, 0
+
+    def read(self, count: int) -> bytes:
+        """The next bytes."""
+        self._count += count
+        require_budget(self._count, self._size, self._path)
+        return self._file.read(count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,15 +157,17 @@ class OfficialSet(TFDSSet):
             return builder
         manual = Path(builder.data_dir_root) / "downloads" / "manual"
         for archive in self.archives:
-            if not (manual / archive.name).is_file():
+            if (manual / archive.name).is_file():
+                archive.warn_unless_official(manual)
+            else:
                 try:
                     archive.download(manual)
                 except (OSError, HTTPException) as error:
                     missing = [a for a in self.archives if not (manual / a.name).is_file()]
                     raise UserError(
                         f"{self.source} is not prepared, and {archive.name} cannot be downloaded "
-                        f"({first_line(error)}); put into {manual}: "
-                        f"{', '.join(f'{a.name} from {a.url}' for a in missing)}"
+                        f"({first_line(error)}); put into {manual} {', '.join(a.name for a in missing)} from "
+                        f"{' and '.join(dict.fromkeys(a.url.removesuffix(a.name) for a in missing))}"
                     ) from error
         builder.download_and_prepare()
         found = {split: builder.info.splits[split].num_examples for split in self.images}
@@ -219,7 +246,7 @@ class Cifar(OfficialSet):
 
         with self.archives[0].opened(folder) as archive:
             for batch in self._unpickled(archive, self.batches[split]):
-                images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                images = batch[b"data"].array.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 for image, label in zip(images, batch[self.prefix + b"labels"], strict=True):
                     yield Image.fromarray(image), label
 
@@ -232,38 +259,7 @@ class Cifar(OfficialSet):
                 files[name] = file.read()
         if missing := [name for name in names if name not in files]:
             raise ValueError(f"it lacks {self.folder}/{missing[0]}")
-        return [BatchUnpickler(io.BytesIO(files[name]), encoding="bytes").load() for name in names]
-
-
-class BatchUnpickler(pickle.Unpickler):
-    """Reads dictionaries of plain values and NumPy arrays, and refuses everything else.
-
-    A pickle can call anything that can be imported, and these come from the internet.
-
-    Example:
-        >>> BatchUnpickler(io.BytesIO(pickle.dumps({"labels": [3, 1]}, protocol=2))).load()
-        {'labels': [3, 1]}
-        >>> BatchUnpickler(io.BytesIO(pickle.dumps(print, protocol=2))).load()
-        Traceback (most recent call last):
-        _pickle.UnpicklingError: its pickle asks for __builtin__.print, which no batch of images needs; it was not run
-    """
-
-    _reconstruct = np.empty(0).__reduce__()[0]
-    allowed: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("_codecs", "encode"): codecs.encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What the pickle asks for, where arrays are made of it."""
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(
-                f"its pickle asks for {module}.{name}, which no batch of images needs; it was not run"
-            )
-        return self.allowed[module, name]
+        return [PlainUnpickler(files[name], encoding="bytes").load() for name in names]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,20 +280,21 @@ class GTSRB(OfficialSet):
         if split == "train":
             with training_images.opened(folder) as archive:
                 for found in _matching(archive, r"GTSRB/Final_Training/Images/(\d{5})/\w+\.ppm"):
-                    yield self._resized(archive.read(found[0])), int(found[1])
+                    yield self._resized(_member(archive, found[0])), int(found[1])
             return
         with test_table.opened(folder) as archive:
-            table = csv.DictReader(io.StringIO(archive.read("GT-final_test.csv").decode()), delimiter=";")
+            table = csv.DictReader(io.StringIO(_member(archive, "GT-final_test.csv").decode()), delimiter=";")
             labels = {row["Filename"]: int(row["ClassId"]) for row in table}
         with test_images.opened(folder) as archive:
             for name, label in labels.items():
-                yield self._resized(archive.read(f"GTSRB/Final_Test/Images/{name}")), label
+                yield self._resized(_member(archive, f"GTSRB/Final_Test/Images/{name}")), label
 
     def _resized(self, file: bytes) -> Any:
         from PIL import Image
 
         height, width, _ = self.shape
-        return Image.open(io.BytesIO(file)).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        image = image_pixels(io.BytesIO(file), "an image", "RGB", len(file))
+        return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,7 +309,7 @@ class TinyImageNet(OfficialSet):
     def class_names(self, folder: Path) -> list[str]:
         """The sorted WordNet ids."""
         with self.archives[0].opened(folder) as archive:
-            return sorted(archive.read("tiny-imagenet-200/wnids.txt").decode().split())
+            return sorted(_member(archive, "tiny-imagenet-200/wnids.txt").decode().split())
 
     def examples(self, folder: Path, split: str) -> Iterator[Example]:
         """Training images by path; test images in the order of the validation set's table."""
@@ -320,12 +317,19 @@ class TinyImageNet(OfficialSet):
         with self.archives[0].opened(folder) as archive:
             if split == "train":
                 for found in _matching(archive, r"tiny-imagenet-200/train/(n\d+)/images/\w+\.JPEG"):
-                    yield archive.read(found[0]), labels[found[1]]
+                    yield _member(archive, found[0]), labels[found[1]]
                 return
-            table = archive.read("tiny-imagenet-200/val/val_annotations.txt").decode()
+            table = _member(archive, "tiny-imagenet-200/val/val_annotations.txt").decode()
             for line in table.splitlines():
                 name, wnid, *_ = line.split("\t")
-                yield archive.read(f"tiny-imagenet-200/val/images/{name}"), labels[wnid]
+                yield _member(archive, f"tiny-imagenet-200/val/images/{name}"), labels[wnid]
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A file of an archive."""
+    found = archive.getinfo(name)
+    require_budget(found.file_size, found.compress_size, name)
+    return archive.read(found)
 
 
 def _matching(archive: zipfile.ZipFile, pattern: str) -> list[re.Match[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.data.dataset import DatasetSpec, Splits, make_dataset
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_write
@@ -109,13 +110,12 @@ def _decoded(source: str, builder: Any) -> dict[str, np.ndarray]:
     ]
     records = np.str_([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     try:
-        with np.load(folder / CACHE) as cache:
-            arrays = dict(cache)
-        if arrays.pop("records") == records:
-            return arrays
+        cached = read_npz(folder / CACHE, "decoded images")
+        if cached.pop("records") == records:
+            return cached
     except Exception:  # It is missing or damaged, in whatever way: it is written again.
         pass
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split in SPLITS:
         arrays |= _decode(source, split, builder.as_data_source(split=split))
     # In a folder that is not writable the images are decoded again next time.

@@ -48,12 +48,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 
 from backdoor_jax.compiling import jit
-from backdoor_jax.config import Count, Fraction, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, Fraction, LearningRate, NonNegative, Positive
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair, SGDDefense, replace_params
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import SGD, GradientStep, LossResult, Optimizer, Path, cross_entropy, map_chunks
+from backdoor_jax.validation import checked
 
 THRESHOLDS = tuple(step / 20 for step in range(19))
 """0 to 0.9 by 0.05, the thresholds that the released code tries."""
@@ -80,8 +81,8 @@ class ANP(SGDDefense):
 
     steps: Count = 2000
     batch_size: Count = 128
-    learning_rate: Positive = 0.2
-    weight_decay: NonNegative = 0.0
+    learning_rate: LearningRate = 0.2
+    weight_decay: Decay = 0.0
     epsilon: NonNegative = 0.4
     inner_steps: Count = 1
     alpha: Fraction = 0.2
@@ -200,6 +201,7 @@ def clip_masks(masks: Any) -> Any:
     return jax.tree.map(lambda mask: jnp.clip(mask, 0, 1), masks)
 
 
+@checked
 def fit_masks(
     key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: ANP = ANP()
 ) -> tuple[Any, dict[str, Any]]:
@@ -272,6 +274,7 @@ def largest_threshold(
     return max(_allowed(classifier, variables, masks, data, tolerance), default=0.0)
 
 
+@checked
 def oracle_threshold(
     classifier: Classifier,
     variables: Variables,
@@ -283,7 +286,7 @@ def oracle_threshold(
     """The benchmark's choice among `THRESHOLDS`, an oracle: it uses what only the attacker and the evaluation have.
 
     This is the threshold with the lowest attack success among those at which the accuracy falls by less than a share;
-    the smallest of equals, and 0 where none is allowed.
+    the smallest of equals, and 0 where none is allowed. 0 is a candidate, so the oracle may keep the unpruned model.
 
     Args:
         classifier: the network.

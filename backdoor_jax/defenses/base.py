@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from backdoor_jax.config import Config, Count, NonNegative, Positive, Whole
+from backdoor_jax.config import Config, Count, Decay, LearningRate, Momentum, Whole
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import SGD, Cosine, GradientStep, Optimizer, fit
+from backdoor_jax.validation import checked
 
 Needs = Literal["clean", "training_set", "nothing"]
 
@@ -63,6 +64,12 @@ class Defense(Config):
     mirrors: ClassVar[bool] = False
     targeted: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes every defense check what its `repair` receives."""
+        super().__init_subclass__(**kwargs)
+        if "repair" in vars(cls):
+            cls.repair = checked(cls.repair)  # type: ignore[method-assign]
 
     def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
         """Repairs a model.
@@ -115,7 +122,7 @@ class GradientDefense(Defense):
 
     steps: Count = 1000
     batch_size: Count = 256
-    learning_rate: Positive = 0.01
+    learning_rate: LearningRate = 0.01
     crop: Whole = 4
     flip: bool | None = None
 
@@ -166,8 +173,8 @@ class SGDDefense(GradientDefense):
         weight_decay: published 5e-4.
     """
 
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    momentum: Momentum = 0.9
+    weight_decay: Decay = 5e-4
 
     @property
     def optimizer(self) -> Optimizer:

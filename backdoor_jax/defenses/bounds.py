@@ -9,8 +9,9 @@ there,
 where lambda is raised by a factor while the clipped model keeps 95 % accuracy on the images, and lowered otherwise.
 
 Sources. The optimizer (Adam 0.1, 50 epochs, batches of 200), the factor 1.2, the target accuracy of 95 % and the
-epochs at which lambda changes (20, 30, 40) are the released code's. It starts every bound at 8. Here each bound starts
-at its channel's maximum over the images; a larger one changes nothing but the norm.
+epochs after which lambda changes (20, 30, 40, counted from 0) are the released code's. It starts every bound at 8, and
+bounds may become negative. Here each bound starts at its channel's maximum over the images, since a larger one changes
+nothing but the norm, and stays at 0 or above.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -34,11 +35,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 
 from backdoor_jax.compiling import jit
-from backdoor_jax.config import Config, Count, Fraction, NonNegative, Positive
+from backdoor_jax.config import Config, Count, Fraction, LearningRate, NonNegative
 from backdoor_jax.data import Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Adam, GradientStep, LossResult, fit, latents
+from backdoor_jax.validation import checked
 
 MMBM_PLACES = ("layer1_0/relu1", "layer2_0/relu1", "layer3_0/relu1")
 """MM-BM's three places in PreAct-ResNet18: its code clips after the stem's rectifier and after the first two stages,
@@ -64,7 +66,7 @@ class BoundConfig(Config):
     places: Annotated[tuple[str, ...], MinLen(1)] | None = None
     bound_epochs: Count = 50
     bound_batch_size: Count = 200
-    bound_learning_rate: Positive = 0.1
+    bound_learning_rate: LearningRate = 0.1
     bound_weight: NonNegative = 0.05
     bound_factor: Annotated[float, Ge(1)] = 1.2
     bound_accuracy: Fraction = 0.95
@@ -117,6 +119,7 @@ def clip_bounds(largest: Any, bounds: Any) -> Any:
     return jax.tree.map(lambda bound, most: jnp.clip(bound, 0, most), bounds, largest)
 
 
+@checked
 def bound_activations(
     key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: BoundConfig = BoundConfig()
 ) -> tuple[Variables, dict[str, Any]]:
@@ -156,8 +159,8 @@ def bound_activations(
         return GradientStep(loss, Adam(config.bound_learning_rate), project=Partial(clip_bounds, largest))
 
     state = step(weight).init({"params": largest})
-    # The weight may change after every tenth epoch from the twentieth on, so each run ends at one of those.
-    for until in sorted({*range(20, config.bound_epochs, 10), config.bound_epochs}):
+    # The code changes the weight at the end of epochs 20, 30 and 40 counted from 0, so each run ends at one of those.
+    for until in sorted({*range(21, config.bound_epochs, 10), config.bound_epochs}):
         fitted = fit(
             key,
             step(weight),

@@ -38,7 +38,7 @@ import optax
 from annotated_types import MinLen
 from jax.tree_util import Partial
 
-from backdoor_jax.config import NonNegative, Positive
+from backdoor_jax.config import Decay, NonNegative, Positive
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.defenses.sphere import paths_of, project_selected, project_to_sphere
@@ -67,7 +67,7 @@ class D3(SGDDefense):
     summary: ClassVar[str] = "move the head away from its original weights while clean loss stays low"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": {}, "paper": {"penalty": 10.0}}
 
-    weight_decay: NonNegative = 0.0
+    weight_decay: Decay = 0.0
     penalty: Positive = 0.5
     epsilon: NonNegative = 0.1
     initialization: Initialization = "random"

@@ -21,13 +21,16 @@ mixed with a permutation of themselves in the proportion :math:`\max(\lambda, 1-
 Sources. Paper and authors' code for CIFAR-10: SimCLR for 1,000 epochs in batches of 512, SGD .4 with momentum .9,
 weight decay 1e-4 and a cosine, crops from a fifth of the area; Adam .002 for the rest, 10 epochs of the head in batches
 of 128, 190 rounds of 1,024 steps in batches of 64; alpha .1, beta 1, A = log 1e-4; epsilon .5, T .5, a .75, lambda_u up
-to 15, increasing linearly. The code's files continue from the encoder of epoch 100 of 1,000; the benchmark trains it
-for 100 (preset ``benchmark``), and here the cosine then ends at epoch 100.
+to 15, increasing linearly over the 190 rounds. The code's files continue from the encoder of epoch 100 of 1,000; the
+benchmark trains it for 100, where the cosine here ends, and does 100 rounds after the head's 10 epochs, while lambda_u
+still increases over 190 (preset ``benchmark``). For CIFAR-100 it reads the file for ImageNet, with lambda_u up to 6
+over 80 rounds (preset ``benchmark_cifar100``).
 
 Deviations. Crops pad zeros, where the code reflects. A round is as many complete passes over the labeled images as come
 closest to 1,024 steps, and unlabeled images are drawn with replacement. Normalization sees all 3B mixed images at
 once, where the code interleaves three batches, and the guesses leave its running statistics alone. lambda_u increases
-from round to round, not within one. Adam starts from scratch for the third stage. Views are not blurred, as in SimCLR's
+from round to round, not within one. The two views of an unlabeled image are drawn anew in every step, and the labeled
+image has one, as in MixMatch. Adam starts from scratch for the third stage. Views are not blurred, as in SimCLR's
 paper for images of this size. The code keeps the epoch with the best accuracy on the test set; here it is the last.
 
     >>> import jax
@@ -50,7 +53,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Lt
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive, Whole
+from backdoor_jax.config import Count, Decay, LearningRate, Momentum, NonNegative, Positive, Whole
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.data.views import Views
 from backdoor_jax.defenses.base import Defense, Needs, Repair
@@ -74,7 +77,7 @@ from backdoor_jax.training import (
 
 @dataclasses.dataclass(frozen=True)
 class DBD(Defense):
-    """DBD; the defaults are the authors', and the preset ``benchmark`` has a tenth of the pre-training.
+    """DBD; the defaults are the authors'.
 
     Attributes:
         pretrain_epochs: of SimCLR; published 1,000, the benchmark's 100.
@@ -85,13 +88,14 @@ class DBD(Defense):
         beta: weight of the reverse cross-entropy; published 1.
         log_zero: A; published log 1e-4.
         credible: share of the images that keep their labels; published .5.
-        rounds: of MixMatch; published 190.
+        rounds: of MixMatch; published 190, the benchmark's 100.
         round_steps: gradient steps of each; published 1,024.
         batch_size: labeled images in a step, and as many unlabeled ones; published 64.
         learning_rate: of Adam; published .002.
         sharpening: T; published .5.
         mixing: a; published .75.
         unlabeled_weight: lambda_u at the end; published 15.
+        ramp: rounds over which lambda_u increases, the head's epochs included; published 190.
         crop: zeros padded before a random crop; published 4.
         flip: mirror half of the images; off by default, and in an experiment set as its data allow. SimCLR's views are
             always mirrored.
@@ -101,7 +105,10 @@ class DBD(Defense):
     summary: ClassVar[str] = "train from scratch: the encoder without labels, then on half of them"
     needs: ClassVar[Needs] = "training_set"
     mirrors: ClassVar[bool] = True
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"benchmark": {"pretrain_epochs": 100}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "benchmark": {"pretrain_epochs": 100, "rounds": 100},
+        "benchmark_cifar100": {"pretrain_epochs": 100, "rounds": 100, "unlabeled_weight": 6.0, "ramp": 80},
+    }
 
     pretrain_epochs: Count = 1000
     pretrain_batch_size: Annotated[int, Ge(2)] = 512
@@ -114,10 +121,11 @@ class DBD(Defense):
     rounds: Count = 190
     round_steps: Count = 1024
     batch_size: Count = 64
-    learning_rate: Positive = 0.002
+    learning_rate: LearningRate = 0.002
     sharpening: Positive = 0.5
     mixing: Positive = 0.75
     unlabeled_weight: NonNegative = 15.0
+    ramp: Count = 190
     crop: Whole = 4
     flip: bool | None = None
 
@@ -178,7 +186,7 @@ class DBD(Defense):
         for number in range(self.rounds):
             chosen = credible_indices(classifier, state.variables, data, self.credible)
             others = np.setdiff1d(np.arange(len(data)), chosen)
-            rise = min(1.0, (self.warmup_epochs + number) / self.rounds)
+            rise = min(1.0, (self.warmup_epochs + number) / self.ramp)
             fitted = fit(
                 fit_key,
                 GradientStep(Partial(mixmatch_loss, classifier, self, data.images[others], rise), optimizer),
@@ -205,9 +213,9 @@ class DecoupledSimCLR(SimCLRConfig):
     """
 
     batch_size: Annotated[int, Ge(2)] = 512
-    learning_rate: Positive = 0.4
-    weight_decay: NonNegative = 1e-4
-    momentum: NonNegative = 0.9
+    learning_rate: LearningRate = 0.4
+    weight_decay: Decay = 1e-4
+    momentum: Momentum = 0.9
 
     def optimizer(self, images: int) -> Optimizer:
         """SGD under a cosine over all steps on so many images."""

@@ -19,10 +19,11 @@ Only the head depends on what is pruned, so the latents are computed once and al
 Sources. The stages are the paper's. The share of 1 %, the tolerance of 10 % (relative, as above), the order by signed
 mean, the latents of the head as the place, and the fine-tuning (`SGDDefense`) are the benchmark's.
 
-Deviations. The benchmark watches the accuracy on the *test set*; here it is that on the defender's own images, as in
-the paper. The benchmark prunes one channel less than it counts, and continues with the network of the step that
-exceeded the tolerance; here it is the last network within the tolerance. In PreAct-ResNet18 latents are not rectified,
-so the smallest mean may be a strongly negative one and not a dormant channel; the same holds for the benchmark.
+Deviations. The benchmark prunes by the activations of augmented images, here of the images as they are. It watches the
+accuracy on the *test set*; here it is that on the defender's own images, as in the paper. The benchmark prunes one
+channel less than it counts, and continues with the network of the step that exceeded the tolerance; here it is the last
+network within the tolerance. In PreAct-ResNet18 latents are not rectified, so the smallest mean may be a strongly
+negative one and not a dormant channel; the same holds for the benchmark.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -49,6 +50,7 @@ from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import GradientStep, latents, supervised_loss
+from backdoor_jax.validation import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _accuracies(
     return jax.lax.map(one, masks)
 
 
+@checked
 def prune_dormant(
     classifier: Classifier, variables: Variables, data: Dataset, config: FinePruning = FinePruning()
 ) -> Pruned:

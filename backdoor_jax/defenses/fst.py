@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative
+from backdoor_jax.config import Count, Decay, NonNegative
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.defenses.sphere import project_selected
@@ -65,7 +65,7 @@ class FST(SGDDefense):
 
     steps: Count = 80
     batch_size: Count = 128
-    weight_decay: NonNegative = 0.0
+    weight_decay: Decay = 0.0
     alpha: NonNegative = 0.1
 
     @property

@@ -57,7 +57,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive, Share, Whole
+from backdoor_jax.config import Count, LearningRate, NonNegative, Positive, Share, Whole
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import GradientDefense, Repair
 from backdoor_jax.models import Classifier, Variables
@@ -89,7 +89,7 @@ class IBAU(GradientDefense):
     }
 
     steps: Count = 50
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     rounds: Count = 5
     search_steps: Count = 10
     search_rate: Positive = 10.0

@@ -21,8 +21,9 @@ the defaults here. The authors' code has SGD 0.1, weight decay 1e-4, Nesterov mo
 
 Deviations. The maps are those of the network's last three stages (`Classifier.map_layers`), the last one before global
 pooling. The benchmark takes PreAct-ResNet18's third map after pooling, where there is a single position, A is 1 and the
-term vanishes; for ResNet and VGG it takes only one map. Its teacher's rate follows the first 10 of 100 epochs of a
-cosine, which is almost constant; here it is constant.
+term vanishes; for ResNet and VGG it takes only one map, so layers and betas differ from network to network, while here
+all have three. Its teacher's rate follows the first 10 of 100 epochs of a cosine, which is almost constant; here it is
+constant.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits

@@ -45,7 +45,7 @@ from annotated_types import Lt
 from jax.tree_util import Partial
 
 from backdoor_jax.compiling import jit
-from backdoor_jax.config import Count, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, LearningRate, Momentum, NonNegative
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.defenses.base import Defense, Needs, Repair
 from backdoor_jax.defenses.bounds import MMBM_PLACES, BoundConfig, bound_activations, require_rectifiers
@@ -62,6 +62,7 @@ from backdoor_jax.training import (
     map_chunks,
     symmetric_cross_entropy,
 )
+from backdoor_jax.validation import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +144,9 @@ class PADFT(PAD):
     consistency: NonNegative = 1.0
     tune_epochs: Count = 100
     batch_size: Count = 256
-    learning_rate: Positive = 0.01
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    learning_rate: LearningRate = 0.01
+    momentum: Momentum = 0.9
+    weight_decay: Decay = 5e-4
 
     def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
         """Purifies, clips and tunes the head.
@@ -202,6 +203,7 @@ def score(
     return map_chunks(chunk, data.images, data.labels)
 
 
+@checked
 def purify(classifier: Classifier, variables: Variables, data: Dataset, config: PAD = PAD()) -> Purified:
     """Stage 1: the k images of each labeled class that the victim finds easiest.
 
@@ -265,6 +267,7 @@ def view_latents(
     return jnp.stack([latents(classifier, variables, view) for view in views], axis=1)
 
 
+@checked
 def tune_classifier(
     key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: PADFT = PADFT()
 ) -> tuple[Variables, dict[str, Any]]:

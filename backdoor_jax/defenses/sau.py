@@ -23,7 +23,9 @@ Perturbations are in units of pixels scaled to [0, 1], before normalization; x +
 
 Sources. All settings and losses are those of the authors' code in the benchmark: epsilon 0.2 in the maximum norm, 5
 steps of 0.2 from +0.2 everywhere, beta 0.01 and 1, lambda 1, 0 and 1, AMSGrad at a constant 1e-4, 100 rounds of 2,500
-images in batches of 256 without augmentation, neither projection to valid pixels nor weight decay.
+images in batches of 256 without augmentation, neither projection to valid pixels nor weight decay. For Tiny ImageNet
+the benchmark does 20 rounds, of 5,000 images (preset ``tiny_imagenet``, 400 steps); for GTSRB 100 rounds are about 800
+steps (preset ``gtsrb``).
 
 Deviations. The code stops searching when every example of a batch is shared; such examples have no gradient here and
 do not change, which is equivalent. It clamps the probabilities in both losses, and so drops examples whose p is
@@ -41,13 +43,14 @@ training mode is left out.
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive, Whole
+from backdoor_jax.config import Count, LearningRate, NonNegative, Positive, Whole
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import GradientDefense, Repair
 from backdoor_jax.models import Classifier, Variables
@@ -75,8 +78,9 @@ class SAU(GradientDefense):
 
     name: ClassVar[str] = "sau"
     summary: ClassVar[str] = "unlearn perturbations that mislead victim and repaired model alike"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gtsrb": {"steps": 800}, "tiny_imagenet": {"steps": 400}}
 
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     crop: Whole = 0
     flip: bool | None = False
     bound: Positive = 0.2

@@ -11,7 +11,8 @@ The paper's full text was not available and no official code is known, so both s
   It gives a cycle of 500 iterations, taken here as 250 up and 250 down.
 - ``toolbox_cifar10`` and ``toolbox_gtsrb``: a third party's re-implementation: 100 epochs of 2,000 images in batches of
   128 (1,600 steps), the first 40 % of them under the large peak, 10 steps up and 10 down, plain SGD; base 3e-2, peaks
-  2.5 and 5e-2 (CIFAR-10), or base 3e-3, peaks 0.25 and 5e-3 (GTSRB).
+  2.5 and 5e-2 (CIFAR-10), or base 3e-3, peaks 0.25 and 5e-3 (GTSRB). It does not augment; here ``crop=0, flip=False``
+  is that, and the presets augment as the benchmark's fine-tuning does.
 
     >>> import jax
     >>> from backdoor_jax import build_classifier, digits
@@ -30,7 +31,7 @@ from typing import Any, ClassVar
 import jax
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, Fraction, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, Fraction, LearningRate, Momentum
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.models import Classifier, Variables
@@ -69,14 +70,14 @@ class SuperFineTune(SGDDefense):
 
     steps: Count = 1600
     batch_size: Count = 128
-    learning_rate: Positive = 3e-3
-    peak1: Positive = 0.25
-    peak2: Positive = 5e-3
+    learning_rate: LearningRate = 3e-3
+    peak1: LearningRate = 0.25
+    peak2: LearningRate = 5e-3
     first_phase: Fraction = 0.4
     up: Count = 10
     down: Count = 10
-    momentum: NonNegative = 0.0
-    weight_decay: NonNegative = 0.0
+    momentum: Momentum = 0.0
+    weight_decay: Decay = 0.0
 
     @property
     def optimizer(self) -> SGD:

@@ -4,7 +4,13 @@ Two statistics are computed for each class from the solutions of `tac_program`, 
 
 - ``worst_case``, the paper's: the norm of the one change that works for every clean sample; a single hard sample can
   inflate it.
-- ``per_sample``, ours: the mean norm of the smallest change for each clean sample of another class by itself.
+- ``per_sample``, ours: the mean norm of the smallest change for each clean sample of another class by itself, averaged
+  within each predicted class first and then over these classes. Otherwise a class that resembles a frequent class would
+  look easy to reach.
+
+*Predictions* say of which class a sample is, not labels: the programs see nothing but latents, and a sample that the
+model takes for class k needs no change to get there, whatever its label. Such samples are left out for class k, or a
+class into which many images are misclassified would look easy to reach.
 
 A class is flagged as poisoned where its statistic is an outlier on the small side (`smallest_outlier`).
 
@@ -20,17 +26,22 @@ A class is flagged as poisoned where its statistic is an outlier on the small si
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.defenses.tac_program import Perturbations, class_perturbations, sample_norms
+from backdoor_jax.defenses.tac_program import Perturbations, class_logits, class_perturbations, sample_norms
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import latents
+from backdoor_jax.validation import checked
 
 Statistic = Literal["worst_case", "per_sample"]
 FEWEST_CLASSES = 5
 """With fewer classes there is no p-value."""
+MOST_PROGRAMS = 200_000
+"""Programs of single samples in a scan, classes times samples; half a minute for 1,000 classes on two cores.
+
+Where there are more, samples are left out, evenly over the predicted classes.
+"""
 
 
 class Outlier(NamedTuple):
@@ -55,14 +66,16 @@ class Scan(NamedTuple):
     Attributes:
         perturbations: the solution of each class's program.
         worst_case: ``(C,)``, norm of the change that sends every clean sample to the class; infinite where none does.
-        per_sample: ``(C,)``, mean norm of the smallest change for each sample not predicted as the class; infinite
-            where there is no such sample.
+        per_sample: ``(C,)``, mean norm of the smallest change for each sample not predicted as the class, balanced
+            over predicted classes; infinite where there is no such sample, or one that cannot reach the class.
+        unsolved: ``(C,)``, how many of the single samples' programs have an upper bound in place of the norm.
         tests: the outlier test of each statistic.
     """
 
     perturbations: Perturbations
     worst_case: np.ndarray
     per_sample: np.ndarray
+    unsolved: np.ndarray
     tests: dict[str, Outlier]
 
     def flagged(self, statistic: Statistic = "per_sample", alpha: float = 0.05) -> int | None:
@@ -74,6 +87,7 @@ class Scan(NamedTuple):
         """The complete result in plain Python values, with the verdict in words."""
         flagged = self.flagged(statistic, alpha)
         few = self.tests[statistic].p_value is None
+        feasible = self.perturbations.feasible
         verdict = "too few classes to tell" if few else "nothing flagged" if flagged is None else f"class {flagged}"
         return {
             "verdict": verdict,
@@ -83,13 +97,10 @@ class Scan(NamedTuple):
             "tests": {name: test._asdict() for name, test in self.tests.items()},
             "worst_case": [float(norm) if np.isfinite(norm) else None for norm in self.worst_case],
             "per_sample": [float(norm) if np.isfinite(norm) else None for norm in self.per_sample],
-            "infeasible": np.flatnonzero(~np.asarray(self.perturbations.feasible)).tolist(),
-            "unsolved": np.flatnonzero(
-                np.asarray(self.perturbations.feasible) & ~np.asarray(self.perturbations.converged)
-            ).tolist(),
-            "residual": float(
-                np.max(np.asarray(self.perturbations.residual)[np.asarray(self.perturbations.feasible)], initial=0)
-            ),
+            "infeasible": np.flatnonzero(~feasible).tolist(),
+            "unsolved": np.flatnonzero(feasible & ~self.perturbations.converged).tolist(),
+            "unsolved_samples": int(self.unsolved.sum()),
+            "residual": float(np.max(self.perturbations.residual[feasible], initial=0)),
             "sweeps": int(np.max(self.perturbations.sweeps)),
         }
 
@@ -102,6 +113,11 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
 
     The factor C accounts for selecting the smallest value. Infinite values are left out; with fewer than five left
     there is no p-value.
+
+    Limits. The level holds for normal values, and for values with a heavier right tail. For Student's t with 4 degrees
+    of freedom a test at 5 % flags 12 % of sets of 10, 27 % of 43 and 46 % of 100, for a mirrored gamma distribution
+    (shape 4) 20, 39 and 55 %. A large value hides a small one, because it widens the deviation; `mad_score` does not
+    have this fault.
 
     Example:
         >>> smallest_outlier(np.array([5.0, 5.1, 4.9, 5.2, 1.0, 4.8])).smallest
@@ -127,6 +143,7 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
     return Outlier(index, float(grubbs), p_value, float(score))
 
 
+@checked
 def scan(
     classifier: Classifier, variables: Variables, images: jax.Array, margin: float = 0.0, name: str = "scan"
 ) -> Scan:
@@ -150,17 +167,49 @@ def scan(
         >>> 0 <= found.tests["per_sample"].smallest < 10
         True
     """
-    latent = latents(classifier, variables, images)
-    kernel, bias = classifier.head_weights(variables)
+    latent = np.asarray(latents(classifier, variables, images))
+    kernel, bias = map(np.asarray, classifier.head_weights(variables))
     if not all(np.isfinite(part).all() for part in (latent, kernel, bias)):
         raise NonFiniteError(
             f"{name}: latents or head weights are not finite, so nothing can be scanned; check the checkpoint"
         )
     perturbations = class_perturbations(latent, kernel, bias, margin)
-    worst_case = np.asarray(perturbations.norms)
-    logits = jnp.matmul(latent, kernel, precision="highest") + bias
-    others = jnp.argmax(logits, -1) != jnp.arange(classifier.num_classes)[:, None]
-    own = sample_norms(logits, kernel, margin)
-    per_sample = np.asarray(jnp.where(others.any(1), jnp.mean(own, axis=1, where=others), jnp.inf))
-    tests: dict[str, Outlier] = {"worst_case": smallest_outlier(worst_case), "per_sample": smallest_outlier(per_sample)}
-    return Scan(perturbations, worst_case, per_sample, tests)
+    logits = class_logits(latent, kernel, bias)
+    logits = logits[balanced_subset(logits.argmax(axis=1), MOST_PROGRAMS // classifier.num_classes)]
+    samples = sample_norms(logits, kernel, margin)
+    per_sample = balanced_means(samples.norms, logits.argmax(axis=1))
+    tests = {"worst_case": smallest_outlier(perturbations.norms), "per_sample": smallest_outlier(per_sample)}
+    return Scan(perturbations, perturbations.norms, per_sample, np.sum(~samples.solved, axis=1), tests)
+
+
+def balanced_means(norms: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The mean norm of the samples of other classes, within each predicted class and then over classes.
+
+    Args:
+        norms: ``(C, n)``.
+        predicted: ``(n,)``, the class that each sample is predicted as.
+
+    Returns:
+        ``(C,)``, infinite where every sample is predicted as the class.
+
+    Example:
+        >>> balanced_means(np.array([[0.0, 1.0, 1.0, 4.0]]), np.array([0, 1, 1, 2])).tolist()
+        [2.5]
+    """
+    present, counts = np.unique(predicted, return_counts=True)
+    sums = np.stack([norms[:, predicted == k].sum(axis=1) for k in present], axis=1)
+    others = present != np.arange(len(norms))[:, None]
+    return np.where(others.any(1), np.sum(sums / counts, axis=1, where=others) / np.maximum(others.sum(1), 1), np.inf)
+
+
+def balanced_subset(predicted: np.ndarray, count: int) -> np.ndarray:
+    """Indices of at most ``count`` samples, in order, as evenly over predicted classes as they allow.
+
+    Example:
+        >>> balanced_subset(np.array([0, 0, 0, 0, 1, 1, 2]), 4).tolist()
+        [0, 1, 4, 6]
+    """
+    turn = np.zeros(len(predicted), int)
+    for k in np.unique(predicted):
+        turn[predicted == k] = np.arange(np.sum(predicted == k))
+    return np.sort(np.lexsort((predicted, turn))[: max(count, 1)])

@@ -5,7 +5,7 @@ evaluates them on the test set, which is used for nothing else. Rows are appende
 resumes an interrupted experiment.
 """
 
-from backdoor_jax.experiment.rows import append_row, format_row, read_rows
+from backdoor_jax.experiment.rows import RESULT, append_row, format_row, read_rows
 from backdoor_jax.experiment.runner import run_experiment
 from backdoor_jax.experiment.settings import (
     AttackEntry,
@@ -26,6 +26,7 @@ from backdoor_jax.experiment.victims import (
 )
 
 __all__ = [
+    "RESULT",
     "AttackEntry",
     "DataConfig",
     "DefenseEntry",

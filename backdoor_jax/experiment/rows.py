@@ -6,8 +6,10 @@ Rows are appended under a lock and never rewritten, so several processes may wri
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import jax
@@ -17,6 +19,7 @@ from backdoor_jax.analyses.base import Row
 from backdoor_jax.errors import UserError
 from backdoor_jax.files import locked
 from backdoor_jax.metrics import Scores, defense_effectiveness
+from backdoor_jax.reading import file_size
 from backdoor_jax.version import __version__
 
 
@@ -36,23 +39,41 @@ def format_row(row: Row) -> str:
     return f"{row['attack'] + '-' + str(row['seed']):14} {row['defense']:16} {rates}  {row['seconds']:.1f} s{mark}"
 
 
-def read_rows(path: Path) -> list[Row]:
+RESULT: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("experiment", "dataset", "model", "attack", "defense", "method", "device"), (str,)),
+    **dict.fromkeys(("seed", "n_used"), (int,)),
+    **dict.fromkeys(("acc", "acc_before", "seconds"), (float, int)),
+    **dict.fromkeys(("asr", "ra", "der"), (float, int, type(None))),
+    **dict.fromkeys(("versions", "config", "info"), (dict,)),
+}
+"""Fields of a row of an experiment that other code reads, and their types in JSON."""
+
+
+def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyType({})) -> list[Row]:
     """The rows of a ``results.jsonl``; none where there is no such file.
 
     A truncated last line, which a killed run leaves behind, is ignored.
 
     Raises:
-        UserError: where another line is not JSON.
+        UserError: where another line is not JSON, or lacks one of ``fields``, such as `RESULT`.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
+    file_size(path, "remove it")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+            row = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
             if line.endswith(b"\n"):
                 raise UserError(f"{path}: line {number} is not JSON; fix or remove it") from error
+            continue
+        lacking = [
+            field for field, kind in fields.items() if not isinstance(row, dict) or type(row.get(field)) not in kind
+        ]
+        if (lacking and line.strip()) or not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no row of an experiment ({lacking}); remove it")
+        rows += [row] if line.strip() else []
     return rows
 
 

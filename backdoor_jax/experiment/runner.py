@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from backdoor_jax.analyses.base import Finding, Row
 from backdoor_jax.data import Dataset, clean_indices
 from backdoor_jax.defenses import Defense, Repair
 from backdoor_jax.errors import FailedRepairs, UserError
-from backdoor_jax.experiment.rows import append_row, environment, format_row, rates, read_rows
+from backdoor_jax.experiment.rows import RESULT, append_row, environment, format_row, rates, read_rows
 from backdoor_jax.experiment.settings import AttackEntry, DefenseEntry, Experiment, describe
 from backdoor_jax.experiment.victims import (
     TrainedModel,
@@ -29,9 +30,11 @@ from backdoor_jax.experiment.victims import (
     streams,
     trigger_like,
 )
-from backdoor_jax.files import write_text
+from backdoor_jax.files import held, is_leftover, locked_folder, remove_leftovers, write_text
 from backdoor_jax.metrics import Scores, is_near_chance
 from backdoor_jax.models import Variables
+from backdoor_jax.reading import parse_json, parsing, read_text
+from backdoor_jax.stopping import stop_if_asked
 from backdoor_jax.training import Stopwatch
 
 RESULTS = "results.jsonl"
@@ -85,9 +88,23 @@ def run_experiment(
     """
     workspace = make_workspace(experiment, out, root)
     _check(workspace)
-    _claim(experiment, out)
-    path = out / RESULTS
-    without = sum("analyses" not in row for row in read_rows(path)) if experiment.analyses else 0
+    _require_ours(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be created ({error.strerror}); give another --out") from error
+    with held(out, [f"seed-{seed}" for seed in experiment.seeds]):
+        with locked_folder(out):
+            remove_leftovers(out)
+            _claim(experiment, out)
+        return _run(workspace, report, devices)
+
+
+def _run(workspace: Workspace, report: Callable[[str], None], devices: Sequence[jax.Device] | None) -> list[Row]:
+    """Writes the missing rows of an experiment whose folder is held."""
+    experiment, path = workspace.experiment, workspace.folder / RESULTS
+    rows = read_rows(path, RESULT)
+    without = sum("analyses" not in row for row in rows) if experiment.analyses else 0
     if without:
         report(f"{without} rows were made without analyses; remove them from {path} to make them again")
 
@@ -125,6 +142,7 @@ def _run_attack(
     def add(row: Row) -> None:
         append_row(path, row)
         report(format_row(row))
+        stop_if_asked()
 
     clean_model = _clean_model(workspace, seed) if attack and attack.needs_clean_model else None
     model = prepare_model(workspace, entry, seed, clean_model)
@@ -179,36 +197,45 @@ def _check(workspace: Workspace) -> None:
             )
 
 
+DESCRIBED = "experiment.json"
+"""The file that says what a folder's rows are of."""
+
+
+def _require_ours(out: Path) -> None:
+    """Refuses a folder that holds something else, and changes nothing.
+
+    A folder without `DESCRIBED` is ours where it holds only what a run leaves that was killed before it wrote that.
+    """
+    if (out / DESCRIBED).is_file() or not os.path.lexists(out):
+        return
+    if not out.is_dir() or not all(
+        is_leftover(path) or (path.name.startswith(".seed-") and path.suffix == ".lock") for path in out.iterdir()
+    ):
+        raise UserError(f"{out} exists and is not the folder of an experiment; give another --out")
+
+
 def _claim(experiment: Experiment, out: Path) -> None:
     """Marks a folder as this experiment's, or refuses one that holds another; entries and seeds may be added."""
     described = describe(experiment)
-    path = out / "experiment.json"
+    path = out / DESCRIBED
     if path.is_file():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            earlier = None
-        if not isinstance(earlier, dict):
-            raise UserError(f"{path} does not describe an experiment; give another --out")
-        for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
-            if earlier.get(part) != described[part]:
-                raise UserError(
-                    f"{out} holds another experiment ({part} is {earlier.get(part)}, here {described[part]}); "
-                    "give another --out"
-                )
-        for part in ("attacks", "defenses"):
-            for label in earlier.get(part, {}).keys() & described[part].keys():
-                if earlier[part][label] != described[part][label]:
-                    raise UserError(f"{out} holds {label!r} with other settings; give another --out or another label")
-            described[part] = {**earlier.get(part, {}), **described[part]}
-        for part in ("seeds", "analyses"):
-            described[part] = list(dict.fromkeys([*earlier.get(part, []), *described[part]]))
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not the folder of an experiment; give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be created ({error.strerror}); give another --out") from error
+        with parsing(path, "does not describe an experiment", "give another --out"):
+            earlier = parse_json(read_text(path, "give another --out"))
+            for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
+                if earlier.get(part) != described[part]:
+                    raise UserError(
+                        f"{path}: holds another experiment ({part} is {earlier.get(part)}, here {described[part]}); "
+                        "give another --out"
+                    )
+            for part in ("attacks", "defenses"):
+                for label in earlier[part].keys() & described[part].keys():
+                    if earlier[part][label] != described[part][label]:
+                        raise UserError(
+                            f"{path}: has {label!r} with other settings; give another --out or another label"
+                        )
+                described[part] = {**earlier[part], **described[part]}
+            for part in ("seeds", "analyses"):
+                described[part] = list(dict.fromkeys([*earlier[part], *described[part]]))
     write_text(path, json.dumps(described, indent=1))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from backdoor_jax.analyses import ANALYSES
 from backdoor_jax.attacks import Attack
-from backdoor_jax.config import Config, Count, Share
+from backdoor_jax.config import Config, Count, Seed, Share, Width
 from backdoor_jax.defenses import Defense
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Precision, Stem
@@ -44,7 +44,7 @@ class ModelConfig(Config):
     """
 
     name: str = "preact_resnet18"
-    width: Count = 64
+    width: Width = 64
     stem: Stem | None = None
     patch: Count | None = None
     dtype: Precision = "float32"
@@ -120,7 +120,7 @@ class Experiment(Config):
     victim: TrainConfig = TrainConfig()  # noqa: RUF009
     clean_ratio: Share = 0.05
     stratified: bool = False
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     analyses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

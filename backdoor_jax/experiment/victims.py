@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.attacks import Attack, AttackContext, Victim
 from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_indices, load
 from backdoor_jax.experiment.rows import plain
@@ -19,6 +20,7 @@ from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.native import save_model
 from backdoor_jax.metrics import Scores, evaluate
 from backdoor_jax.models import Classifier, Variables, build_classifier
+from backdoor_jax.reading import parsing, read_text
 from backdoor_jax.training import Stopwatch, mesh_for, train, train_many
 
 RECORD = "timing.json"
@@ -225,11 +227,14 @@ def load_stored(
         else:
             context = workspace.attack_context(entry, clean_model)
             poisoned, trigger, _ = entry.attack.poison(keys["poison"], context)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    with parsing(folder / RECORD, "is damaged", f"remove {folder} to make the model again"):
+        record = json.loads(read_text(folder / RECORD, f"remove {folder} to make the model again"))
+        times = [record["seconds"], record["compile_seconds"]]
+        if not isinstance(record["info"], dict) or not all(type(value) in (int, float) for value in times):
+            raise ValueError("it holds no times")
     return StoredModel(
-        label, seed, variables, poisoned.data, poisoned.indices, trigger, label_map,
-        record["info"], record["seconds"], record["compile_seconds"],
-    )  # fmt: skip
+        label, seed, variables, poisoned.data, poisoned.indices, trigger, label_map, record["info"], *times
+    )
 
 
 def judge(workspace: Workspace, model: StoredModel, repaired: Variables | None = None, name: str = "") -> Scores:
@@ -289,7 +294,8 @@ def save_poisoned(path: Path, poisoned: Poisoned, clean: Dataset) -> None:
 
 def load_poisoned(path: Path, clean: Dataset) -> Poisoned:
     """The poisoned set that `save_poisoned` wrote, given the clean set."""
-    with np.load(path) as arrays:
+    arrays = read_npz(path, "a poisoned set")
+    with parsing(path, "is damaged", "remove its folder to make the model again"):
         changed = arrays["changed"]
         data = Dataset(clean.images.at[changed].set(arrays["images"]), clean.labels.at[changed].set(arrays["labels"]))
         return Poisoned(data, arrays["indices"])
@@ -300,6 +306,6 @@ def save_example(folder: Path, label: str, image: jax.Array, trigger: Trigger) -
     path = folder / "examples" / f"{label}.npz"
     if path.is_file():
         return
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         np.savez(temporary, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))

@@ -1,5 +1,10 @@
 """Orbax checkpoints of trees of arrays, of a run that may be killed and of a finished model."""
 
+import contextlib
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +12,34 @@ import jax
 import jax.numpy as jnp
 
 from backdoor_jax.errors import UserError, first_line
+
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""What Orbax adds to the name of a folder that it has not finished."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns whatever Orbax raises in writing a folder into an `OSError`: a full disk is none to its backends."""
+    try:
+        with quiet_threads():
+            yield
+    except OSError:
+        raise
+    except Exception as error:  # Orbax and its backends raise many kinds.
+        raise OSError(f"{folder} cannot be written ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Keeps Orbax's threads from printing the tracebacks of errors that the main thread raises as well."""
+    shown, level = threading.excepthook, logging.getLogger("absl").level
+    threading.excepthook = lambda arguments: None
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
+        logging.getLogger("absl").setLevel(level)
 
 
 class Checkpoints:
@@ -18,10 +51,13 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         import orbax.checkpoint as ocp
 
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-        )
+        self._args, self._folder = ocp.args, folder
+        with writing(folder):
+            for leftover in folder.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(leftover)
+            self._manager = ocp.CheckpointManager(
+                folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+            )
 
     def latest(self, like: Any) -> Any:
         """The newest tree, with the structure of ``like``, or ``like`` itself where there is none."""
@@ -29,12 +65,20 @@ class Checkpoints:
         if newest is None:
             return like
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-        return self._manager.restore(newest, args=self._args.StandardRestore(abstract))
+        try:
+            with quiet_threads():
+                return self._manager.restore(newest, args=self._args.StandardRestore(abstract))
+        except Exception as error:  # Orbax and its backends raise many kinds.
+            raise UserError(
+                f"{self._folder}: the checkpoint of step {newest} is damaged or of another training "
+                f"({first_line(error)}); remove the folder to train again"
+            ) from error
 
     def save(self, number: int, tree: Any) -> None:
         """Writes a tree; the older one is removed once this one is complete."""
-        self._manager.save(number, args=self._args.StandardSave(tree))
-        self._manager.wait_until_finished()
+        with writing(self._folder):
+            self._manager.save(number, args=self._args.StandardSave(tree))
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Stops Orbax's threads."""
@@ -45,7 +89,7 @@ def save_tree(folder: Path, tree: Any) -> None:
     """Writes a tree of arrays to a folder, completely or not at all, and replaces what was there."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with writing(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), tree, force=True)
 
 
@@ -64,7 +108,7 @@ def load_tree(folder: Path, like: Any) -> Any:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder.absolute(), like)
     except Exception as error:  # Orbax and its backends raise many kinds.
         raise UserError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from backdoor_jax.errors import UserError
+from backdoor_jax.reading import file_size, parsing
 
 Kind = Literal["torch", "safetensors", "msgpack"]
 
@@ -34,11 +35,9 @@ def kind_of(path: Path) -> Kind:
         ...     kind_of(Path(folder) / "model.bin")
         'safetensors'
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a model file") from error
+    file_size(path, "give a model file")
+    with parsing(path, "cannot be read", "give a model file"), path.open("rb") as file:
+        start = file.read(64)
     if start.startswith(b"PK"):
         return _kind_of_archive(path)
     if len(start) > 8 and start[8:9] == b"{":
@@ -59,8 +58,8 @@ def _kind_of_archive(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
-        return "torch"  # A truncated one; its reader says so.
+    except Exception:  # A damaged archive raises many kinds; the reader says what is wrong.
+        return "torch"
     if "constants.pkl" in names:
         raise UserError(
             f"{path}: is TorchScript, which contains code and was not run; if you trust it, run "

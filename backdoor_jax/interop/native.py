@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from backdoor_jax.array_files import read_safetensors
+from backdoor_jax.config import Classes, Positive, Whole, Width
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.files import atomic_write, write_text
+from backdoor_jax.files import atomic_folder, atomic_write, settle, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.file_kinds import kind_of
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Stem, Variables, VisionTransformer, build_classifier, describe
+from backdoor_jax.reading import (
+    DEEPEST,
+    element_count,
+    parse_json,
+    parsing,
+    read_text,
+    require_budget,
+    require_names,
+)
 from backdoor_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -74,12 +86,11 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
             with atomic_write(path) as partial:
                 save_file(arrays, partial, {HEADER: json.dumps(described)})
             return
-        path.mkdir(exist_ok=True)
-        (path / DESCRIPTION).unlink(missing_ok=True)
+        with atomic_folder(path) as partial:
+            save_tree(partial / "variables", variables)
+            describe_folder(partial, classifier, variables)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)}); give another path") from error
-    save_tree(path / "variables", variables)
-    describe_folder(path, classifier, variables)
 
 
 def describe_folder(path: Path, classifier: Classifier, variables: Variables) -> None:
@@ -122,11 +133,12 @@ def load_model(
         UserError: where there is no such file, or it is damaged, holds another model or was written by another program.
     """
     path = Path(path)
-    if not path.exists():
+    settle(path)
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such model; give a file .safetensors or .pt, or a folder with {DESCRIPTION}")
-    described: dict[str, Any] | None = None
+    described: Description | None = None
     arrays: dict[str, np.ndarray] = {}
-    if path.is_dir():
+    if os.path.isdir(path):
         described = _folder_description(path)
     elif (kind := kind_of(path)) == "safetensors":
         described, arrays = _read_safetensors(path)
@@ -144,15 +156,18 @@ def load_model(
         raise UserError(f"{path}: holds one model; leave out the key (--key)")
     if (normalization, mean, std) != (None, None, None):
         raise UserError(f"{path}: has its own normalization; leave out yours (--normalize)")
-    if model is not None and model != described["model"]:
-        raise UserError(f"{path}: holds {described['model'] or 'a custom network'}, not {model}; leave out the name")
+    if model is not None and model != described.model:
+        raise UserError(f"{path}: holds {described.model or 'a custom network'}, not {model}; leave out the name")
 
     loaded = _classifier(described, classifier, path)
-    if path.is_dir():
-        like = _abstract(described["arrays"], path)
+    if os.path.isdir(path):
+        like = _abstract(described.arrays, path)
+        files = [file for file in (path / "variables").rglob("*") if file.is_file()]
+        needed = sum(element_count(leaf.shape) * leaf.dtype.itemsize for _, leaf in _leaves(like))
+        require_budget(needed, sum(file.stat().st_size for file in files), path)
         _require_fit(loaded, like, classifier is None, path)
         found = _digests(path / "variables")
-        if found != described["files"]:
+        if found != described.files:
             raise UserError(
                 f"{path}: variables lacks files, or some are damaged or belong to another model; copy or save it again"
             )
@@ -163,7 +178,8 @@ def load_model(
             raise UserError(
                 f"{path}: its variables are damaged or belong to another model ({cause}); copy or save it again"
             ) from error
-    variables = _nest({name: jnp.asarray(array) for name, array in arrays.items()})
+    with parsing(path, "its arrays are no model's", "save the model again"):
+        variables = _nest({name: jnp.asarray(array) for name, array in arrays.items()})
     _require_fit(loaded, variables, classifier is None, path)
     return loaded, variables
 
@@ -180,15 +196,34 @@ def _described(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a file says about its model, checked before anything is built from it."""
+
+    format: int
+    version: str
+    model: str | None
+    classes: Classes
+    mean: tuple[float, ...]
+    std: tuple[Positive, ...]
+    head_path: tuple[str, ...] = ()
+    width: Width | None = None
+    options: dict[str, str | int] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, tuple[str, tuple[Whole, ...]]] = dataclasses.field(default_factory=dict)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _parse(text: str, path: Path, *needed: str) -> Description:
     """A description, checked to have everything that is needed."""
+    import pydantic
+
     try:
-        described = json.loads(text)
+        described = parse_json(text)
         later = described["format"] > FORMAT
         missing = [name for name in ("version", "model", "classes", "mean", "std", *needed) if name not in described]
         if described.get("model") is not None:
             missing += [name for name in ("width", "options") if name not in described]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its description is damaged or another program's; save the model again") from error
     if later:
         raise UserError(
@@ -196,18 +231,23 @@ def _parse(text: str, path: Path, *needed: str) -> dict[str, Any]:
         )
     if missing:
         raise UserError(f"{path}: its description lacks {', '.join(missing)}; save the model again")
-    return described
-
-
-def _folder_description(path: Path) -> dict[str, Any]:
-    file = path / DESCRIPTION
     try:
-        return _parse(file.read_text(encoding="utf-8"), file, "arrays", "files")
-    except (OSError, UnicodeDecodeError) as error:
+        return pydantic.TypeAdapter(Description).validate_json(text, strict=True)
+    except pydantic.ValidationError as errors:
+        first = errors.errors()[0]
+        at = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{path}: has no readable {DESCRIPTION}, so it is not a model's folder; save the model again with "
-            "backdoor_jax.save_model, or resume its experiment"
-        ) from error
+            f"{path}: its description is damaged and cannot be used ({at}: {first['msg']}); save the model again"
+        ) from errors
+
+
+def _folder_description(path: Path) -> Description:
+    fix = "it is not a model's folder; save the model again with backdoor_jax.save_model, or resume its experiment"
+    try:
+        text = read_text(path / DESCRIPTION, fix)
+    except UserError as error:
+        raise UserError(f"{path}: has no readable {DESCRIPTION} ({error.__cause__ or 'no file'}), so {fix}") from error
+    return _parse(text, path / DESCRIPTION, "arrays", "files")
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -219,19 +259,10 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+def _read_safetensors(path: Path) -> tuple[Description | None, dict[str, np.ndarray]]:
     """The description, None where another program wrote the file, and the arrays."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()} if HEADER in header else {}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a complete safetensors file ({first_line(error)}); copy or save it again"
-        ) from error
-    return (_parse(header[HEADER], path), arrays) if HEADER in header else (None, {})
+    metadata, arrays = read_safetensors(path)
+    return (_parse(metadata[HEADER], path), arrays) if HEADER in metadata else (None, {})
 
 
 def _read_msgpack(path: Path, classifier: Classifier | None) -> tuple[Classifier, Variables]:
@@ -243,38 +274,29 @@ def _read_msgpack(path: Path, classifier: Classifier | None) -> tuple[Classifier
             f"{path}: is Flax's msgpack, which does not say which network it holds; load it in Python with "
             "load_model(path, classifier=Classifier.from_linen(module, classes, head_path))"
         )
-    try:
+    with parsing(path, "not a complete msgpack file of Flax", "copy or save it again"):
         tree = msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack and Flax raise many kinds for a damaged file.
-        raise UserError(
-            f"{path}: not a complete msgpack file of Flax ({first_line(error)}); copy or save it again"
-        ) from error
-    if isinstance(tree, Mapping) and "params" not in tree:
-        tree = {"params": tree}
-    kept = {name: tree[name] for name in ("params", "batch_stats") if name in tree} if isinstance(tree, Mapping) else {}
-    variables = jax.tree.map(jnp.asarray, kept)
+        if not isinstance(tree, Mapping):
+            raise ValueError("it holds no dictionary")
+        tree = tree if "params" in tree else {"params": tree}
+        kept = {name: tree[name] for name in ("params", "batch_stats") if name in tree}
+        variables = jax.tree.map(jnp.asarray, kept)
     _require_fit(classifier, variables, False, path)
     return classifier, variables
 
 
-def _classifier(described: dict[str, Any], given: Classifier | None, path: Path) -> Classifier:
+def _classifier(described: Description, given: Classifier | None, path: Path) -> Classifier:
     """The classifier of a description, or the given one for a network that cannot be described."""
-    if described["model"] is None and given is None:
-        raise UserError(f"{path}: holds a custom network, which no file can describe; give load_model its classifier")
     if given is not None:
-        if given.num_classes != described["classes"]:
-            raise UserError(f"{path}: has {described['classes']} classes, the given classifier {given.num_classes}")
+        if given.num_classes != described.classes:
+            raise UserError(f"{path}: has {described.classes} classes, the given classifier {given.num_classes}")
         return given
-    try:
-        classifier = build_classifier(
-            described["model"], int(described["classes"]), int(described["width"]), **described["options"]
-        )
-        mean, std = (tuple(float(value) for value in described[name]) for name in ("mean", "std"))
-        return dataclasses.replace(classifier, mean=mean, std=std)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: its description cannot be used ({first_line(error)}); save the model again"
-        ) from error
+    if described.model is None or described.width is None:
+        raise UserError(f"{path}: holds a custom network, which no file can describe; give load_model its classifier")
+    options: dict[str, Any] = described.options
+    with parsing(path, "its description cannot be used", "save the model again"):
+        classifier = build_classifier(described.model, described.classes, described.width, **options)
+        return dataclasses.replace(classifier, mean=described.mean, std=described.std)
 
 
 def _require_fit(classifier: Classifier, variables: Variables, described: bool, path: Path) -> None:
@@ -288,7 +310,8 @@ def _require_fit(classifier: Classifier, variables: Variables, described: bool, 
     side, network = 32, classifier.network
     if isinstance(network, VisionTransformer):
         embedding = variables.get("params", {}).get("pos_embedding")
-        side = network.patch * math.isqrt(embedding.shape[1] - 1) if embedding is not None else side
+        if embedding is not None:
+            side = network.patch * math.isqrt(max(embedding.shape[1] - 1, 1)) if embedding.ndim == 3 else side
     image = jax.ShapeDtypeStruct((1, side, side, len(classifier.mean)), jnp.uint8)
     shapes = jax.eval_shape(classifier.init, jax.random.key(0), image)
     expected = {_text(names): leaf.shape for names, leaf in _leaves(shapes)}
@@ -330,13 +353,17 @@ def _text(names: tuple[str, ...]) -> str:
 
 def _nest(arrays: dict[str, Any]) -> Variables:
     """The tree of dictionaries with these arrays at these paths."""
-    return unflatten_dict({tuple(map(unquote, name.split("/"))): array for name, array in arrays.items()})
+    paths = {tuple(map(unquote, name.split("/"))): array for name, array in arrays.items()}
+    inner = {path[:depth] for path in paths for depth in range(1, min(len(path), DEEPEST))}
+    if inner & paths.keys() or any(len(path) > DEEPEST for path in paths):
+        raise ValueError("its names make no tree of a model's depth")
+    return unflatten_dict(paths)
 
 
-def _abstract(arrays: dict[str, Any], path: Path) -> Variables:
+def _abstract(arrays: Mapping[str, tuple[str, tuple[int, ...]]], path: Path) -> Variables:
     """The tree of shapes in a folder's description."""
-    try:
-        shapes = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (dtype, shape) in arrays.items()}
-        return _nest(shapes)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: the shapes in {DESCRIPTION} are damaged; save the model again") from error
+    with parsing(path, f"the shapes in {DESCRIPTION} are damaged", "save the model again"):
+        require_names(list(arrays), path)
+        for _, shape in arrays.values():
+            element_count(shape)
+        return _nest({name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, (dtype, shape) in arrays.items()})

@@ -1,20 +1,26 @@
-"""Files of PyTorch weights, read as data.
+"""Files of PyTorch weights, read as data and without PyTorch.
 
-A file is data here and never code. ``.safetensors`` files hold nothing else. A ``.pt`` file is read by PyTorch's
-weights-only unpickler, which runs nothing; the few NumPy names that the benchmark's ``attack_result.pt`` needs besides
-the weights are mapped to a stand-in that accepts anything and does nothing.
+A file is data here and never code. ``.safetensors`` files hold nothing else. A ``.pt`` file is a pickle and the bytes
+of its tensors, in a zip file or, before PyTorch 1.6, one after another. `PlainUnpickler` reads it and calls nothing;
+the names that stand for tensors are mapped to functions here, which make NumPy arrays. Whatever else the benchmark's
+``attack_result.pt`` holds besides weights becomes an object that holds nothing.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+import io
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.file_kinds import kind_of
+from backdoor_jax.pickles import PickledCode, PlainUnpickler, Skipped
+from backdoor_jax.reading import element_count, file_size, require_budget, require_names
 
 BOUNDS = "bounds"
 
@@ -30,9 +36,10 @@ def unwrap(tree: Any, where: str, key: str | None = None) -> tuple[dict[str, Any
     Raises:
         UserError: where there is no state dict, several and no key, or none under the key.
     """
-    bounds: dict[str, Any] = {}
+    bounds: Any = {}
     if isinstance(tree, Mapping) and (key is not None or not _is_state(tree)):
         known = {str(name): value for name, value in tree.items() if name != BOUNDS and _is_state(value)}
+        require_names(list(known), where)
         if key is not None and key not in known:
             there = f"there are {', '.join(known)}" if known else "the file is one state dict, so leave the key out"
             raise UserError(f"{where}: holds no state dict {key!r}; {there}")
@@ -41,14 +48,16 @@ def unwrap(tree: Any, where: str, key: str | None = None) -> tuple[dict[str, Any
                 f"{where}: holds several models, {', '.join(known)}; choose one by key (--key {next(iter(known))})"
             )
         if known:
-            bounds = dict(tree.get(BOUNDS) or {})
+            bounds = tree.get(BOUNDS) or {}
             tree = known[key] if key is not None else next(iter(known.values()))
-    if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
-        raise UserError(
-            f"{where}: expected a state dict, or a dictionary that holds one, got {type(tree).__name__}; save "
-            "model.state_dict()"
-        )
-    state = dict(tree)
+    for part, kind in ((tree, "a state dict"), (bounds, "bounds by name")):
+        if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
+            raise UserError(
+                f"{where}: expected {kind}, or a dictionary that holds one, got {type(part).__name__}; save "
+                "model.state_dict()"
+            )
+    state, bounds = dict(tree), dict(bounds)
+    require_names([*state, *bounds], where)
     for name in [name for name in state if name.startswith(f"{BOUNDS}.")]:
         bounds[name.removeprefix(f"{BOUNDS}.")] = state.pop(name)
     prefix = shared_prefix(state)
@@ -78,10 +87,20 @@ def shared_prefix(names: Iterable[str]) -> str:
 
 
 def as_array(value: Any, name: str, where: str) -> np.ndarray:
-    """A tensor or array as a NumPy array, in float32 or float64."""
+    """A tensor or array as a NumPy array, in float32 or float64.
+
+    Raises:
+        UserError: where it is no such tensor, or holds values that are not finite.
+    """
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
+        try:
+            value = value.detach().cpu()
+            value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
+            value = value.numpy()
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # Sparse, quantized, without storage.
+            raise UserError(
+                f"{where}: {name} is no plain tensor ({first_line(error)}); save dense weights in floating point"
+            ) from error
     if not hasattr(value, "shape"):
         raise UserError(f"{where}: {name} is a {type(value).__name__}, expected a tensor; save model.state_dict()")
     array = np.asarray(value)
@@ -92,18 +111,22 @@ def as_array(value: Any, name: str, where: str) -> np.ndarray:
 
 def read(path: Path) -> Any:
     """What a ``.pt``, ``.pth`` or ``.safetensors`` file holds."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a state dict as .pt, .pth or .safetensors")
-    if kind_of(path) != "safetensors":
-        return _read_pickle(path)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    size = file_size(path, "give a state dict as .pt, .pth or .safetensors")
+    if kind_of(path) == "safetensors":
+        return read_safetensors(path)[1]
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return _read_zip(path, size) if zipfile.is_zipfile(path) else _read_legacy(path, size)
+    except UserError:
+        raise
+    except PickledCode as error:
         raise UserError(
-            f"{path}: not a complete safetensors file ({first_line(error)}); save or copy it again"
+            f"{path}: holds more than weights, {error.name}, which was not run; if you trust it, load it and "
+            "save model.state_dict() alone, or safetensors"
+        ) from error
+    except Exception as error:  # A damaged file raises many kinds.
+        raise UserError(
+            f"{path}: not a complete file of weights written by torch.save ({first_line(error)}); copy it, or save "
+            "model.state_dict(), again"
         ) from error
 
 
@@ -113,50 +136,159 @@ def import_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path}: this needs PyTorch, which is not installed; run pip install 'backdoor_jax[torch]', or use a "
-            ".safetensors file"
+            f"{path}: writing it needs PyTorch, which is not installed; run pip install 'backdoor_jax[torch]', or use "
+            "a .safetensors file"
         ) from error
     return torch
 
 
-class Ignored:
-    """Stands in for NumPy's objects in a checkpoint: accepts anything, holds nothing, does nothing."""
-
-    def __new__(cls, *args: Any) -> "Ignored":
-        """Makes an object from any arguments."""
-        del args
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        del args
-
-    def __setstate__(self, state: Any) -> None:
-        del state
+STORAGES = {
+    **{f"{name}Storage": np.dtype(kind) for name, kind in (("Double", "<f8"), ("Float", "<f4"), ("Half", "<f2"))},
+    **{f"{name}Storage": np.dtype(kind) for name, kind in (("Long", "<i8"), ("Int", "<i4"), ("Short", "<i2"))},
+    **{f"{name}Storage": np.dtype(kind) for name, kind in (("Char", "i1"), ("Byte", "u1"), ("Bool", "?"))},
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+}
+"""The types of tensors, by the name of their storage."""
 
 
-NUMPY_NAMES = (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    "numpy.ndarray",
-    "numpy.dtype",
-    "_codecs.encode",
-)
-"""What pickled NumPy arrays and scalars are made of: the only names allowed, and only as `Ignored`."""
+class _Storage:
+    """The bytes of tensors, read when the first of them is made."""
+
+    def __init__(self, dtype: np.dtype, load: Callable[[], bytes]) -> None:
+        self.dtype, self._load = dtype, load
+        self._values: np.ndarray | None = None
+
+    @property
+    def values(self) -> np.ndarray:
+        if self._values is None:
+            self._values = np.frombuffer(self._load(), self.dtype)
+        return self._values
 
 
-def _read_pickle(path: Path) -> Any:
-    torch = import_torch(path)
-    try:
-        with torch.serialization.safe_globals([(Ignored, name) for name in NUMPY_NAMES]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch raises many kinds for a damaged file.
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: holds more than weights, {code.group(1)}, which was not run; if you trust it, load it and "
-                "save model.state_dict() alone, or safetensors"
-            ) from error
-        # PyTorch's own advice, to load it with weights_only=False, is not passed on.
-        reason = "no plain tensors" if "Weights only" in str(error) else first_line(error).partition(". ")[0]
-        raise UserError(
-            f"{path}: not a complete file of weights written by torch.save ({reason}); copy it, or save "
-            "model.state_dict(), again"
-        ) from error
+class _Tensor:
+    """A tensor in a pickle; its array is made once all storages are known."""
+
+    def __init__(self, storage: object, offset: object, shape: Any, strides: Any, *_: object) -> None:
+        if not isinstance(storage, _Storage) or not isinstance(offset, int):
+            raise pickle.UnpicklingError("a tensor has no storage")
+        self.storage, self.offset, self.shape, self.strides = storage, offset, tuple(shape), tuple(strides)
+
+    @property
+    def nbytes(self) -> int:
+        return element_count(self.shape) * self.storage.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        """A copy of the tensor's elements."""
+        values = self.storage.values
+        if len(self.strides) != len(self.shape) or not all(type(step) is int and step >= 0 for step in self.strides):
+            raise ValueError("a tensor has strides of another shape")
+        if 0 in self.shape:
+            return np.empty(self.shape, values.dtype)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        if not 0 <= self.offset <= last < len(values):
+            raise ValueError("a tensor reaches beyond its storage")
+        strides = [step * values.itemsize for step in self.strides]
+        return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides, writeable=False).copy()
+
+
+def _skipped(*_: object) -> Skipped:
+    return Skipped()
+
+
+def _first(value: object, *_: object) -> object:
+    return value
+
+
+def _ordered_dict(*_: object) -> dict[Any, Any]:
+    return {}
+
+
+class _StorageType:
+    """Stands for a class of storages; it is never called."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+
+
+NAMES: dict[str, Any] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor": _Tensor,
+    "torch._utils._rebuild_tensor_v2": _Tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch.Size": _first,
+    "torch.device": _skipped,
+    **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
+}
+"""What stands for the names in a file of weights."""
+
+
+def _with_arrays(tree: Any, path: Path, size: int) -> Any:
+    """What a pickle holds, with arrays for the tensors that `unwrap` may find."""
+    if not isinstance(tree, dict):
+        return tree
+    inner = {name: level for name, level in tree.items() if isinstance(level, dict)}
+    levels = (tree, *inner.values())
+    tensors = [value for level in levels for value in level.values() if isinstance(value, _Tensor)]
+    require_budget(sum(tensor.nbytes for tensor in tensors), size, path)
+
+    def arrays(level: dict[Any, Any]) -> dict[Any, Any]:
+        return {name: value.array() if isinstance(value, _Tensor) else value for name, value in level.items()}
+
+    return arrays(tree) | {name: arrays(level) for name, level in inner.items()}
+
+
+def _read_zip(path: Path, size: int) -> Any:
+    """The contents of a file as PyTorch has written them since 1.6."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        require_names(list(members), path)
+        require_budget(sum(member.file_size for member in members.values()), size, path)
+        pickles = [name for name in members if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it has no data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
+        storages: dict[str, _Storage] = {}
+
+        def persistent(pid: Any) -> _Storage:
+            _, kind, key, _, count = pid
+            dtype = kind.dtype.newbyteorder("<" if order == b"little" else ">")
+            if not isinstance(key, str) or members[f"{root}data/{key}"].file_size != count * dtype.itemsize:
+                raise ValueError("a storage has another size")
+            return storages.setdefault(key, _Storage(dtype, lambda: archive.read(f"{root}data/{key}")))
+
+        tree = PlainUnpickler(archive.read(pickles[0]), NAMES, persistent).load()
+        return _with_arrays(tree, path, size)
+
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+"""What files of PyTorch before 1.6 begin with."""
+
+
+def _read_legacy(path: Path, size: int) -> Any:
+    """The contents of a file as PyTorch wrote them before 1.6: pickles, then the storages in the order of a list."""
+    data = io.BytesIO(path.read_bytes())
+
+    def unpickled() -> Any:
+        return PlainUnpickler(data, NAMES, persistent).load()
+
+    contents: dict[str, bytes] = {}
+    storages: dict[str, tuple[_Storage, int]] = {}
+
+    def persistent(pid: Any) -> _Storage:
+        _, kind, key, _, count, view = pid
+        if view is not None or not isinstance(key, str) or not isinstance(count, int):
+            raise ValueError("a storage is a view of another")
+        made = _Storage(kind.dtype.newbyteorder("<"), lambda: contents[key])
+        return storages.setdefault(key, (made, count))[0]
+
+    if unpickled() != MAGIC or unpickled() != PROTOCOL or not unpickled().get("little_endian", False):
+        raise ValueError("it does not begin as one")
+    tree, keys = unpickled(), unpickled()
+    for key in keys:
+        storage, count = storages[key]
+        found = int.from_bytes(data.read(8), "little")
+        contents[key] = data.read(count * storage.dtype.itemsize)
+        if found != count or len(contents[key]) != count * storage.dtype.itemsize:
+            raise ValueError("it ends within a storage")
+    return _with_arrays(tree, path, size)

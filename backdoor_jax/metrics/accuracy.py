@@ -18,6 +18,7 @@ from backdoor_jax.data import Dataset, LabelMap, Trigger
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import map_chunks
+from backdoor_jax.validation import checked
 
 
 class Scores(NamedTuple):
@@ -40,6 +41,7 @@ def _predict(
     return predictions, jnp.all(finite)
 
 
+@checked
 def predict(
     classifier: Classifier,
     variables: Variables,
@@ -97,6 +99,7 @@ def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelM
     return float(np.mean(predictions == targets)), float(np.mean(predictions == labels))
 
 
+@checked
 def evaluate(
     classifier: Classifier,
     variables: Variables,
@@ -128,15 +131,6 @@ def evaluate(
         >>> evaluate(classifier, classifier.init(jax.random.key(0), test.images), test).acc < 0.5
         True
     """
-    bad = [
-        jax.tree_util.keystr(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-        if not np.isfinite(leaf).all()
-    ]
-    if bad:
-        raise NonFiniteError(
-            f"{name}: weights {bad[0]} are not finite; the training diverged or the checkpoint is damaged"
-        )
     labels = np.asarray(test.labels)
     acc = float(np.mean(predict(classifier, variables, test.images, name=name) == labels))
     if trigger is not None and triggered is not None:

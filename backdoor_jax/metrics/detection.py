@@ -42,9 +42,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.config import Config, Count, NonNegative, Positive
+from backdoor_jax.config import Config, Count, LearningRate, NonNegative
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.validation import checked
 
 FEWEST_CLASSES = 5
 AT_ONCE = 10
@@ -64,7 +65,7 @@ class MarginConfig(Config):
 
     starts: Count = 30
     steps: Count = 300
-    rate: Positive = 0.01
+    rate: LearningRate = 0.01
     tolerance: NonNegative = 1e-5
 
 
@@ -123,6 +124,7 @@ def _ascend(
     return jax.lax.map(one, (targets, jax.random.split(key, len(targets))), batch_size=AT_ONCE)
 
 
+@checked
 def maximum_margins(
     key: jax.Array,
     classifier: Classifier,
@@ -179,6 +181,7 @@ def largest_margin(margins: np.ndarray) -> Detection:
     return Detection(target, p_value, score, margins)
 
 
+@checked
 def mm_bd(
     key: jax.Array,
     classifier: Classifier,

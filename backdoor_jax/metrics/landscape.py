@@ -31,6 +31,7 @@ from backdoor_jax.errors import UserError
 from backdoor_jax.metrics.latent import cosine
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy, map_chunks
+from backdoor_jax.validation import checked
 
 POSITIONS = tuple(step / 10 for step in range(21))
 """From the first model past the second, to twice the distance between them."""
@@ -99,6 +100,7 @@ def _evaluate_model(
     )
 
 
+@checked
 def along(
     classifier: Classifier,
     start: Variables,

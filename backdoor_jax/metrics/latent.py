@@ -24,6 +24,7 @@ from backdoor_jax.data import Trigger
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import map_chunks
+from backdoor_jax.validation import checked
 
 
 class Change(NamedTuple):
@@ -61,6 +62,7 @@ def _changes(classifier: Classifier, variables: Variables, images: jax.Array, tr
     return map_chunks(chunk, images)
 
 
+@checked
 def triggered_change(classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger) -> Change:
     """Measures the true change of the latents under the trigger.
 

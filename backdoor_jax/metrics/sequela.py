@@ -41,7 +41,7 @@ import numpy as np
 from annotated_types import MinLen
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Config, Count, NonNegative, Positive, Share, Whole
+from backdoor_jax.config import Config, Count, Decay, LearningRate, Momentum, Share, Whole
 from backdoor_jax.data import Augment, Dataset, LabelMap, Trigger, poison
 from backdoor_jax.errors import UserError
 from backdoor_jax.metrics.accuracy import Scores, evaluate
@@ -57,6 +57,7 @@ from backdoor_jax.training import (
     supervised_loss,
     train,
 )
+from backdoor_jax.validation import checked
 
 
 class Interval(NamedTuple):
@@ -167,11 +168,13 @@ def _logits(classifier: Classifier, variables: Variables, images: jax.Array) -> 
     return map_chunks(lambda chunk: classifier.logits(variables, chunk)[0], images)
 
 
+@checked
 def loss_signal(classifier: Classifier, variables: Variables, data: Dataset) -> jax.Array:
     """Minus the cross-entropy under the true label, ``(N,)``."""
     return -cross_entropy(_logits(classifier, variables, data.images), data.labels)
 
 
+@checked
 def confidence_signal(classifier: Classifier, variables: Variables, data: Dataset) -> jax.Array:
     """The log of the largest probability, ``(N,)``; labels are not used."""
     logits = _logits(classifier, variables, data.images)
@@ -206,6 +209,7 @@ class Shadow(NamedTuple):
     others: Dataset
 
 
+@checked
 def shadow_model(
     key: jax.Array, classifier: Classifier, data: Dataset, config: TrainConfig = TrainConfig(), *, flip: bool = False
 ) -> Shadow:
@@ -225,6 +229,7 @@ def shadow_model(
     return Shadow(trained.variables, inside, outside)
 
 
+@checked
 def shadow_signal(classifier: Classifier, shadow: Shadow, variables: Variables, data: Dataset) -> jax.Array:
     """The log odds of membership by a regression fitted on the shadow model, ``(N,)``.
 
@@ -262,9 +267,9 @@ class ReinjectConfig(Config):
     rates: Annotated[tuple[Share, ...], MinLen(1)] = (0.001, 0.01, 0.1)
     epochs: Annotated[tuple[Count, ...], MinLen(1)] = (1, 2, 5, 10)
     batch_size: Count = 128
-    learning_rate: Positive = 0.01
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    learning_rate: LearningRate = 0.01
+    momentum: Momentum = 0.9
+    weight_decay: Decay = 5e-4
     crop: Whole = 4
     flip: bool = False
 
@@ -296,6 +301,7 @@ class Reinjected(NamedTuple):
     scores: Scores
 
 
+@checked
 def reinject(
     key: jax.Array,
     classifier: Classifier,

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from backdoor_jax.config import MOST_CLASSES
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
 from backdoor_jax.models.network import Network
@@ -89,9 +90,10 @@ def build_classifier(
     """
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}; known are {', '.join(sorted(MODELS))}")
-    if num_classes < 2 or width < 1:
+    if not (_whole(num_classes, 2, MOST_CLASSES) and _whole(width, 1, 2**12)):
         raise UserError(
-            f"{num_classes} classes and width {width} make no classifier; give 2 classes and width 1 or more"
+            f"{num_classes!r} classes and width {width!r} make no classifier; give 2 to {MOST_CLASSES} classes "
+            f"and a width of 1 to {2**12}"
         )
     if normalization not in NORMALIZATIONS:
         raise UserError(f"unknown normalization {normalization!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
@@ -102,6 +104,10 @@ def build_classifier(
             raise UserError(f"model {model!r} has no {name}; leave it out, or choose a model that has one: {owners}")
     network = MODELS[model].build(num_classes, width, **options)
     return Classifier(network, num_classes, *NORMALIZATIONS[normalization], MODELS[model].head_path, dtype)
+
+
+def _whole(value: object, lowest: int, highest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
 
 
 def describe(classifier: Classifier) -> dict[str, Any] | None:

@@ -1,11 +1,17 @@
 """Work on a batch of images a few at a time, so that what is computed in between stays in the processor's cache."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def chunk_count(batch: int, chunk: int) -> int:

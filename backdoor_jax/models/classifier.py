@@ -1,7 +1,8 @@
 """`Classifier`: the one interface through which attacks, defenses and metrics use a network."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, get_args
 
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import FlaxError
 
+from backdoor_jax.compiling import standard_rules
 from backdoor_jax.data import DATASETS, Normalization
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models.network import (
     FunctionNetwork,
     LinenNetwork,
@@ -73,10 +76,11 @@ class Classifier:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        finite = np.isfinite([*self.mean, *self.std]).all()
+        if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0 or not finite:
             raise UserError(
-                f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair for each "
-                "channel"
+                f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair of "
+                "finite numbers for each channel"
             )
 
     def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -85,9 +89,27 @@ class Classifier:
         shift = np.asarray(self.mean, dtype) / np.asarray(self.std, dtype)
         return images.astype(dtype) * scale - shift
 
+    @contextlib.contextmanager
+    def _computing(self, shape: tuple[int, ...], what: str = "images") -> Iterator[None]:
+        """JAX's standard rules, and one line for what Flax and JAX raise where shapes do not fit."""
+        try:
+            with standard_rules():
+                yield
+        except (FlaxError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if isinstance(error, UserError):
+                raise
+            shown = "x".join(map(str, shape[1:]))
+            raise UserError(
+                f"the network cannot take {what} of {shown} with these variables ({first_line(error)}); give variables "
+                "of this network, and images as in its training"
+            ) from error
+
     def _input(self, variables: Variables, images: jax.Array) -> jax.Array:
         """Normalized images in the precision of the weights, at least float32."""
-        return self.normalize(images, jnp.result_type(jnp.float32, *jax.tree.leaves(variables.get("params"))))
+        return self.normalize(images, self._precision(variables))
+
+    def _precision(self, variables: Variables) -> jax.typing.DTypeLike:
+        return jnp.result_type(jnp.float32, *jax.tree.leaves(variables.get("params")))
 
     @classmethod
     def from_linen(
@@ -272,12 +294,14 @@ class Classifier:
 
         In evaluation mode the variables are returned unchanged, in training mode with the batch's statistics.
         """
-        latent, variables = self._network.features(variables, self._input(variables, images), train)
-        return require_latents(latent), variables
+        with self._computing(images.shape):
+            latent, variables = self._network.features(variables, self._input(variables, images), train)
+            return require_latents(latent), variables
 
     def head(self, variables: Variables, latent: jax.Array) -> jax.Array:
         """Logits ``(B, C)`` of latents ``(B, D)``, in the precision of the weights, at least float32."""
-        logits = self._network.head(variables, latent)
+        with self._computing(latent.shape, "latents"):
+            logits = self._network.head(variables, latent)
         if logits.shape[-1] != self.num_classes:
             raise UserError(
                 f"the head at {'/'.join(self.head_path)!r} gives {logits.shape[-1]} logits for {self.num_classes} "
@@ -292,8 +316,9 @@ class Classifier:
 
     def logits_of_input(self, variables: Variables, x: jax.Array) -> jax.Array:
         """Logits ``(B, C)`` of images that are normalized already, in evaluation mode."""
-        latent, _ = self._network.features(variables, x, False)
-        return self.head(variables, require_latents(latent))
+        with self._computing(x.shape):
+            latent, _ = self._network.features(variables, x.astype(self._precision(variables)), False)
+            return self.head(variables, require_latents(latent))
 
     @property
     def map_layers(self) -> tuple[Path, ...]:
@@ -321,7 +346,8 @@ class Classifier:
         network: Any = self._network
         if not hasattr(network, "maps") or getattr(network, "module", self) is None:
             raise UserError(f"{type(self.network).__name__} has no layers that can be observed; give a Linen module")
-        latent, maps, variables = network.maps(variables, self._input(variables, images), train, layers)
+        with self._computing(images.shape):
+            latent, maps, variables = network.maps(variables, self._input(variables, images), train, layers)
         for layer, found in zip(layers, maps, strict=True):
             if found.ndim != 4:
                 raise UserError(
@@ -334,7 +360,8 @@ class Classifier:
 
         It is taken over the batch. Empty where the network has no `backdoor_jax.models.layers.ReLU` or ``GELU``.
         """
-        return self._network.activations(variables, self._input(variables, images))
+        with self._computing(images.shape):
+            return self._network.activations(variables, self._input(variables, images))
 
     def conv_feeding_norm(self, variables: Variables, images: jax.Array) -> dict[tuple[str, ...], tuple[str, ...]]:
         """The path in ``params`` of the convolution that feeds each batch normalization, by its own path.

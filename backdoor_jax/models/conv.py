@@ -1,37 +1,178 @@
-r"""A convolution whose gradients stay fast inside ``lax.scan`` on the CPU backend.
+r"""Convolutions that are fast on the CPU backend: for each shape the fastest of several algorithms.
 
 On CPU, XLA runs a convolution on its fast path only where the layout is canonical (NHWC images, HWIO kernels). The two
 convolutions that automatic differentiation makes are not, and inside a loop nothing moves them there: a training step
-is then about 40 times slower than the same step dispatched from Python (jax-ml/jax issue 12868). Here the gradients are
-written as canonical convolutions themselves. With stride :math:`s`, kernel :math:`w` and cotangent :math:`g`
+is then about 40 times slower than the same step dispatched from Python (jax-ml/jax issue 12868). Here a convolution and
+its two gradients are three functions,
 
 .. math::
-    \bar x = \mathrm{pad}_s(g) * \mathrm{flip}(w)^{\top_{IO}}, \qquad
-    \bar w = x^{(I,H,W,B)} *_{\mathrm{dilation}\,s} g^{(H,W,B,O)} .
+    y = C(x, w), \qquad \bar x = X(g, w), \qquad \bar w = W(x, g),
 
-These are differentiated in the same way where they are not dilated, for second derivatives in reverse mode. Other
-backends, and convolutions with groups or dilations, use XLA's own gradients.
+of one trilinear form :math:`\langle C(x, w), g \rangle = \langle x, X(g, w) \rangle = \langle w, W(x, g) \rangle`.
+The gradients of each are the two others, so that derivatives of any order, in reverse mode, are these three again.
+Each is computed by the fastest of several algorithms; `choose` says by which. Other backends, and convolutions with
+groups or dilations, use XLA's own.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
-NHWC = ("NHWC", "HWIO", "NHWC")
+from backdoor_jax.models import products
+from backdoor_jax.models.chunks import cores
+from backdoor_jax.models.products import NHWC, Geometry, Pads
+from backdoor_jax.models.winograd import winograd_conv, winograd_weight_gradient
+
+WIDE, WIDE_ON_ONE_CORE = 128, 64
+"""Channels from which Winograd's transforms are repaid by its smaller products: those are not divided over cores."""
 
 
-def _convolve(x: jax.Array, w: jax.Array, strides: tuple[int, int], pads: Pads, **kwargs: Any) -> jax.Array:
-    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=NHWC, **kwargs)
+SMALL = 2**25
+"""Multiplications below which a layer is left to dense convolutions: what it gains would not repay its compilation."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+class Choice(NamedTuple):
+    """Names of the algorithms of a convolution and of its gradients, in `FORWARD`, `INPUT` and `WEIGHT`."""
+
+    forward: str
+    input_gradient: str
+    weight_gradient: str
+
+
+def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax.typing.DTypeLike) -> Choice:
+    """The algorithms for a convolution of so many images, with these numbers of input and output channels.
+
+    Types narrower than float32 are left to dense convolutions, which add up in float32. The choice depends on the
+    number of cores, and so does the rounding, as it does in XLA's own convolutions.
+
+    Example:
+        >>> choose(Geometry((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1))), 200, (128, 128), "float32")
+        Choice(forward='winograd', input_gradient='winograd', weight_gradient='winograd')
+        >>> choose(Geometry((32, 32), (3, 3), (2, 2), ((1, 1), (1, 1))), 200, (16, 32), "float32")
+        Choice(forward='dense', input_gradient='strided', weight_gradient='gathered')
+    """
+    dense = geometry.strides == (1, 1)
+    input_gradient = "dense" if dense else "strided"
+    if not isinstance(batch, int):  # An exported program takes any number of images, on any machine.
+        return Choice("dense", input_gradient, "dense")
+    if geometry.taps == (1, 1) and geometry.pads == ((0, 0), (0, 0)):
+        return Choice("pointwise", "pointwise", "pointwise")
+    if jnp.finfo(dtype).bits < 32 or batch * math.prod((*geometry.outputs, *geometry.taps, *channels)) < SMALL:
+        return Choice("dense", input_gradient, "dense")
+    wide = WIDE if cores() > 1 else WIDE_ON_ONE_CORE
+    if dense and geometry.taps == (3, 3) and min(channels) >= wide:
+        return Choice("winograd", "winograd", "winograd")
+    return Choice("dense", input_gradient, "shifted" if dense else "gathered")
+
+
+def _dense_conv(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    return products.dense(x, w, geometry.strides, geometry.pads)
+
+
+def _winograd_conv(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    return winograd_conv(x, w, geometry.pads)
+
+
+def _winograd_input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    (top, bottom), (left, right) = geometry.pads
+    return winograd_conv(g, products.flipped(w), ((2 - top, 2 - bottom), (2 - left, 2 - right)))
+
+
+def _winograd_weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    return winograd_weight_gradient(x, g, geometry.pads)
+
+
+Algorithm = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+
+FORWARD: dict[str, Algorithm] = {
+    "dense": _dense_conv,
+    "pointwise": products.pointwise_conv,
+    "winograd": _winograd_conv,
+}
+INPUT: dict[str, Algorithm] = {
+    "dense": products.dense_input_gradient,
+    "pointwise": products.pointwise_input_gradient,
+    "strided": products.strided_input_gradient,
+    "winograd": _winograd_input_gradient,
+}
+WEIGHT: dict[str, Algorithm] = {
+    "dense": products.dense_weight_gradient,
+    "pointwise": products.pointwise_weight_gradient,
+    "shifted": products.shifted_weight_gradient,
+    "gathered": products.gathered_weight_gradient,
+    "winograd": _winograd_weight_gradient,
+}
+
+
+@partial(jax.jit, static_argnames=("algorithm", "geometry"))
+def _shared(algorithm: Algorithm, first: jax.Array, second: jax.Array, geometry: Geometry) -> jax.Array:
+    """``algorithm(first, second, geometry)``, traced once for all layers of a shape."""
+    return algorithm(first, second, geometry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """``C(x, w)``: images ``(B, H, W, I)`` and kernel ``(h, w, I, O)`` to ``(B, H', W', O)``."""
+    chosen = choose(geometry, x.shape[0], (w.shape[2], w.shape[3]), x.dtype)
+    return _shared(FORWARD[chosen.forward], x, w, geometry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """``X(g, w)``: cotangent ``(B, H', W', O)`` and kernel to ``(B, H, W, I)``."""
+    chosen = choose(geometry, g.shape[0], (w.shape[2], w.shape[3]), g.dtype)
+    return _shared(INPUT[chosen.input_gradient], g, w, geometry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    """``W(x, g)``: images and cotangent to ``(h, w, I, O)``."""
+    chosen = choose(geometry, x.shape[0], (x.shape[3], g.shape[3]), x.dtype)
+    return _shared(WEIGHT[chosen.weight_gradient], x, g, geometry)
+
+
+Arrays = tuple[jax.Array, jax.Array]
+
+
+def _with_arguments(function: Any) -> Callable[..., Any]:
+    """The rule for going forward: the result, and the arguments, which are all that its gradients need."""
+
+    def forward(first: jax.Array, second: jax.Array, geometry: Geometry) -> tuple[jax.Array, Arrays]:
+        return function(first, second, geometry), (first, second)
+
+    return forward
+
+
+def _convolve_backward(geometry: Geometry, arguments: Arrays, g: jax.Array) -> Arrays:
+    x, w = arguments
+    # Fused with what made its argument, a transposition walks memory 10 times slower than as a copy of its own.
+    x, g = lax.optimization_barrier((x, g))
+    return _input_gradient(g, w, geometry), _weight_gradient(x, g, geometry)
+
+
+def _input_gradient_backward(geometry: Geometry, arguments: Arrays, x: jax.Array) -> Arrays:
+    g, w = arguments
+    x, g = lax.optimization_barrier((x, g))
+    return _convolve(x, w, geometry), _weight_gradient(x, g, geometry)
+
+
+def _weight_gradient_backward(geometry: Geometry, arguments: Arrays, w: jax.Array) -> Arrays:
+    x, g = arguments
+    return _input_gradient(g, w, geometry), _convolve(x, w, geometry)
+
+
+_convolve.defvjp(_with_arguments(_convolve), _convolve_backward)
+_input_gradient.defvjp(_with_arguments(_input_gradient), _input_gradient_backward)
+_weight_gradient.defvjp(_with_arguments(_weight_gradient), _weight_gradient_backward)
+
+
 def canonical_conv(x: jax.Array, w: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
-    """Convolves NHWC images with an HWIO kernel; both gradients are canonical convolutions as well.
+    """Convolves NHWC images with an HWIO kernel by the algorithms that are fast on a CPU, and so its gradients.
 
     Args:
         x: images, ``(B, H, W, I)``.
@@ -47,43 +188,8 @@ def canonical_conv(x: jax.Array, w: jax.Array, strides: tuple[int, int], pads: P
         >>> canonical_conv(x, w, (1, 1), ((1, 1), (1, 1)))[0, :, :, 0].astype(int).tolist()
         [[8, 12, 12, 8], [12, 18, 18, 12], [12, 18, 18, 12], [8, 12, 12, 8]]
     """
-    return _convolve(x, w, strides, pads)
-
-
-def _forward(
-    x: jax.Array, w: jax.Array, strides: tuple[int, int], pads: Pads
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(x, w, strides, pads), (x, w)
-
-
-def _backward(
-    strides: tuple[int, int], pads: Pads, residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, w = residuals
-    # Fused with what made its argument, a transposition walks memory 10 times slower than as a copy of its own.
-    x, g = lax.optimization_barrier((x, g))
-    # Rows and columns past the last whole stride do not reach the output: the far pads are what makes sizes agree.
-    image_pads, kernel_pads = [], []
-    for axis in (0, 1):
-        low, _ = pads[axis]
-        size, taps, steps = x.shape[1 + axis], w.shape[axis], g.shape[1 + axis]
-        spread = (steps - 1) * strides[axis] + 1
-        before = taps - 1 - low
-        image_pads.append((before, size + taps - 1 - spread - before))
-        kernel_pads.append((low, taps - 1 + spread - size - low))
-
-    interior = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
-    flipped = w[::-1, ::-1].transpose(0, 1, 3, 2)
-    x_bar = canonical_conv(interior, flipped, (1, 1), tuple(image_pads))
-    turned = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
-    if strides == (1, 1):
-        w_bar = canonical_conv(*turned, (1, 1), tuple(kernel_pads))
-    else:
-        w_bar = _convolve(*turned, (1, 1), tuple(kernel_pads), rhs_dilation=strides)  # type: ignore[arg-type]
-    return x_bar, w_bar.transpose(1, 2, 0, 3)
-
-
-canonical_conv.defvjp(_forward, _backward)
+    (_, *size, _), (*taps, _, _) = x.shape, w.shape
+    return _convolve(x, w, Geometry((size[0], size[1]), (taps[0], taps[1]), strides, pads))
 
 
 def conv_general_dilated(

@@ -11,6 +11,7 @@ from jax import lax
 
 from backdoor_jax.compiling import one_program
 from backdoor_jax.models.conv import conv_general_dilated
+from backdoor_jax.models.rectifier import relu
 
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default for convolutions and linear layers: uniform on +-1/sqrt(fan-in)."""
@@ -117,7 +118,7 @@ class ReLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rectified ``x``, clipped where there is a bound."""
-        return _bounded(self, nn.relu(x))
+        return _bounded(self, relu(x))
 
 
 class GELU(nn.Module):

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backdoor_jax.models.chunks import summed
+from backdoor_jax.models.chunks import cores, summed
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Pair = tuple[int, int]
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-CHUNK_BYTES = 262_144
-"""Size of the columns of a chunk of images."""
+CHUNK_BYTES = 2**20
+"""Size, for each core, of a chunk's windows: small enough for its cache, and a product large enough to be divided."""
 
 
 class Geometry(NamedTuple):
@@ -112,18 +112,16 @@ def strided_input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> ja
 
 
 def _chunk(x: jax.Array, copies: int) -> int:
-    """Images to a chunk whose columns are ``copies`` times as large as the images."""
-    return CHUNK_BYTES // (copies * x[0].size * x.dtype.itemsize)
+    """Images to a chunk whose windows are ``copies`` times as large as the images."""
+    return cores() * CHUNK_BYTES // (copies * x[0].size * x.dtype.itemsize)
 
 
 def _windows(x: jax.Array, offsets: Sequence[tuple[int, ...]], sizes: tuple[int, ...]) -> jax.Array:
-    """Windows of one size at several offsets, side by side as channels.
-
-    The compiler is not told the offsets: otherwise it makes as many loops as there are windows, and not one for all.
-    """
-    starts = [lax.optimization_barrier([jnp.int32(at) for at in offset]) for offset in offsets]
-    windows = [lax.dynamic_slice(x, start, sizes, allow_negative_indices=False) for start in starts]
-    return lax.optimization_barrier(jnp.concatenate(windows, -1))
+    """Windows of one size at several offsets, side by side as channels."""
+    ends = [[at + size for at, size in zip(offset, sizes, strict=True)] for offset in offsets]
+    windows = [lax.slice(x, offset, end) for offset, end in zip(offsets, ends, strict=True)]
+    # Stacked before the channels rather than joined along them: whole rows of channels are copied at a time.
+    return lax.optimization_barrier(jnp.stack(windows, -2)).reshape(*sizes[:-1], -1)
 
 
 def _padded(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:

@@ -32,7 +32,10 @@ Groups = list[jax.Array]
 """The products DD, DS, SD and SS, each ``(2, 2, ...)``."""
 
 CHUNK_TILES = 192
-"""About as many tiles are worked on at a time: enough rows for matrix products, and few enough for the cache."""
+"""At least as many tiles are worked on at a time: enough rows for matrix products, and few enough for the cache."""
+
+WHOLE_BYTES = 2**23
+"""Transformed tiles of this size or less are not worked on in chunks."""
 
 
 def _signs(x: jax.Array, axis: int) -> jax.Array:
@@ -92,6 +95,13 @@ def _tiles(x: jax.Array, pads: Pads, outputs: tuple[int, int]) -> Groups:
     ]
 
 
+def _chunk(images: int, tiles: int, channels: int) -> int:
+    """Images to a chunk, of so many tiles each; wide kernels, which every chunk reads, are read less often."""
+    if 16 * 4 * images * tiles * channels <= WHOLE_BYTES:
+        return images
+    return max(CHUNK_TILES, 3 * channels // 2) // tiles
+
+
 def winograd_conv(x: jax.Array, w: jax.Array, pads: Pads) -> jax.Array:
     """Convolves images ``(B, H, W, I)`` with a kernel ``(3, 3, I, O)`` at stride 1."""
     height, width = (size + sum(pad) - 2 for size, pad in zip(x.shape[1:3], pads, strict=True))
@@ -110,7 +120,7 @@ def winograd_conv(x: jax.Array, w: jax.Array, pads: Pads) -> jax.Array:
         y = y.transpose(2, 3, 0, 4, 1, 5).reshape(len(x), 2 * rows, 2 * columns, features)
         return lax.optimization_barrier(y[:, :height, :width])
 
-    return mapped(convolve, x, CHUNK_TILES // (rows * columns))
+    return mapped(convolve, x, _chunk(len(x), rows * columns, x.shape[3]))
 
 
 def winograd_weight_gradient(x: jax.Array, g: jax.Array, pads: Pads) -> jax.Array:
@@ -126,6 +136,6 @@ def winograd_weight_gradient(x: jax.Array, g: jax.Array, pads: Pads) -> jax.Arra
         pairs = [(v, c.reshape(4, -1, g.shape[3])) for v, c in zip(tiles, cotangents, strict=True)]
         return [lax.dot_general(v, c, (((1,), (1,)), ((0,), (0,)))) for v, c in pairs]
 
-    totals = lax.optimization_barrier(summed(products, x, g, CHUNK_TILES // (rows * columns)))
+    totals = lax.optimization_barrier(summed(products, x, g, _chunk(len(x), rows * columns, x.shape[3])))
     dd, ds, sd, ss = [m.reshape(2, 2, x.shape[3], g.shape[3]) for m in totals]
     return _taps_along(_taps_along(dd, ds, 1), _taps_along(sd, ss, 1), 0)

@@ -7,8 +7,11 @@ import numpy as np
 import pydantic
 from matplotlib.figure import Figure
 
+from backdoor_jax.array_files import read_npz
 from backdoor_jax.defenses import DEFENSES, GradientDefense
+from backdoor_jax.detectors import Evidence
 from backdoor_jax.drawing import COLORS, MARKERS, legend_beside, use_logarithmic_scale
+from backdoor_jax.reading import parsing
 from backdoor_jax.report.table import Row, summarize
 
 
@@ -62,7 +65,7 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
         folder: holds the examples.
         side_by_side: attacks in each row; columns are filled first.
     """
-    examples = sorted(path for path in folder.glob("*.npz") if not path.stem.endswith(".partial"))
+    examples = sorted(path for path in folder.glob("*.npz") if ".partial" not in path.name)
     if not examples:
         return None
     high = -(-len(examples) // side_by_side)
@@ -72,8 +75,11 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
         axes.axis("off")
     by_column = np.concatenate(np.split(grid, side_by_side, axis=1))
     for panels, path in zip(by_column, examples, strict=False):
-        with np.load(path) as arrays:
-            clean, triggered = arrays["clean"].astype(int), arrays["triggered"].astype(int)
+        arrays = read_npz(path, "an example of a trigger")
+        with parsing(path, "is no example of a trigger", "remove it to make it again"):
+            clean, triggered = np.stack([arrays["clean"], arrays["triggered"]]).astype(int)
+            if clean.ndim != 3:
+                raise ValueError(f"it has shape {clean.shape}")
         difference = triggered - clean
         gain = 127 / max(np.abs(difference).max(), 1)
         titles = (path.stem, "triggered", f"difference × {gain:.1f}, gray is zero")
@@ -114,6 +120,37 @@ def perturbation_figure(found: dict[str, Any], name: str) -> Figure:
         axes.set_xlabel("class")
         axes.set_ylabel("norm")
     figure.suptitle(f"{name}: {found['verdict']}", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def evidence_figure(evidence: Evidence, name: str, verdict: str) -> Figure:
+    """What a detector found for every class, and the trigger of the most suspicious one where it reconstructs some.
+
+    Args:
+        evidence: the detector's.
+        name: what the title calls the model.
+        verdict: in words.
+    """
+    if "tests" in evidence.details:
+        return perturbation_figure({**evidence.details, "verdict": verdict}, name)
+    shown = evidence.triggers
+    figure = Figure(figsize=(7.5, 2.4))
+    axes, *panels = np.atleast_1d(
+        figure.subplots(1, 3 if shown else 1, width_ratios=(3, 1, 1) if shown else (1,))  # type: ignore[arg-type]
+    )
+    numbers = range(len(evidence.values))
+    axes.bar(numbers, evidence.values, color=[COLORS[number == evidence.target] for number in numbers])
+    axes.set(xlabel="class", ylabel=evidence.quantity)
+    if shown:
+        mask, pattern = shown.masks[evidence.target], shown.patterns[evidence.target]
+        for panel, image, name in zip(panels, (mask, mask[..., None] * pattern), ("mask", "trigger"), strict=True):
+            panel.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            panel.set_title(f"{name} of class {evidence.target}", fontsize=9)
+            panel.axis("off")
+    p_value = "" if evidence.p_value is None else f", p = {evidence.p_value:.2g}"
+    axes.set_title(f"{evidence.detector}{p_value}", fontsize=9)
+    figure.suptitle(f"{name}: {verdict}", fontsize=10)
     figure.tight_layout()
     return figure
 

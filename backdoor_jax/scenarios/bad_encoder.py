@@ -9,7 +9,12 @@ minimizes
 where :math:`\tilde r` is r mirrored and recolored: latents of triggered images become those of the references, while
 latents of references and of clean images stay what they were. Settings are those of the released code: SGD at 1e-3 with
 momentum 0.9 and weight decay 5e-4, 200 epochs in batches of 256, both weights 1, batch normalization frozen with its
-scale and shift, and a white square of 10 pixels in the corner as the trigger (``BadNets(size=10)`` here).
+scale and shift, and a white square as the trigger, of 10 pixels, one away from the lower right corner
+(``BadNets(size=10, border=1)`` here).
+
+Deviations. The code adds one reference to each batch and draws its views once a step; here every reference is in every
+step. It divides latents by their length before the downstream classifier; here the classifier sees them as they are, so
+that it is an ordinary network, which a defense can repair.
 """
 
 import dataclasses
@@ -20,7 +25,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, LearningRate, Momentum, NonNegative
 from backdoor_jax.data import Dataset, Trigger
 from backdoor_jax.data.views import Views
 from backdoor_jax.errors import UserError
@@ -37,6 +42,7 @@ from backdoor_jax.training import (
     latents,
     unit_rows,
 )
+from backdoor_jax.validation import checked_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +61,9 @@ class BadEncoderConfig(EpochsConfig):
 
     epochs: Count = 200
     batch_size: Count = 256
-    learning_rate: Positive = 1e-3
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    learning_rate: LearningRate = 1e-3
+    momentum: Momentum = 0.9
+    weight_decay: Decay = 5e-4
     reference_weight: NonNegative = 1.0
     utility_weight: NonNegative = 1.0
 
@@ -104,6 +110,7 @@ def bad_encoder_loss(
     return loss, (variables, {"effect": effect, "reference": reference, "utility": utility})
 
 
+@checked_encoder
 def bad_encoder(
     key: jax.Array,
     classifier: Classifier,
@@ -177,7 +184,7 @@ class ProbeConfig(EpochsConfig):
 
     epochs: Count = 100
     batch_size: Count = 64
-    learning_rate: Positive = 1e-2
+    learning_rate: LearningRate = 1e-2
 
 
 def head_loss(classifier: Classifier, variables: Variables, batch: Dataset, key: jax.Array) -> LossResult:
@@ -187,6 +194,7 @@ def head_loss(classifier: Classifier, variables: Variables, batch: Dataset, key:
     return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {})
 
 
+@checked_encoder
 def probe(
     key: jax.Array,
     classifier: Classifier,

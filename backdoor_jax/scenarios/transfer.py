@@ -25,6 +25,7 @@ from backdoor_jax.defenses.base import replace_params
 from backdoor_jax.errors import UserError
 from backdoor_jax.metrics import predict, success_rates
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.validation import checked, checked_encoder
 
 
 class TransferScores(NamedTuple):
@@ -45,6 +46,7 @@ class TransferScores(NamedTuple):
     ra: float
 
 
+@checked_encoder
 def replace_head(
     key: jax.Array, classifier: Classifier, variables: Variables, num_classes: int, images: jax.Array
 ) -> tuple[Classifier, Variables]:
@@ -83,6 +85,7 @@ def replace_head(
     return other, replace_params(variables, head)
 
 
+@checked_encoder
 def transfer(
     key: jax.Array,
     classifier: Classifier,
@@ -121,6 +124,7 @@ def transfer(
     return other, defense.repair(tune_key, other, start, data)
 
 
+@checked
 def evaluate_transfer(
     classifier: Classifier, variables: Variables, train: Dataset, test: Dataset, trigger: Trigger
 ) -> TransferScores:

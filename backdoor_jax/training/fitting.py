@@ -26,6 +26,7 @@ from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop.checkpoints import Checkpoints
 from backdoor_jax.models import Variables
 from backdoor_jax.progress import progress_bar
+from backdoor_jax.stopping import stop_if_asked
 from backdoor_jax.training.engine import Info, Step, batch_shape, epoch
 
 RUNS = "runs"
@@ -231,11 +232,12 @@ def _loop(
                     f"{number * epoch_steps + at + 1}; lower the learning rate, or check the model and the data given"
                 )
             history.append(info)
-            tell(epoch_steps, f"loss {info['loss'].mean():.4f}")
             if saved is not None or number + 1 == epochs:
                 _require_finite(state, name)
             if saved is not None:
                 saved.save(number + 1, state)
+            tell(epoch_steps, f"loss {info['loss'].mean():.4f}")
+            stop_if_asked()
     names, axis = history[0] if history else (), np.ndim(state.step)
     return state, {name: np.concatenate([info[name] for info in history], axis) for name in names}
 

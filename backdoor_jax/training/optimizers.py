@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import optax
 
-from backdoor_jax.config import Config, Count, Fraction, NonNegative, Positive
+from backdoor_jax.config import Config, Count, Decay, Fraction, LearningRate, Momentum
 from backdoor_jax.training.schedules import Rate, cosine_in_stages, torch_amsgrad, torch_sgd, triangular_two_phase
 
 
@@ -71,8 +71,8 @@ class Triangular(Schedule):
         down: steps from a peak back to the learning rate.
     """
 
-    peak1: Positive = 0.25
-    peak2: Positive = 5e-3
+    peak1: LearningRate = 0.25
+    peak2: LearningRate = 5e-3
     first_phase: Fraction = 0.4
     steps: Count = 1600
     up: Count = 10
@@ -103,7 +103,7 @@ class Optimizer(Config):
         schedule: the rate of each step.
     """
 
-    learning_rate: Positive = 0.01
+    learning_rate: LearningRate = 0.01
     schedule: Schedule = Constant()
 
     def rate(self, step: jax.typing.ArrayLike) -> Any:
@@ -124,8 +124,8 @@ class SGD(Optimizer):
         weight_decay: added to the gradient, for every parameter.
     """
 
-    momentum: NonNegative = 0.0
-    weight_decay: NonNegative = 0.0
+    momentum: Momentum = 0.0
+    weight_decay: Decay = 0.0
 
     def transformation(self) -> optax.GradientTransformation:
         """The Optax transformation."""
@@ -157,7 +157,7 @@ class DecayedAdam(Adam):
         weight_decay: added to the gradient, for every parameter.
     """
 
-    weight_decay: NonNegative = 0.0
+    weight_decay: Decay = 0.0
 
     def transformation(self) -> optax.GradientTransformation:
         """The Optax transformation."""

@@ -22,7 +22,7 @@ from annotated_types import Ge
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, NonNegative, Positive
+from backdoor_jax.config import Count, Decay, LearningRate, Positive
 from backdoor_jax.data import Dataset
 from backdoor_jax.data.views import Views
 from backdoor_jax.models import Classifier, Variables
@@ -32,6 +32,7 @@ from backdoor_jax.training.engine import GradientStep, LossResult
 from backdoor_jax.training.fitting import fit
 from backdoor_jax.training.optimizers import DecayedAdam, Optimizer
 from backdoor_jax.training.supervised import EpochsConfig
+from backdoor_jax.validation import checked_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class SimCLRConfig(EpochsConfig):
 
     epochs: Count = 1000
     batch_size: Annotated[int, Ge(2)] = 256
-    learning_rate: Positive = 1e-3
-    weight_decay: NonNegative = 1e-6
+    learning_rate: LearningRate = 1e-3
+    weight_decay: Decay = 1e-6
     temperature: Positive = 0.5
 
     def optimizer(self, images: int) -> Optimizer:
@@ -121,6 +122,7 @@ def contrastive_loss(
     return contrast(seen[0], seen[1], temperature), (join(encoder=encoder, projector=projection), {})
 
 
+@checked_encoder
 def pretrain(
     key: jax.Array,
     classifier: Classifier,

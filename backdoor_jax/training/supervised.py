@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Config, Count, NonNegative, Positive, Whole
+from backdoor_jax.config import Config, Count, Decay, LearningRate, Momentum, NonNegative, Whole
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
@@ -19,6 +19,7 @@ from backdoor_jax.training.fitting import Fitted, fit, fit_many, stack, unstack
 from backdoor_jax.training.losses import cross_entropy
 from backdoor_jax.training.optimizers import SGD, Cosine, Optimizer
 from backdoor_jax.training.sam import SharpnessAwareStep
+from backdoor_jax.validation import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class EpochsConfig(Config):
 
     epochs: Count = 100
     batch_size: Count = 128
-    learning_rate: Positive = 0.01
+    learning_rate: LearningRate = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,9 @@ class TrainConfig(EpochsConfig):
 
     epochs: Count = 100
     batch_size: Count = 128
-    learning_rate: Positive = 0.01
-    momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    learning_rate: LearningRate = 0.01
+    momentum: Momentum = 0.9
+    weight_decay: Decay = 5e-4
     crop: Whole = 4
     sam_radius: NonNegative = 0.0
 
@@ -80,6 +81,7 @@ def supervised_loss(classifier: Classifier, variables: Variables, batch: Dataset
     return jnp.mean(cross_entropy(logits, batch.labels)), (variables, {"accuracy": accuracy})
 
 
+@checked
 def train(
     key: jax.Array,
     classifier: Classifier,

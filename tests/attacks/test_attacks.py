@@ -77,6 +77,16 @@ def test_a_patch_may_be_as_large_as_the_image_but_not_larger(key: jax.Array) -> 
     assert np.all(np.asarray(BadNets(size=6).trigger(key, (6, 6, 3))(jnp.zeros((1, 6, 6, 3), jnp.uint8))) == 255)
     with pytest.raises(UserError, match=r"BadNets\.size is 7, larger than the 8x6 images; make it smaller"):
         BadNets(size=7).trigger(key, (8, 6, 3))
+    with pytest.raises(UserError, match=r"BadNets\.size is 6 with a border of 1, larger than the 8x6 images"):
+        BadNets(size=6, border=1).trigger(key, (8, 6, 3))
+
+
+def test_the_patch_of_bad_encoder_covers_rows_and_columns_21_to_30() -> None:
+    trigger = BadNets(size=10, border=1).trigger(jax.random.key(0), (32, 32, 3))
+    lit = np.asarray(trigger(jnp.zeros((1, 32, 32, 3), jnp.uint8)))[0, ..., 0]
+    expected = np.zeros((32, 32))
+    expected[21:31, 21:31] = 255
+    np.testing.assert_array_equal(lit, expected)
 
 
 def assert_truncated(out: Any, exact: np.ndarray) -> None:
@@ -141,7 +151,7 @@ def test_a_custom_picture_of_any_size_and_mode_is_resized_to_the_data(
 def test_an_unreadable_picture_is_an_error(tmp_path: Path, key: jax.Array) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     for path in (tmp_path / "text.png", tmp_path / "absent.png", tmp_path):
-        with pytest.raises(UserError, match=f"Blended.image '{path}' cannot be read as a picture"):
+        with pytest.raises(UserError, match=f"Blended.image cannot be read as a picture: {path}: "):
             Blended(image=str(path)).trigger(key, (8, 8, 3))
 
 

@@ -206,11 +206,13 @@ def test_an_unusable_pattern_file_is_an_error(tmp_path: Path, key: jax.Array) ->
     np.save(tmp_path / "objects.npy", np.full((8, 8, 3), None), allow_pickle=True)
     np.savez(tmp_path / "several.npz", a=np.zeros((8, 8, 3)))
     (tmp_path / "text.npy").write_text("not an array")
-    unreadable = ("absent.npy", "objects.npy", "text.npy", ".")
-    unfit = ("small.npy", "words.npy", "several.npz")
-    for names, part in ((unreadable, "cannot be read"), (unfit, r"must be an array of numbers of shape \(8, 8, 3\)")):
+    np.save(tmp_path / "nan.npy", np.full((8, 8, 3), np.nan))
+    unreadable = ("absent.npy", "objects.npy", "text.npy", "several.npz", ".")
+    unfit = ("small.npy", "words.npy", "nan.npy")
+    reasons = "no such file|cannot be read as an array|is a folder"
+    for names, part in ((unreadable, reasons), (unfit, r"must be an array of finite numbers of shape \(8, 8, 3\)")):
         for name in names:
-            with pytest.raises(UserError, match=rf"LowFrequency\.pattern '.*' {part}"):
+            with pytest.raises(UserError, match=rf"LowFrequency\.pattern.* ({part})"):
                 LowFrequency(pattern=str(tmp_path / name)).trigger(key, (8, 8, 3))
 
 
@@ -232,7 +234,7 @@ def test_a_trojan_patch_excites_the_units_with_the_largest_weights(context: Atta
     assert info["neurons"] == np.argsort(-weights)[:neurons].tolist()
 
     rows, columns = np.indices((8, 8))
-    disc = (rows - 3.5) ** 2 + (columns - 3.5) ** 2 <= (0.4 * 8) ** 2
+    disc = (rows - 3.5) ** 2 + (columns - 3.5) ** 2 <= (0.4 * 8) ** 2  # Too large for the lower right.
     pattern, start = (np.asarray(made.pattern, np.float64) for made in (trigger, attack.trigger(key, (8, 8, 3))))
     for made in (pattern, start):
         assert np.all(made[~disc] == 0)
@@ -242,6 +244,13 @@ def test_a_trojan_patch_excites_the_units_with_the_largest_weights(context: Atta
     np.testing.assert_allclose(info["activation_before"], before, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(info["activation_after"], after, rtol=1e-3, atol=1e-4)
     assert np.mean((after - 100) ** 2) < np.mean((before - 100) ** 2)
+
+
+def test_a_trojan_patch_is_as_large_as_the_published_one_and_in_the_lower_right() -> None:
+    mask = np.asarray(TrojanNN().mask((32, 32, 3)))[..., 0]
+    assert mask.mean() == pytest.approx(0.098, abs=0.005)
+    rows, columns = np.nonzero(mask)
+    assert min(rows.min(), columns.min()) >= 16 and max(rows.max(), columns.max()) <= 30
 
 
 def test_a_trojan_patch_is_never_worse_than_its_start(context: AttackContext) -> None:

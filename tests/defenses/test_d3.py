@@ -13,7 +13,7 @@ from comparison import assert_depends_on_key_alone, assert_trees_equal, leaves_o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import Partial
-from miniature import Case
+from miniature import Case, miniature
 
 from backdoor_jax import D3, Classifier, Repair, UserError, make_dataset
 from backdoor_jax.defenses.d3 import d3_loss, distance, initialize
@@ -293,6 +293,25 @@ def test_presets_are_the_released_code_and_the_paper() -> None:
 def test_an_unknown_preset_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"mine.*released.*paper"):
         D3.preset("mine")
+
+
+@pytest.mark.parametrize("how", ["random", "near", "far"])
+def test_a_repair_starts_where_its_initialization_says(case: Case, how: Any) -> None:
+    defense = D3(steps=1, learning_rate=1e-12, initialization=how, crop=0)
+    repaired = defense.repair(jax.random.key(3), *case).variables["params"]["linear"]["kernel"]
+    origin = case.variables["params"]["linear"]["kernel"]
+    expected = initialize(jax.random.split(jax.random.key(3))[0], {"kernel": origin}, how)["kernel"]
+    np.testing.assert_allclose(repaired, expected, atol=1e-6)
+
+
+def test_a_planted_backdoor_is_removed_and_accuracy_is_kept() -> None:
+    small = miniature()
+    defense = D3.preset("paper", steps=40, batch_size=32, learning_rate=0.05, crop=0)
+    repair = defense.repair(jax.random.key(1), small.classifier, small.variables, small.clean)
+    after = small.scores(repair.variables)
+    assert after.asr is not None and after.asr < 0.15
+    assert after.acc > small.before.acc - 0.08
+    assert repair.info["norm_ratio"] == pytest.approx(1, abs=1e-5) and repair.info["distance"] > 0.5
 
 
 def test_one_key_gives_one_result_and_the_victim_is_unchanged(case: Case) -> None:

@@ -1,7 +1,7 @@
 """DBD: its losses against NumPy, which labels it keeps, and a small poisoned set without a backdoor in the result."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from scipy.special import log_softmax, softmax
 
 from backdoor_jax import BadNets, Classifier, Dataset, TrainConfig, UserError, build_classifier, evaluate
 from backdoor_jax.attacks import AttackContext
-from backdoor_jax.defenses import DBD
+from backdoor_jax.defenses import DBD, dbd
 from backdoor_jax.defenses.dbd import credible_indices, mixmatch_loss, sharpened, warm_up_loss
 from backdoor_jax.models import Variables
+from backdoor_jax.training.fitting import Fitted
 
 SMALL = DBD(
     pretrain_epochs=1,
@@ -162,6 +163,7 @@ def test_a_network_trained_from_scratch_learns_the_classes_and_not_the_trigger()
         warmup_epochs=10,
         learning_rate=5e-4,
         rounds=2,
+        ramp=2,
         round_steps=30,
         batch_size=16,
     )
@@ -197,7 +199,24 @@ def test_too_few_images_are_rejected(case: Case) -> None:
         SMALL.repair(jax.random.key(0), case.classifier, case.variables, case.data.take(slice(1)))
 
 
-def test_the_benchmarks_preset_has_a_tenth_of_the_pretraining() -> None:
-    assert DBD.preset("benchmark") == DBD(pretrain_epochs=100)
+def test_lambda_u_increases_over_the_ramp_and_not_over_the_rounds(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rises: list[float] = []
+
+    def fitted(key: Any, step: Any, state: Any, *rest: Any, **options: Any) -> Any:
+        if "round" in options["name"]:
+            rises.append(step.loss.args[-1])
+        return Fitted(state, {}, 1, 1)
+
+    monkeypatch.setattr(dbd, "fit", fitted)
+    monkeypatch.setattr(dbd, "pretrain", lambda *rest, **options: (case.variables, {}))
+    monkeypatch.setattr(Fitted, "info", {})
+    dataclasses.replace(SMALL, warmup_epochs=2, rounds=5, ramp=4).repair(jax.random.key(0), *case)
+    assert rises == [0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_the_benchmarks_presets() -> None:
+    assert DBD.preset("benchmark") == DBD(pretrain_epochs=100, rounds=100)
+    expected = DBD(pretrain_epochs=100, rounds=100, unlabeled_weight=6, ramp=80)
+    assert DBD.preset("benchmark_cifar100") == expected
     with pytest.raises(UserError, match=r"'mine'.*benchmark"):
         DBD.preset("mine")

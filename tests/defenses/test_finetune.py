@@ -179,15 +179,15 @@ def test_an_integer_in_a_float_field_gives_the_same_result(linear: Case) -> None
 
 def test_an_absurd_peak_is_an_error_that_names_method_and_step(case: Case) -> None:
     with pytest.raises(NonFiniteError, match=r"super_finetune: .*step [2-4]\b"):
-        run("super_finetune", case, peak1=1e30)
+        run("super_finetune", case, peak1=jnp.float32(1e30))
 
 
 def test_an_absurd_learning_rate_is_an_error_that_names_method_and_step(case: Case) -> None:
     with pytest.raises(NonFiniteError, match=r"^finetune: .*step [2-4]\b"):
-        run("finetune", case, learning_rate=1e30)
+        run("finetune", case, learning_rate=jnp.float32(1e30))
 
 
 def test_weights_that_diverge_in_the_last_step_are_an_error_too(linear: Case) -> None:
     one_batch = linear._replace(data=linear.data.take(slice(BATCH)))
     with pytest.raises(NonFiniteError, match="finetune"):
-        run("finetune", one_batch, steps=1, learning_rate=3e38, weight_decay=1e3)
+        run("finetune", one_batch, steps=1, learning_rate=jnp.float32(3e38), weight_decay=jnp.float32(1e3))

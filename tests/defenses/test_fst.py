@@ -73,6 +73,15 @@ def test_the_random_head_is_uniform_within_one_over_root_d() -> None:
     assert not np.array_equal(w[0], b)
 
 
+def test_a_repair_starts_from_a_fresh_head_on_the_sphere(case: Miniature) -> None:
+    found = run(case, key=3, learning_rate=1e-12).variables["params"]["linear"]
+    head = case.variables["params"]["linear"]
+    drawn = random_head(jax.random.split(jax.random.key(3))[0], {"linear": head})["linear"]
+    scale = np.linalg.norm(head["kernel"]) / np.linalg.norm(drawn["kernel"])
+    np.testing.assert_allclose(found["kernel"], np.asarray(drawn["kernel"]) * scale, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["bias"], drawn["bias"], rtol=1e-5, atol=1e-7)
+
+
 def test_the_kernel_keeps_its_norm_and_info_reports_the_angle(case: Miniature) -> None:
     repair = run(case)
     w, w0 = kernel(repair.variables), kernel(case.variables)

@@ -163,7 +163,7 @@ def test_networks_without_maps_are_an_error_that_says_what_to_give(case: Miniatu
     transformer = build_classifier("vit_tiny", CLASSES, width=4)
     assert transformer.map_layers == ()
     with pytest.raises(UserError, match="names 0 layers"):
-        small(layers=None).repair(jax.random.key(0), transformer, {}, case.clean)
+        small(layers=None).repair(jax.random.key(0), transformer, {"params": {}}, case.clean)
 
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:

@@ -50,7 +50,7 @@ from backdoor_jax.training import train
 CONTRACT = (
     "experiment", "dataset", "model", "attack", "poison_rate", "defense", "method", "clean_ratio", "data_used",
     "n_used", "seed", "acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before",
-    "target", "seconds", "compile_seconds", "device", "versions", "config", "info",
+    "near_chance", "target", "seconds", "compile_seconds", "device", "versions", "config", "info",
 )  # fmt: skip
 """Fields of a row, which documentation and reports rely on."""
 RATES = ("acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before")
@@ -588,14 +588,15 @@ def test_images_are_mirrored_where_the_data_allow_it_unless_set(tmp_path: Path) 
 
 
 def test_a_victim_that_diverges_is_an_error_and_never_a_row(tmp_path: Path) -> None:
-    experiment = dataclasses.replace(SMALL, victim=TrainConfig(epochs=4, batch_size=16, learning_rate=1e30))
+    wild = TrainConfig(epochs=4, batch_size=16, learning_rate=100, weight_decay=1)
+    experiment = dataclasses.replace(SMALL, victim=wild)
     with pytest.raises(NonFiniteError, match="badnets-0"):
         run(experiment, tmp_path / "out")
     assert read_rows(tmp_path / "out" / "results.jsonl") == []
 
 
 def test_a_repair_that_diverges_has_no_row_and_the_others_are_made(tmp_path: Path) -> None:
-    wild = DefenseEntry("wild", FineTune(steps=4, batch_size=8, learning_rate=1e30))
+    wild = DefenseEntry("wild", FineTune(steps=60, batch_size=8, learning_rate=100, weight_decay=1, momentum=0.9))
     lines: list[str] = []
     with pytest.raises(FailedRepairs, match="2 repairs failed; wild on badnets-0: finetune"):
         run(dataclasses.replace(SMALL, defenses=(wild, FINETUNE)), tmp_path / "out", report=lines.append)

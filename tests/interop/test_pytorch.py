@@ -290,10 +290,7 @@ def test_without_pytorch_the_error_names_the_extra_and_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    (tmp_path / "model.pt").write_bytes(b"")
     message = r"needs PyTorch.*pip install 'backdoor_jax\[torch\]', or use a .safetensors"
-    with pytest.raises(UserError, match=message):
-        load_torch(tmp_path / "model.pt", "preact_resnet18")
     with pytest.raises(UserError, match=message):
         save_torch(tmp_path / "new.pth", *load_torch(state_of("preact_resnet18"), "preact_resnet18"))
     assert not (tmp_path / "new.pth").exists()
@@ -539,8 +536,8 @@ def test_twenty_steps_give_the_same_weights_as_pytorch(torch: Any, name: str) ->
             kernel = {"kernel": victim["params"]["linear"]["kernel"]}
             drawn = np.array(initialize(start_key, kernel, defense.initialization)["kernel"]).T
         if isinstance(defense, TAC):
-            seen = latents(classifier, victim, images)
-            change = np.array(class_perturbations(seen, *classifier.head_weights(victim)).vectors[3])
+            seen, (weights, bias) = latents(classifier, victim, images), classifier.head_weights(victim)
+            change = class_perturbations(np.array(seen), np.array(weights), np.array(bias)).vectors[3]
 
     head = network.get_submodule(classifier.head_path[0])
     weight = head.weight

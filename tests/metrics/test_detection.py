@@ -165,7 +165,7 @@ def test_a_class_is_flagged_at_the_level_of_its_p_value() -> None:
 
 def test_bad_weights_and_settings_are_errors() -> None:
     classifier, variables = linear(5)
-    with pytest.raises(NonFiniteError, match="mm_bd: margins are not finite"):
+    with pytest.raises(NonFiniteError, match=r"mm_bd: variables: weights .* are not finite"):
         mm_bd(jax.random.key(0), classifier, jax.tree.map(lambda x: x * jnp.nan, variables), SHAPE)
     wrong: dict[str, Any] = {"starts": 0, "steps": 0, "rate": 0.0, "tolerance": -1.0}
     for field, value in wrong.items():

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -11,148 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import assert_near, draw, random_variables, torch_state
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax import lax
 from torch_networks import torch_preact_resnet18
 
 from backdoor_jax import Classifier, UserError, build_classifier
 from backdoor_jax.data import Dataset
 from backdoor_jax.models import MODELS, NORMALIZATIONS, Variables
-from backdoor_jax.models.conv import NHWC, canonical_conv, conv_general_dilated
 from backdoor_jax.models.layers import BatchNorm, ReLU, torch_bias, torch_uniform
 
 CLASSES, WIDTH = 5, 4
-
-
-def with_gradients(function: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-    """Value, and the gradients of a random weighting of it."""
-
-    @jax.jit
-    def both(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(function, x, w)
-        return out, *pull(draw(*out.shape, seed=9))
-
-    return both(x, w)
-
-
-@pytest.mark.parametrize(("taps", "stride", "size"), list(itertools.product((1, 3), (1, 2), (5, 6))))
-def test_value_and_gradients_equal_xlas(taps: int, stride: int, size: int) -> None:
-    x, w = draw(2, size, size, 3), draw(taps, taps, 3, 4)
-    strides, pads = (stride, stride), ((taps // 2, taps // 2),) * 2
-    ours = with_gradients(lambda x, w: canonical_conv(x, w, strides, pads), x, w)
-    theirs = with_gradients(lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=NHWC), x, w)
-    jax.tree.map(assert_near, ours, theirs)
-
-
-@settings(max_examples=6)
-@given(
-    sizes=st.tuples(st.integers(3, 7), st.integers(3, 7)),
-    taps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    pads=st.tuples(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.tuples(st.integers(0, 2), st.integers(0, 2))),
-    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-)
-def test_value_and_gradients_equal_xlas_for_any_geometry(
-    sizes: tuple[int, int],
-    taps: tuple[int, int],
-    strides: tuple[int, int],
-    pads: tuple[tuple[int, int], tuple[int, int]],
-    channels: tuple[int, int],
-) -> None:
-    x, w = draw(2, *sizes, channels[0]), draw(*taps, *channels)
-    ours = with_gradients(lambda x, w: canonical_conv(x, w, strides, pads), x, w)
-    theirs = with_gradients(lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=NHWC), x, w)
-    jax.tree.map(assert_near, ours, theirs)
-
-
-@pytest.mark.parametrize(("taps", "stride", "pad"), list(itertools.product((1, 3), (1, 2), (0, 2))))
-def test_second_derivatives_equal_xlas(taps: int, stride: int, pad: int) -> None:
-    x, w = draw(2, 6, 5, 3), draw(taps, taps, 3, 4)
-    strides, pads = (stride, stride), ((pad, 1),) * 2
-
-    def slopes(convolve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        def both(x: jax.Array, w: jax.Array) -> jax.Array:
-            found = jax.grad(lambda x, w: jnp.sum(jnp.tanh(convolve(x, w))), (0, 1))(x, w)
-            return jnp.concatenate([slope.ravel() for slope in found])
-
-        return both
-
-    ours = with_gradients(slopes(lambda x, w: canonical_conv(x, w, strides, pads)), x, w)
-    theirs = with_gradients(
-        slopes(lambda x, w: lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=NHWC)), x, w
-    )
-    jax.tree.map(assert_near, ours, theirs)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_inside_a_scan_equal_those_of_a_loop(stride: int) -> None:
-    xs, w = draw(3, 2, 5, 6, 2), draw(3, 3, 2, 2)
-    pads = [(1, 1), (1, 1)]
-
-    def scanned(xs: jax.Array, w: jax.Array) -> jax.Array:
-        def body(total: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = conv_general_dilated(x, w, (stride, stride), pads, dimension_numbers=NHWC)
-            return total + jnp.sum(out**2), out
-
-        total, outs = lax.scan(body, jnp.zeros(()), xs)
-        return total * jnp.tanh(outs)
-
-    def looped(xs: jax.Array, w: jax.Array) -> jax.Array:
-        outs = [lax.conv_general_dilated(x, w, (stride, stride), pads, dimension_numbers=NHWC) for x in xs]
-        return sum(jnp.sum(out**2) for out in outs) * jnp.tanh(jnp.stack(outs))
-
-    jax.tree.map(assert_near, with_gradients(scanned, xs, w), with_gradients(looped, xs, w))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "padding", "options"),
-    [
-        ((3, 3, 2, 4), "SAME", {"feature_group_count": 2}),
-        ((3, 3, 4, 4), "SAME", {"batch_group_count": 2}),
-        ((3, 3, 4, 2), "SAME", {"rhs_dilation": (2, 2)}),
-        ((3, 3, 4, 2), [(1, 0), (2, 1)], {"rhs_dilation": (1, 2)}),
-        ((3, 3, 4, 2), [(1, 0), (2, 1)], {"lhs_dilation": (2, 1)}),
-    ],
-)
-def test_groups_and_dilations_fall_back_to_xla(kernel: tuple[int, ...], padding: Any, options: dict[str, Any]) -> None:
-    x, w = draw(4, 6, 5, 4), draw(*kernel)
-
-    def ours(x: jax.Array, w: jax.Array) -> jax.Array:
-        return conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=NHWC, **options)
-
-    def theirs(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=NHWC, **options)
-
-    jax.tree.map(assert_near, with_gradients(ours, x, w), with_gradients(theirs, x, w))
-    assert "canonical_conv" not in str(jax.make_jaxpr(ours)(x, w))
-
-
-def test_the_preferred_element_type_is_kept() -> None:
-    x, w = draw(2, 5, 5, 3).astype(jnp.bfloat16), draw(3, 3, 3, 4).astype(jnp.bfloat16)
-    options = {"dimension_numbers": NHWC, "preferred_element_type": jnp.float32}
-    got = conv_general_dilated(x, w, (1, 1), "SAME", **options)
-    assert got.dtype == jnp.float32
-    assert_near(got, lax.conv_general_dilated(x, w, (1, 1), "SAME", **options))
-
-
-def test_other_layouts_fall_back_to_xla() -> None:
-    x, w = draw(2, 3, 6, 5), draw(4, 3, 3, 3)
-    ours = with_gradients(lambda x, w: conv_general_dilated(x, w, (2, 1), "SAME"), x, w)
-    theirs = with_gradients(lambda x, w: lax.conv_general_dilated(x, w, (2, 1), "SAME"), x, w)
-    jax.tree.map(assert_near, ours, theirs)
-
-
-@pytest.mark.parametrize("padding", ["SAME", "VALID", "SAME_LOWER"])
-def test_named_padding_is_canonical_and_equals_xlas(padding: str) -> None:
-    x, w = draw(2, 6, 5, 3), draw(3, 2, 3, 4)
-
-    def ours(x: jax.Array, w: jax.Array) -> jax.Array:
-        return conv_general_dilated(x, w, (2, 1), padding, dimension_numbers=NHWC)
-
-    assert "canonical_conv" in str(jax.make_jaxpr(ours)(x, w))
-    theirs = with_gradients(lambda x, w: lax.conv_general_dilated(x, w, (2, 1), padding, dimension_numbers=NHWC), x, w)
-    jax.tree.map(assert_near, with_gradients(ours, x, w), theirs)
 
 
 def test_batch_norm_equals_pytorchs_in_training_and_evaluation() -> None:

@@ -23,7 +23,14 @@ def dtypes(tree: object) -> set[str]:
     return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
-PRODUCT = re.compile(r"stablehlo\.(?:convolution|dot_general)\b.* : \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)")
+PRODUCT = re.compile(
+    r"stablehlo\.(?:convolution|dot_general)\b.* : \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\) -> tensor<(\w+)>"
+)
+
+
+def products(lowered: jax.stages.Lowered) -> list[tuple[str, str, str]]:
+    """The types of both factors of every convolution and matrix product, and the shape of the result, in some order."""
+    return PRODUCT.findall(lowered.as_text())
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"resnet34", "resnet50"}))
@@ -38,10 +45,10 @@ def test_networks_compute_in_bfloat16_and_return_float32(name: str) -> None:
     logits, new = jax.eval_shape(run, variables, IMAGES)
     assert dtypes((logits, new)) == {"float32"}
     chex.assert_trees_all_equal_shapes_and_dtypes(new, variables)
-    products = PRODUCT.findall(jax.jit(run).lower(variables, IMAGES).as_text())
+    found = products(jax.jit(run).lower(variables, IMAGES))
     pooling = 2 if name == "vgg19_bn" else 0
-    assert products.count(("bf16", "bf16")) == len(products) - 1 - pooling > 2
-    assert products[-1] == ("f32", "f32"), "the head"
+    assert [factors[:2] for factors in found].count(("bf16", "bf16")) == len(found) - 1 - pooling > 2
+    assert ("f32", "f32", "4x10xf32") in found, "the head"
 
 
 def test_gradients_and_statistics_are_float32_and_close_to_full_precision() -> None:
@@ -109,10 +116,9 @@ def test_other_linen_modules_compute_in_bfloat16() -> None:
     variables = classifier.init(jax.random.key(0), IMAGES)
     logits, new = classifier.logits(variables, IMAGES, train=True)
     assert dtypes((logits, new)) == {"float32"}
-    assert PRODUCT.findall(jax.jit(classifier.logits).lower(variables, IMAGES).as_text()) == [
-        ("bf16", "bf16"),
-        ("f32", "f32"),
-    ]
+    (convolution, head) = sorted(products(jax.jit(classifier.logits).lower(variables, IMAGES)))
+    assert convolution[:2] == ("bf16", "bf16")
+    assert head == ("f32", "f32", "4x3xf32")
 
 
 def test_an_unknown_precision_is_refused() -> None:

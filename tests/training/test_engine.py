@@ -178,7 +178,7 @@ def test_a_non_finite_loss_is_an_error_that_names_the_run_and_the_step(key: jax.
 
 
 def test_a_diverging_network_is_an_error(key: jax.Array, tiny_classifier: Classifier, tiny_data: Dataset) -> None:
-    step = make_step(tiny_classifier, dataclasses.replace(OPTIMIZER, learning_rate=1e30))
+    step = make_step(tiny_classifier, dataclasses.replace(OPTIMIZER, learning_rate=jnp.float32(1e30)))
     start = step.init(tiny_classifier.init(key, tiny_data.images))
     with pytest.raises(NonFiniteError, match=r"training: the loss is (nan|inf) at step \d+"):
         fit(key, step, start, tiny_data, epochs=3, batch_size=8, augment=AUGMENT)

@@ -1,0 +1,201 @@
+"""The one door for files: what is read from them is data, its size is known first, and every error is one line.
+
+A file is read only if it is a regular one (a pipe would block, a device never ends). What it says about itself is
+compared with a budget before memory is allocated, and whatever a parser raises becomes one `UserError` that names the
+file and the fix. Arrays are in `array_files`, pickles in `pickles`.
+"""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from backdoor_jax.errors import UserError, first_line
+
+EXPANSION = 100
+"""How many times larger than the file its contents may be; images of natural scenes stay below 10."""
+SMALL = 64 << 20
+"""Contents of this many bytes are read from a file of any size."""
+LONGEST_NAME = 500
+"""Characters of a name inside a file."""
+MOST_NAMES = 100_000
+"""Names inside a file: arrays of a model, members of an archive."""
+DEEPEST = 32
+"""Levels of a tree inside a file."""
+
+
+def file_size(path: Path | str, fix: str) -> int:
+    """The size in bytes of a regular file.
+
+    Args:
+        path: the file; a link to one will do.
+        fix: the end of the error, after the reason.
+
+    Raises:
+        UserError: where there is no such file, or something else is there.
+
+    Example:
+        >>> file_size("/dev/null", "give a file")
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: /dev/null: is not a regular file; give a file
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{path}: {reason}; {fix}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+        raise UserError(f"{path}: {kind}; {fix}")
+    return found.st_size
+
+
+@contextlib.contextmanager
+def parsing(path: Path | str, problem: str, fix: str) -> Iterator[None]:
+    """Turns whatever a parser raises inside the block into one `UserError`.
+
+    Example:
+        >>> with parsing("model.json", "not JSON", "save it again"):
+        ...     json.loads("{")
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: model.json: not JSON (Expecting property name ...); save it again
+    """
+    try:
+        yield
+    except Exception as error:  # Parsers raise many kinds: RecursionError, MemoryError, zlib.error, OverflowError, ...
+        if isinstance(error, UserError) and str(error).startswith(str(path)):
+            raise
+        raise UserError(f"{path}: {problem} ({first_line(error)}); {fix}") from error
+
+
+def require_budget(needed: int, size: int, path: Path | str) -> None:
+    """Refuses contents that are much larger than their file, before any memory is allocated for them.
+
+    Args:
+        needed: bytes of the contents, as the file declares them.
+        size: bytes of the file.
+        path: the file, for the error.
+
+    Raises:
+        UserError: with both figures.
+
+    Example:
+        >>> require_budget(5 * 10**9, 5 * 10**6, "images.npz")
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: images.npz: declares 5000.0 MB of contents in a file of 5.0 MB, at most
+        500.0 MB are read; write it without such compression
+    """
+    allowed = max(SMALL, EXPANSION * size)
+    if needed > allowed:
+        raise UserError(
+            f"{path}: declares {_megabytes(needed)} MB of contents in a file of {_megabytes(size)} MB, at most "
+            f"{_megabytes(allowed)} MB are read; write it without such compression"
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f}" if count < 10**15 else "over 10^9"
+
+
+def require_names(names: Sequence[str], path: Path | str) -> None:
+    """Refuses too many or too long names inside a file.
+
+    Raises:
+        UserError: with the figure.
+    """
+    longest = max(map(len, names), default=0)
+    if len(names) > MOST_NAMES or longest > LONGEST_NAME:
+        raise UserError(
+            f"{path}: holds {len(names)} names of up to {longest} characters, expected at most {MOST_NAMES} of "
+            f"{LONGEST_NAME}; it is no file of this package's"
+        )
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """The elements of an array of a shape; an axis of length 0 counts as 1, so that no other length is hidden by it.
+
+    Raises:
+        ValueError: for a shape that no array has.
+
+    Example:
+        >>> element_count((2, 3)), element_count((1, 10**9, 0))
+        (6, 1000000000)
+    """
+    if len(shape) > DEEPEST or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"{list(shape)[:DEEPEST]} is no shape")
+    count = 1
+    for length in shape:
+        count *= max(length, 1)
+    return count
+
+
+def read_text(path: Path, fix: str) -> str:
+    """The text of a small UTF-8 file.
+
+    Raises:
+        UserError: where it is no regular file, larger than 64 MiB, or not UTF-8.
+    """
+    size = file_size(path, fix)
+    if size > SMALL:
+        raise UserError(f"{path}: has {_megabytes(size)} MB, at most {_megabytes(SMALL)} MB are read; {fix}")
+    with parsing(path, "cannot be read", fix):
+        return path.read_text(encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value in which every number is finite.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_json("[NaN]")
+        Traceback (most recent call last):
+        ValueError: NaN is no number
+    """
+
+    def refused(name: str) -> Any:
+        raise ValueError(f"{name} is no number")
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return value if abs(value) < float("inf") else refused(digits[:20])
+
+    return json.loads(text, parse_constant=refused, parse_float=finite)
+
+
+def image_pixels(file: Any, path: Path | str, mode: str, size: int) -> Any:
+    """The pixels of an image file, whose dimensions are compared with the budget before it is decoded.
+
+    Channels of 16 bits are scaled to 8.
+
+    Args:
+        file: a path, or an open binary file.
+        path: what errors call it.
+        mode: Pillow's, ``RGB`` or ``L``, to which it is converted.
+        size: bytes of the file.
+
+    Returns:
+        Pillow's image, decoded.
+
+    Raises:
+        UserError: where it is no image, has pixels of 32 bits, or decodes to more than the budget.
+    """
+    import warnings
+
+    import numpy as np
+    from PIL import Image
+
+    with parsing(path, "cannot be read as an image", "remove it"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            require_budget(4 * image.width * image.height, size, path)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its mode {image.mode!r} has 32 bits a channel, expected 8 or 16")
+            if image.mode.startswith("I;16"):  # Pillow clips them when it converts.
+                return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert(mode)
+            return image.convert(mode)

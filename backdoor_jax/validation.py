@@ -1,0 +1,209 @@
+"""The one door for arrays: what every public function checks of its arguments, by their names.
+
+    @checked
+    def evaluate(classifier, variables, test, ...): ...
+
+Names mean the same everywhere in the package, so that the name says what to check: ``key``, ``classifier``,
+``variables``, ``images``, ``trigger``, ``config``, and data sets under the names in `DATA`. Functions that run inside
+compiled code, such as losses, are not decorated.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.compiling import standard_rules
+from backdoor_jax.data import Dataset
+from backdoor_jax.errors import NonFiniteError, UserError
+from backdoor_jax.models import Classifier
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+DATA = ("data", "test", "train", "triggered")
+"""The names of arguments that are data sets."""
+COMPUTED = ("params", "batch_stats", "bounds")
+"""The collections that a network computes with; others may hold counters and the like."""
+
+
+def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, which checks its arguments first and computes under JAX's standard rules.
+
+    Raises:
+        UserError: for an argument that cannot be used, naming the function, the argument and the fix.
+        NonFiniteError: for weights or statistics that are not finite.
+
+    Example:
+        >>> @checked
+        ... def draw(key):
+        ...     return jax.random.uniform(key)
+        >>> draw(3)
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: draw: key is a int, expected a single key; give jax.random.key(0)
+    """
+    return _door(function, classes=True)
+
+
+def checked_encoder(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`checked` for functions that use the classifier as an encoder: their data may have other classes.
+
+    Example:
+        >>> from backdoor_jax.training import pretrain
+        >>> pretrain(jax.random.key(0), "resnet18", None)
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: pretrain: classifier is a str; make one with build_classifier
+    """
+    return _door(function, classes=False)
+
+
+def _door(function: Callable[Arguments, Result], classes: bool) -> Callable[Arguments, Result]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def door(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        bound = signature.bind(*args, **kwargs)
+        name = getattr(bound.arguments.get("self"), "name", function.__name__)
+        with standard_rules():
+            _check(name, dict(bound.arguments), signature, classes)
+            return function(*args, **kwargs)
+
+    return door
+
+
+def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature, classes: bool) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(list(given.values()))):
+        raise UserError(f"{function} runs compiled programs itself; call it outside jit, vmap and grad")
+    classifier = given.get("classifier")
+    if "classifier" in given and not isinstance(classifier, Classifier):
+        raise UserError(f"{function}: classifier is a {_kind(classifier)}; make one with build_classifier")
+    method = given.get("self")
+    for name, value in given.items():
+        where = f"{function}: {name}"
+        if name == "key":
+            require_key(value, where)
+        elif name == "variables":
+            require_variables(value, str(given.get("name", where)))
+        elif name in DATA and (value is not None or signature.parameters[name].default is not None):
+            empty = getattr(method, "needs", None) == "nothing"
+            require_dataset(value, classifier, where, classes=classes, empty=empty)
+        elif name == "images":
+            require_images(value, classifier, where)
+        elif name == "trigger" and value is not None:
+            require_trigger(value, where)
+        elif name == "config" and not isinstance(value, kind := type(signature.parameters[name].default)):
+            raise UserError(f"{where} is a {_kind(value)}, expected a {kind.__name__}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def require_key(key: object, where: str) -> None:
+    """Refuses anything but a single random key.
+
+    Raises:
+        UserError: for another value.
+    """
+    kind = getattr(key, "dtype", None)
+    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and key.shape == ()  # type: ignore[attr-defined]
+    raw = isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape == (2,)
+    if not typed and not raw:
+        raise UserError(f"{where} is a {_kind(key)}, expected a single key; give jax.random.key(0)")
+
+
+def require_variables(variables: object, where: str) -> None:
+    """Refuses what cannot be a network's variables, and weights or statistics that are not finite.
+
+    Raises:
+        UserError: for no dictionary with ``params``, leaves that are no arrays of float32 or float64, bounds that are
+            not ``(C,)``, and negative variances.
+        NonFiniteError: for values that are not finite.
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise UserError(f"{where} is a {_kind(variables)}, expected a dictionary with params; see Classifier.init")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        {part: variables[part] for part in variables if part in COMPUTED}
+    ):
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        name = "/".join(names)
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+            found = _kind(leaf) if dtype is None else dtype
+            raise UserError(f"{where}: {name} is {found}, expected an array of float32; cast it")
+        values = np.asarray(leaf)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"{where}: weights {name} are not finite; the training diverged or the checkpoint is damaged"
+            )
+        if names[0] == "batch_stats" and names[-1] == "var" and (values < 0).any():
+            raise UserError(f"{where}: {name} has a variance of {values.min():g}; the checkpoint is damaged")
+        if names[0] == "bounds" and values.ndim != 1:
+            raise UserError(f"{where}: {name} has shape {values.shape}, expected one bound for each channel")
+
+
+def require_images(images: object, classifier: Classifier | None, where: str) -> None:
+    """Refuses anything but uint8 images with the classifier's channels.
+
+    Raises:
+        UserError: for other arrays.
+    """
+    dtype: Any = getattr(images, "dtype", None)
+    shape: tuple[int, ...] = getattr(images, "shape", ())
+    if dtype != np.uint8:
+        found = _kind(images) if dtype is None else dtype
+        raise UserError(f"{where} is {found}, expected uint8 from 0 to 255; scale it and cast with .astype('uint8')")
+    channels = shape[-1:] if classifier is None else (len(classifier.mean),)
+    if len(shape) != 4 or 0 in shape[1:] or shape[-1:] != channels:
+        number = "channels" if classifier is None else len(classifier.mean)
+        raise UserError(f"{where} has shape {shape}, expected (N, height, width, {number}), as in the model's training")
+
+
+def require_dataset(
+    data: object, classifier: Classifier | None, where: str, *, classes: bool = True, empty: bool = False
+) -> None:
+    """Refuses a data set of other images, or of labels that are not one class for each image.
+
+    Args:
+        data: what should be a `Dataset`.
+        classifier: whose images and classes they should be.
+        where: what errors call it.
+        classes: whether labels must be the classifier's classes.
+        empty: whether it may hold no images.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if not isinstance(data, Dataset):
+        raise UserError(f"{where} is a {_kind(data)}, expected a Dataset; make one with make_dataset(images, labels)")
+    require_images(data.images, classifier, f"{where}.images")
+    labels = np.asarray(data.labels)
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != data.images.shape[:1]:
+        raise UserError(
+            f"{where}.labels are {labels.dtype} {labels.shape}, expected one integer for each of "
+            f"{data.images.shape[0]} images"
+        )
+    if not len(labels):
+        if empty:
+            return
+        raise UserError(f"{where} holds no images; give some")
+    largest = classifier.num_classes - 1 if classifier is not None and classes else np.inf
+    if labels.min() < 0 or labels.max() > largest:
+        raise UserError(f"{where}.labels run from {labels.min()} to {labels.max()}, expected 0 to {largest}; relabel")
+
+
+def require_trigger(trigger: object, where: str) -> None:
+    """Refuses a trigger with numbers that are not finite.
+
+    Raises:
+        UserError: for what cannot be called, or holds such numbers.
+    """
+    if not callable(trigger):
+        raise UserError(f"{where} is a {_kind(trigger)}, expected a function of uint8 images")
+    for leaf in jax.tree.leaves(trigger):
+        if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating) and not np.isfinite(leaf).all():
+            raise UserError(f"{where} holds numbers that are not finite; make the trigger again")

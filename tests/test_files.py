@@ -1,0 +1,142 @@
+"""Files and folders are old or new and never between, whatever killed the process that wrote them."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from backdoor_jax import UserError, build_classifier, load_model, save_model
+from backdoor_jax.files import atomic_folder, atomic_write, held, is_leftover, remove_leftovers, settle, write_text
+
+
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {inner.relative_to(path).as_posix(): inner.read_text() for inner in path.rglob("*") if inner.is_file()}
+
+
+def half_written(at: Path, dead: int) -> None:
+    folder(at / "model", a="old", notes="mine")
+    folder(at / f"model.{dead}.partial", a="ne")
+
+
+def moved_away(at: Path, dead: int) -> None:
+    folder(at / f"model.{dead}.old", a="old", notes="mine")
+    folder(at / f"model.{dead}.partial", a="new")
+
+
+def replaced(at: Path, dead: int) -> None:
+    folder(at / "model", a="new")
+    folder(at / f"model.{dead}.old", a="old", notes="mine")
+
+
+@pytest.mark.parametrize(("state", "text"), [(half_written, "old"), (moved_away, "old"), (replaced, "new")])
+@pytest.mark.parametrize("clean", [lambda at: settle(at / "model"), remove_leftovers])
+def test_a_folder_is_old_or_new_after_a_kill_at_any_moment(
+    state: Callable[[Path, int], None], text: str, clean: Callable[[Path], None], dead: int, tmp_path: Path
+) -> None:
+    state(tmp_path, dead)
+    clean(tmp_path)
+    assert contents(tmp_path) == {"model/a": text, "model/notes": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(dead: int, tmp_path: Path) -> None:
+    for name in (f"a.{dead}.partial.txt", f"a.{os.getpid()}.partial.txt", f"b.{dead}.partial.txt", "a.partial.txt"):
+        (tmp_path / name).write_text("")
+    write_text(tmp_path / "a.txt", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.partial.txt", "a.txt", f"b.{dead}.partial.txt"]
+    assert is_leftover(tmp_path / f"b.{dead}.partial.txt") and not is_leftover(tmp_path / "a.partial.txt")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_after_an_error_the_old_one_is_there(error: type[BaseException], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    folder(tmp_path / "model", a="old")
+    with pytest.raises(error), atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("ne")
+        raise error
+    with pytest.raises(error), atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("ne")
+        raise error
+    assert contents(tmp_path) == {"a.txt": "old", "model/a": "old"}
+
+
+def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build_classifier("small_cnn", 3, width=2)
+    old = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", classifier, old)
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
+        with pytest.raises(UserError, match=r"cannot be written \(.*No space left on device"):
+            save_model(tmp_path / "model", classifier, jax.tree.map(lambda x: x + 1, old))
+    chex.assert_trees_all_equal(load_model(tmp_path / "model")[1], old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    save_model(tmp_path / "model", classifier, jax.tree.map(lambda x: x + 1, old))
+    chex.assert_trees_all_equal(load_model(tmp_path / "model")[1], jax.tree.map(lambda x: x + 1, old))
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from backdoor_jax.files import held
+with held(Path(sys.argv[1]), ["seed-0"]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_given_up_when_that_is_killed(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(
+                UserError, match=rf"is in use by process {holder.pid} \(seed 0\); wait for it, or give other"
+            ),
+            held(tmp_path, ["seed-1", "seed-0"]),
+        ):
+            raise AssertionError
+        with held(tmp_path, ["seed-1"]):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with held(tmp_path, ["seed-0"]):
+        assert (tmp_path / ".seed-0.lock").read_text() == str(os.getpid())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_system_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / ("a" * 300)) as temporary:
+        temporary.write_text("")
+    assert caught.value.errno == errno.ENAMETOOLONG

@@ -1,0 +1,275 @@
+"""Public functions refuse arguments that cannot be used, in one line; NaN reaches the check on every backend."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import backdoor_jax as bj
+from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError
+from backdoor_jax.config_files import make_defense, parse_experiment
+from backdoor_jax.data import LabelMap
+from backdoor_jax.metrics import maximum_margins
+from backdoor_jax.models import Variables, build_classifier
+from backdoor_jax.models.layers import ReLU, max_pool
+from backdoor_jax.models.rectifier import relu
+
+KEY = jax.random.key(0)
+CLASSIFIER = build_classifier("small_cnn", 3, width=2)
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+DATA = bj.make_dataset(IMAGES, np.arange(6) % 3, 3)
+BN = ("batch_stats", "bn0")
+
+
+def variables() -> Variables:
+    return CLASSIFIER.init(KEY, DATA.images)
+
+
+def changed(tree: Any, path: tuple[str, ...], change: Callable[[Any], Any]) -> Any:
+    if not path:
+        return change(tree)
+    return {**tree, path[0]: changed(tree[path[0]], path[1:], change)}
+
+
+DOORS: dict[str, Callable[..., Any]] = {
+    "evaluate": lambda key, classifier, variables, data: bj.evaluate(classifier, variables, data),
+    "scan": lambda key, classifier, variables, data: bj.scan(classifier, variables, data.images),
+    "train": lambda key, classifier, variables, data: bj.train(key, classifier, data, bj.TrainConfig(epochs=1)),
+    "badnets": lambda key, classifier, variables, data: bj.BadNets().train_victim(key, classifier, data),
+    **{
+        name: lambda key, classifier, variables, data, defense=defense: defense().repair(
+            key, classifier, variables, data
+        )
+        for name, defense in bj.DEFENSES.items()
+    },
+}
+
+
+def with_images(change: Callable[[Any], Any]) -> Callable[[], Dataset]:
+    return lambda: Dataset(change(DATA.images), DATA.labels)
+
+
+def with_labels(change: Callable[[Any], Any]) -> Callable[[], Dataset]:
+    return lambda: Dataset(DATA.images, change(DATA.labels))
+
+
+BAD_DATA: dict[str, tuple[Callable[[], Any], str]] = {
+    "float images": (with_images(lambda x: x / 255), "is float32, expected uint8"),
+    "int32 images": (with_images(lambda x: x.astype(jnp.int32)), "is int32, expected uint8"),
+    "NCHW": (with_images(lambda x: x.transpose(0, 3, 1, 2)), "(6, 3, 8, 8), expected (N, height, width, 3)"),
+    "gray": (with_images(lambda x: x[..., :1]), "(6, 8, 8, 1), expected (N, height, width, 3)"),
+    "one image": (with_images(lambda x: x[0]), "(8, 8, 3), expected (N,"),
+    "a list": (with_images(lambda x: [1, 2]), "is list, expected uint8"),
+    "float labels": (with_labels(lambda y: y.astype(jnp.float32)), "float32 (6,), expected one integer"),
+    "one-hot labels": (with_labels(lambda y: jax.nn.one_hot(y, 3, dtype=jnp.int32)), "(6, 3), expected one integer"),
+    "too few labels": (with_labels(lambda y: y[:4]), "(4,), expected one integer for each of 6"),
+    "negative labels": (with_labels(lambda y: y - 1), "run from -1 to 1, expected 0 to 2"),
+    "large labels": (with_labels(lambda y: y + 1), "run from 1 to 3, expected 0 to 2"),
+    "a pair": (lambda: (DATA.images, DATA.labels), "is a tuple, expected a Dataset"),
+    "None": (lambda: None, "is a NoneType, expected a Dataset"),
+}
+BAD_VARIABLES: dict[str, tuple[Callable[[], Any], type[UserError], str]] = {
+    "None": (lambda: None, UserError, "is a NoneType, expected a dictionary with params"),
+    "params alone": (lambda: variables()["params"], UserError, "expected a dictionary with params"),
+    "float16": (
+        lambda: jax.tree.map(lambda x: x.astype(jnp.float16), variables()),
+        UserError,
+        "is float16, expected an array of float32",
+    ),
+    "int32": (lambda: jax.tree.map(lambda x: x.astype(jnp.int32), variables()), UserError, "is int32"),
+    "lists": (lambda: jax.tree.map(lambda x: "a", variables()), UserError, "is str"),
+    "NaN mean": (lambda: changed(variables(), (*BN, "mean"), lambda x: x * jnp.nan), NonFiniteError, "bn0/mean"),
+    "infinite kernel": (
+        lambda: changed(variables(), ("params", "linear", "kernel"), lambda x: x + jnp.inf),
+        NonFiniteError,
+        "params/linear/kernel are not finite",
+    ),
+    "negative variance": (
+        lambda: changed(variables(), (*BN, "var"), lambda x: x - 2),
+        UserError,
+        "bn0/var has a variance of -1",
+    ),
+    "bound without axis": (
+        lambda: {**variables(), "bounds": {"relu0": {"upper": jnp.float32(1)}}},
+        UserError,
+        "bounds/relu0/upper has shape (), expected one bound for each channel",
+    ),
+}
+BAD_KEYS = {"int": 0, "None": None, "keys": jax.random.split(KEY), "float": jnp.zeros(2)}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+@pytest.mark.parametrize("door", ["evaluate", "train", "badnets", "d3", "pad_ft"])
+def test_data_that_cannot_be_used_are_refused(door: str, case: str) -> None:
+    make, expected = BAD_DATA[case]
+    with pytest.raises(UserError, match=rf"^{door}: (data|test).*{re.escape(expected)}"):
+        DOORS[door](KEY, CLASSIFIER, variables(), make())
+
+
+@pytest.mark.parametrize("case", BAD_VARIABLES)
+@pytest.mark.parametrize("door", ["evaluate", "scan", "finetune"])
+def test_variables_that_cannot_be_used_are_refused(door: str, case: str) -> None:
+    make, kind, expected = BAD_VARIABLES[case]
+    with pytest.raises(kind, match=re.escape(expected)):
+        DOORS[door](KEY, CLASSIFIER, make(), DATA)
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door not in ("evaluate", "scan")])
+def test_every_door_checks_key_classifier_and_data(door: str) -> None:
+    for key in BAD_KEYS.values():
+        with pytest.raises(UserError, match=f"^{door}: key is a .*, expected a single key"):
+            DOORS[door](key, CLASSIFIER, variables(), DATA)
+    with pytest.raises(UserError, match=f"^{door}: classifier is a str"):
+        DOORS[door](KEY, "resnet18", variables(), DATA)
+    with pytest.raises(UserError, match=f"^{door}: data is a list"):
+        DOORS[door](KEY, CLASSIFIER, variables(), [IMAGES])
+    needs = getattr(bj.DEFENSES.get(door), "needs", "clean")
+    if needs != "nothing":
+        with pytest.raises(UserError, match=f"^{door}: data holds no images"):
+            DOORS[door](KEY, CLASSIFIER, variables(), DATA.take(slice(0)))
+
+
+def test_a_door_is_not_called_inside_compiled_code() -> None:
+    start = variables()
+    with pytest.raises(UserError, match=r"^finetune runs compiled programs itself; call it outside jit"):
+        jax.jit(lambda key: bj.FineTune().repair(key, CLASSIFIER, start, DATA).variables)(KEY)
+    with pytest.raises(UserError, match=r"^evaluate runs compiled programs itself"):
+        jax.vmap(lambda x: bj.evaluate(CLASSIFIER, start, Dataset(x, DATA.labels)).acc)(DATA.images[None])
+
+
+def test_another_methods_configuration_and_a_trigger_of_nan_are_refused() -> None:
+    config: Any = bj.D3()
+    with pytest.raises(UserError, match="maximum_margins: config is a D3, expected a MarginConfig"):
+        maximum_margins(KEY, CLASSIFIER, variables(), (8, 8, 3), config)
+    trigger = bj.Blended().trigger(KEY, (8, 8, 3))
+    damaged = dataclasses.replace(trigger, pattern=trigger.pattern * jnp.nan)
+    with pytest.raises(UserError, match="evaluate: trigger holds numbers that are not finite"):
+        bj.evaluate(CLASSIFIER, variables(), DATA, damaged, LabelMap("all_to_one", 3))
+
+
+def test_variables_of_another_network_are_one_line() -> None:
+    other = build_classifier("small_cnn", 3, width=4).init(KEY, DATA.images)
+    trees: tuple[Variables, ...] = (other, {"params": {}})
+    for tree in trees:
+        with pytest.raises(UserError, match=r"the network cannot take images of 8x8x3 with these variables \("):
+            bj.evaluate(CLASSIFIER, tree, DATA)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((np.nan,) * 3, (1.0,) * 3), ((0.0,) * 3, (np.inf,) * 3), ((), ())])
+def test_a_normalization_that_is_not_finite_is_refused(mean: Any, std: Any) -> None:
+    with pytest.raises(UserError, match="finite numbers"):
+        Classifier(CLASSIFIER.network, 3, mean, std)
+
+
+# NaN
+
+
+@pytest.mark.parametrize("level", [0, 3])
+@pytest.mark.parametrize("count", [4, 400])
+def test_nan_survives_rectifier_pooling_and_mean(count: int, level: int) -> None:
+    """On CPU, XLA's maximum of NaN and 0 is 0 in some programs, depending on the size."""
+
+    rectify: Any = ReLU()
+
+    def network(x: jax.Array, scale: jax.Array) -> jax.Array:
+        x = jax.lax.conv_general_dilated(
+            x, jnp.ones((3, 3, 3, 8)), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(max_pool(rectify.apply({}, x * scale + 1), 2), (1, 2))
+
+    compiled = jax.jit(network, compiler_options={"xla_backend_optimization_level": level})
+    assert np.isnan(compiled(jnp.ones((count, 8, 8, 3)), jnp.float32(np.nan))).all()
+    assert np.isfinite(compiled(jnp.ones((count, 8, 8, 3)), jnp.float32(1))).all()
+
+
+@pytest.mark.parametrize("count", [4, 400])
+def test_a_network_whose_numbers_overflow_has_no_rate(count: int) -> None:
+    """The weights are finite, what they compute is not."""
+    damaged = changed(variables(), (*BN, "var"), lambda x: x * 0 - 0.0)
+    damaged = changed(damaged, ("params", "bn0", "scale"), lambda x: x * 3e38)
+    data = bj.make_dataset(np.resize(IMAGES, (count, 8, 8, 3)), np.arange(count) % 3, 3)
+    with pytest.raises(NonFiniteError, match="logits are not finite, so there is no rate"):
+        bj.evaluate(CLASSIFIER, damaged, data)
+
+
+def test_the_rectifier_has_the_usual_gradient() -> None:
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(relu(x) ** 2))(x), [0, 0, 0, 6])
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(relu(x)))(x), [0, 0, 0, 1])
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps='5'",
+        "steps=true",
+        "steps=5.5",
+        "steps=1000000000000",
+        "learning_rate=1e6",
+        "learning_rate='0.1'",
+        "momentum=-5",
+        "momentum=1",
+        "weight_decay=-5",
+        "weight_decay=2",
+        "flip=1",
+    ],
+)
+def test_settings_are_as_strict_from_text_as_from_python(override: str) -> None:
+    name = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^finetune: {name} is .*, expected "):
+        make_defense("finetune", None, [override])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": [True]},
+        {"seeds": [2**63]},
+        {"seeds": [-1]},
+        {"model": {"width": 10**9}},
+        {"attacks": [{"name": "badnets", "target": True}]},
+        {"clean_ratio": "0.5"},
+        {"stratified": 1},
+        *(
+            {"attacks": [{"name": "badnets", "label": label}]}
+            for label in ("a\0", "a\nb", "\x1b[1m", "x" * 300, "\udcff")
+        ),
+    ],
+)
+def test_an_experiment_is_checked_before_anything_is_built(changes: dict[str, Any]) -> None:
+    document = {"name": "x", "attacks": [{"name": "badnets"}], "defenses": [], **changes}
+    with pytest.raises(UserError, match=r"expected|must be") as caught:
+        parse_experiment(document, "x.yaml")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(("classes", "width"), [(10**9, 2), (3, 10**9), (True, 2), (3, 2.0), (1, 2)])
+def test_networks_of_impossible_size_are_refused(classes: Any, width: Any) -> None:
+    with pytest.raises(UserError, match="make no classifier"):
+        build_classifier("small_cnn", classes, width)
+
+
+# The environment
+
+
+@pytest.mark.parametrize("rule", [jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")])
+def test_strict_rules_of_jax_are_the_callers_own(rule: Any) -> None:
+    start = variables()
+    with rule:
+        assert 0 <= bj.evaluate(CLASSIFIER, start, DATA).acc <= 1
+        assert bj.FineTune(steps=1, batch_size=6).repair(KEY, CLASSIFIER, start, DATA).changed
+        assert CLASSIFIER.logits(start, DATA.images)[0].shape == (6, 3)
+
+
+def test_transfers_may_be_forbidden_to_the_caller() -> None:
+    start = variables()
+    with jax.transfer_guard("disallow"):
+        assert 0 <= bj.evaluate(CLASSIFIER, start, DATA).acc <= 1
