@@ -47,7 +47,8 @@ class Choice(NamedTuple):
 def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax.typing.DTypeLike) -> Choice:
     """The algorithms for a convolution of so many images, with these numbers of input and output channels.
 
-    Types narrower than float32 are left to dense convolutions, which add up in float32. The choice depends on the
+    Types narrower than float32 are left to dense convolutions, which add up in float32, and so are batches whose size
+    is not known when the program is made (`jax.export`). The choice depends on the
     number of cores, and so does the rounding, as it does in XLA's own convolutions.
 
     Example:
@@ -60,7 +61,12 @@ def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax
     if geometry.taps == (1, 1) and geometry.pads == ((0, 0), (0, 0)):
         return Choice("pointwise", "pointwise", "pointwise")
     input_gradient = "dense" if dense else "strided"
-    if jnp.finfo(dtype).bits < 32 or batch * math.prod((*geometry.outputs, *geometry.taps, *channels)) < SMALL:
+    narrow = jnp.finfo(dtype).bits < 32
+    if (
+        narrow
+        or not isinstance(batch, int)
+        or batch * math.prod((*geometry.outputs, *geometry.taps, *channels)) < SMALL
+    ):
         return Choice("dense", input_gradient, "dense")
     wide = WIDE if cores() > 1 else WIDE_ON_ONE_CORE
     if dense and geometry.taps == (3, 3) and min(channels) >= wide:
@@ -116,21 +122,21 @@ def _shared(algorithm: Algorithm, first: jax.Array, second: jax.Array, geometry:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """``C(x, w)``: images ``(B, H, W, I)`` and kernel ``(h, w, I, O)`` to ``(B, H', W', O)``."""
-    chosen = choose(geometry, len(x), (w.shape[2], w.shape[3]), x.dtype)
+    chosen = choose(geometry, x.shape[0], (w.shape[2], w.shape[3]), x.dtype)
     return _shared(FORWARD[chosen.forward], x, w, geometry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """``X(g, w)``: cotangent ``(B, H', W', O)`` and kernel to ``(B, H, W, I)``."""
-    chosen = choose(geometry, len(g), (w.shape[2], w.shape[3]), g.dtype)
+    chosen = choose(geometry, g.shape[0], (w.shape[2], w.shape[3]), g.dtype)
     return _shared(INPUT[chosen.input_gradient], g, w, geometry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """``W(x, g)``: images and cotangent to ``(h, w, I, O)``."""
-    chosen = choose(geometry, len(x), (x.shape[3], g.shape[3]), x.dtype)
+    chosen = choose(geometry, x.shape[0], (x.shape[3], g.shape[3]), x.dtype)
     return _shared(WEIGHT[chosen.weight_gradient], x, g, geometry)
 
 
