@@ -143,6 +143,27 @@ def test_a_second_signal_ends_it_at_once() -> None:
     assert subprocess.run([sys.executable, "-c", TWICE], timeout=60, stderr=subprocess.DEVNULL).returncode == 130
 
 
+IMPORTING = """
+import os, sys
+
+class Sending:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+sys.meta_path.insert(0, Sending())
+from backdoor_jax_command import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_signal_during_the_import_is_one_line(number: int, code: int, name: str) -> None:
+    arguments = [sys.executable, "-c", IMPORTING, str(int(number))]
+    done = subprocess.run(arguments, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"backdoor-jax: stopped by {name}\n")
+
+
 # Output and the system
 
 
