@@ -354,10 +354,17 @@ def test_networks_of_impossible_size_are_refused(classes: Any, width: Any) -> No
 # The environment
 
 
-@pytest.mark.parametrize("rule", [jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")])
-def test_strict_rules_of_jax_are_the_callers_own(rule: Any) -> None:
+RULES: dict[str, Callable[[], Any]] = {
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "types": lambda: jax.numpy_dtype_promotion("strict"),
+    "no jit": lambda: jax.disable_jit(),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_strict_rules_of_jax_are_the_callers_own(rule: str) -> None:
     start = variables()
-    with rule:
+    with RULES[rule]():
         assert 0 <= bj.evaluate(CLASSIFIER, start, DATA).acc <= 1
         assert bj.FineTune(steps=1, batch_size=6).repair(KEY, CLASSIFIER, start, DATA).changed
         assert CLASSIFIER.logits(start, DATA.images)[0].shape == (6, 3)
