@@ -240,7 +240,8 @@ def require_rows(data: object, where: str) -> None:
         UserError: for anything else.
     """
     if isinstance(data, Dataset) and np.ndim(data.images) != 2:  # Latents are (N, D).
-        return require_dataset(data, None, where)
+        require_dataset(data, None, where)
+        return
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if not dataclasses.is_dataclass(data) or len(lengths) != 1 or lengths <= {(), (0,)}:
         raise UserError(
