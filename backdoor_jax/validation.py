@@ -267,7 +267,8 @@ def require_runs(data: object, classifier: Classifier | None, runs: int, where: 
         raise UserError(
             f"{where} is a {_kind(data)}, expected one data set for each of {runs} runs; see training.stack"
         )
-    require_rows(jax.tree.map(lambda leaf: leaf[0], data), f"{where}[0]")
+    for number in range(runs):
+        require_rows(jax.tree.map(lambda leaf, number=number: leaf[number], data), f"{where}[{number}]")
 
 
 def require_trigger(trigger: object, where: str) -> None:
