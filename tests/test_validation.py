@@ -188,7 +188,7 @@ def test_every_method_of_an_attack_checks_its_arguments(name: str) -> None:
     attack: Any = bj.ATTACKS[name]()
     context = AttackContext(CLASSIFIER, DATA)
     for method in (attack.fit_trigger, attack.poison, attack.train_victim_in, attack.poison_data):
-        others = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}.get(method, [])
+        others: Any = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}.get(method, [])
         with pytest.raises(UserError, match=f"^{name}: key is a int, expected a single key"):
             method(*((context, 3, KEY) if others == [KEY] else (3, context, *others)))
         with pytest.raises(UserError, match=f"^{name}: context is a Dataset, expected a AttackContext"):
