@@ -44,6 +44,7 @@ from backdoor_jax.models import (
     build_classifier,
 )
 from backdoor_jax.models.torch_module import TorchNetwork
+from backdoor_jax.validation import checked
 
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
 """The name in Flax of the first convolution of each network that has a PyTorch counterpart."""
@@ -135,6 +136,7 @@ def load_torch(
     return classifier, jax.tree.map(jnp.array, unflatten_dict(leaves))
 
 
+@checked
 def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -> None:
     """Writes a model for PyTorch, by suffix ``.pt``, ``.pth`` or ``.safetensors``.
 
@@ -149,7 +151,8 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
         variables: its variables.
 
     Raises:
-        UserError: for another network, another suffix, or ``.pt`` without PyTorch.
+        UserError: for another network, another suffix, ``.pt`` without PyTorch, or variables that cannot be used.
+        NonFiniteError: for weights or statistics that are not finite.
 
     Example:
         >>> import tempfile

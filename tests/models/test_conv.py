@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -238,3 +239,16 @@ def test_named_padding_is_canonical_and_equals_xlas(padding: str) -> None:
     assert "custom_vjp" in str(jax.make_jaxpr(ours)(x, w))
     theirs = with_gradients(lambda x, w: lax.conv_general_dilated(x, w, (2, 1), padding, dimension_numbers=NHWC), x, w)
     jax.tree.map(assert_near, with_gradients(ours, x, w), theirs)
+
+
+def test_a_batch_of_unknown_size_can_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "SMALL", 2**25)
+    w = draw(3, 3, 4, 4)
+
+    def run(x: jax.Array) -> jax.Array:
+        return conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(jax.jit(run))(jax.ShapeDtypeStruct((batch, 6, 5, 4), jnp.float32))
+    x = draw(3, 6, 5, 4)
+    assert_near(exported.call(x), run(x))
