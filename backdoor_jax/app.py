@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.data import Dataset, Labeled, LabelMap, load_labeled
+from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, load_labeled
 from backdoor_jax.defenses import Defense, Repair
 from backdoor_jax.detectors import HEALTHY, Detector, Evidence, PerSample, Verdict, judge, suspicious
 from backdoor_jax.errors import UserError
@@ -57,7 +57,7 @@ class Suspect:
         healthy: the accuracy that a healthy model reaches on such images; below it there is no verdict.
         class_names: names of the classes, where `data` comes with some.
         notes: what was assumed, converted or passed over, and what would give a higher accuracy, one line each.
-        triggered: the user's triggered images under their true labels, where given.
+        triggered: images with the user's trigger under their true labels, where given.
         target: the class that the trigger leads to.
     """
 
@@ -136,10 +136,12 @@ class Images:
     def load(self, source: str, num_classes: int, channels: int) -> Labeled:
         """The labeled images of a source; see `backdoor_jax.data.load_labeled`."""
         found = load_labeled(source, num_classes, channels, size=self.size, class_names=self.class_names)
-        if self.channel_order == "rgb":
-            return found
-        data, test = (part and dataclasses.replace(part, images=part.images[..., ::-1]) for part in found[:2])
-        return found._replace(data=data or found.data, test=test)
+        test = found.test and dataclasses.replace(found.test, images=self.turn(found.test.images))
+        return found._replace(data=dataclasses.replace(found.data, images=self.turn(found.data.images)), test=test)
+
+    def turn(self, images: jax.Array) -> jax.Array:
+        """Images in RGB to the model's order of channels, or back."""
+        return images if self.channel_order == "rgb" else images[..., ::-1]
 
 
 def load_suspect(
@@ -156,7 +158,7 @@ def load_suspect(
     classes: int | None = None,
     images: Images = Images(),
     healthy: float = HEALTHY,
-    triggered: str | None = None,
+    triggered: str | Callable[[tuple[int, int, int]], Trigger] | None = None,
     target: int | None = None,
 ) -> Suspect:
     """Reads a model and labeled images, and evaluates the model on them.
@@ -176,14 +178,18 @@ def load_suspect(
         classes: what the model's number of classes must be.
         images: how images are read.
         healthy: the accuracy that a healthy model reaches on these images.
-        triggered: images with the trigger under their true labels, in one of the same forms.
+        triggered: images with the trigger under their true labels, in one of the same forms; or what makes the trigger
+            for images of a shape, such as `backdoor_jax.attacks.picture_patch` with a file. It is put on the images
+            that the model is evaluated on.
         target: the class that the trigger leads to.
 
     Raises:
         UserError: for anything that cannot be used, and for a model near chance.
     """
     if (triggered is None) != (target is None):
-        raise UserError("triggered images and the target class go together; give both (--triggered, --target)")
+        raise UserError(
+            "a trigger and its target class go together; give both (--triggered, --patch or --blend, and --target)"
+        )
     opened = _open(checkpoint, model, key, stem, normalization, mean, std, classes)
     labeled = images.load(data, opened.num_classes, opened.channels)
     classifier, variables = opened.network(labeled.data.images)
@@ -199,7 +205,12 @@ def load_suspect(
     if triggered is not None and target is not None:
         if not 0 <= target < classifier.num_classes:
             raise UserError(f"--target {target} is no class of the model; it has 0 to {classifier.num_classes - 1}")
-        shown = images.load(triggered, classifier.num_classes, channels).data
+        if isinstance(triggered, str):
+            shown = images.load(triggered, classifier.num_classes, channels).data
+        else:
+            height, width, _ = judged.images.shape[1:]
+            trigger = triggered((height, width, channels))
+            shown = dataclasses.replace(judged, images=images.turn(trigger(images.turn(judged.images))))
     for part in (labeled.data, judged, *(() if shown is None else (shown,))):
         try:
             jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
@@ -447,6 +458,26 @@ def repair_model(
     else:
         save_model(out, classifier, repair.variables)
     return RepairResult(repair, accuracy, out, held_out)
+
+
+def change_line(before: Variables, after: Variables) -> str:
+    """What a repair changed, in words.
+
+    Example:
+        >>> at = lambda *kernel: {"params": {"kernel": np.array(kernel)}}
+        >>> change_line(at(3.0, 4.0), at(3.0, 4.5))
+        'changed 1 of 1 arrays, and moved the weights by 10 % of their norm'
+    """
+    old, new = (dict(jax.tree_util.tree_leaves_with_path(variables)) for variables in (before, after))
+    changed = [path for path, leaf in new.items() if path in old and not np.array_equal(old[path], leaf)]
+    moved, norm = 0.0, 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": before["params"]}):
+        moved += float(np.sum((np.asarray(new[path], np.float64) - np.asarray(leaf, np.float64)) ** 2))
+        norm += float(np.sum(np.asarray(leaf, np.float64) ** 2))
+    share = 100 * math.sqrt(moved / norm) if norm else 0.0
+    added = len(new) - len(old)
+    bounds = f", and added {added} bounds on activations" if added > 0 else ""
+    return f"changed {len(changed)} of {len(old)} arrays, and moved the weights by {share:.2g} % of their norm{bounds}"
 
 
 def loading_line(suspect: Suspect, repair: Repair, out: Path) -> str:

@@ -250,6 +250,10 @@ def _add_model_options(command: argparse.ArgumentParser, data_required: bool = T
         help="the accuracy, of 1, that a healthy model reaches; below it there is no verdict (default: 0.7)",
     )
     command.add_argument("--triggered", metavar="DATA", help="images with the trigger under their true labels")
+    command.add_argument("--patch", metavar="PICTURE", help="or the trigger as a patch, in its own size")
+    command.add_argument("--position", metavar="ROW,COLUMN", help="of the patch (default: the lower right corner)")
+    command.add_argument("--blend", metavar="PICTURE", help="or the trigger as a picture that is mixed in")
+    command.add_argument("--strength", type=float, metavar="SHARE", help="of the mixed in picture (default: 0.2)")
     command.add_argument("--target", type=int, metavar="CLASS", help="the class that the trigger leads to")
     command.add_argument("--classes", type=int, help="refuse a model with another number of classes")
     command.add_argument("--force", action="store_true", help="replace what is at --out; repair in spite of warnings")
@@ -320,15 +324,58 @@ def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
         test=parsed.test,
         images=_images(parsed),
         healthy=parsed.healthy,
-        triggered=parsed.triggered,
+        triggered=_trigger(parsed),
         target=parsed.target,
         **_model_options(parsed),
     )
 
 
+def _trigger(parsed: argparse.Namespace) -> Any:
+    """The user's trigger: images that carry it, or what makes it for images of a shape."""
+    import jax
+
+    from backdoor_jax.attacks import Blended, picture_patch
+
+    given = [f"--{name}" for name in ("triggered", "patch", "blend") if getattr(parsed, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are several triggers; give one")
+    for option, whole in (("position", "patch"), ("strength", "blend")):
+        if getattr(parsed, option) is not None and getattr(parsed, whole) is None:
+            raise UserError(f"--{option} belongs to --{whole}; give both")
+    if parsed.patch is not None:
+        position = parse_position(parsed.position)
+        return lambda shape: picture_patch(parsed.patch, shape, position, "--patch")
+    if parsed.blend is not None:
+        blended = Blended(alpha=0.2 if parsed.strength is None else parsed.strength, image=parsed.blend)
+        return lambda shape: blended.trigger(jax.random.key(0), shape)
+    return parsed.triggered
+
+
+def parse_position(text: str | None) -> tuple[int, int] | None:
+    """Row and column of a text such as ``28,28``.
+
+    Raises:
+        UserError: for other text.
+
+    Example:
+        >>> parse_position("0,29"), parse_position(None)
+        ((0, 29), None)
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(len(part) <= 4 and part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"--position {text!r} is no position; give row and column of the upper left pixel, as 28,28")
+    return int(parts[0]), int(parts[1])
+
+
+def _images_of(suspect: "Suspect") -> str:
+    """How many images of which kind a model is judged on."""
+    return f"{len(suspect.test)} {'test images' if suspect.held_out else 'images'}"
+
+
 def _print_accuracy(suspect: "Suspect") -> None:
-    images = "test images" if suspect.held_out else "images"
-    print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {len(suspect.test)} {images} classified correctly")
+    print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {_images_of(suspect)} classified correctly")
     for note in suspect.notes:
         print(note)
     rate = suspect.success_rate(suspect.variables)
@@ -345,7 +392,7 @@ def _images(parsed: argparse.Namespace) -> "Images":
 
 
 def _defend(parsed: argparse.Namespace) -> int:
-    from backdoor_jax.app import loading_line, repair_model
+    from backdoor_jax.app import change_line, loading_line, repair_model
     from backdoor_jax.config_files import make_defense
 
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
@@ -366,7 +413,12 @@ def _defend(parsed: argparse.Namespace) -> int:
         print(f"{name}: repaired class {repair.target}")
     if not repair.changed:
         print(f"{name}: changed nothing ({repair.why or 'nothing to repair'})")
-    print(f"{name}: {100 * result.accuracy:.1f} % classified correctly, {100 * suspect.accuracy:.1f} % before")
+    else:
+        print(f"{name}: {change_line(suspect.variables, repair.variables)}")
+    print(
+        f"{name}: {100 * result.accuracy:.1f} % of {_images_of(suspect)} classified correctly, "
+        f"{100 * suspect.accuracy:.1f} % before"
+    )
     rate, before = (suspect.success_rate(variables) for variables in (repair.variables, suspect.variables))
     if rate is not None and before is not None:
         triggered = f"{100 * rate:.1f} % of the triggered images classified as {suspect.target}"

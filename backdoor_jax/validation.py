@@ -70,11 +70,28 @@ def _door(function: Callable[Arguments, Result], classes: bool) -> Callable[Argu
     def door(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         bound = signature.bind(*args, **kwargs)
         name = getattr(bound.arguments.get("self"), "name", function.__name__)
+        if "variables" in bound.arguments:
+            bound.arguments["variables"] = as_dictionaries(bound.arguments["variables"])
         with standard_rules():
             _check(name, dict(bound.arguments), signature, classes)
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
     return door
+
+
+def as_dictionaries(tree: Any) -> Any:
+    """A tree whose mappings are dictionaries, where some are not, such as Flax's `FrozenDict`.
+
+    Example:
+        >>> from flax.core import freeze
+        >>> type(as_dictionaries({"params": freeze({"kernel": 1})})["params"]).__name__
+        'dict'
+    """
+    if not isinstance(tree, Mapping):
+        return tree
+    inner = {name: as_dictionaries(value) for name, value in tree.items()}
+    same = type(tree) is dict and all(inner[name] is value for name, value in tree.items())
+    return tree if same else inner
 
 
 def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature, classes: bool) -> None:
@@ -113,6 +130,12 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
             raise UserError(f"{where} is a {_kind(value)}, expected a {kind.__name__}")
 
 
+def _maker(network: object) -> str:
+    """What makes a classifier of a network."""
+    module = any(base.__module__.startswith("torch.nn") for base in type(network).__mro__)
+    return "Classifier.from_torch(module, images)" if module else "build_classifier"
+
+
 def _kind(value: object) -> str:
     return type(value).__name__
 
@@ -124,7 +147,7 @@ def require_classifier(classifier: object, where: str) -> None:
         UserError: for another value.
     """
     if not isinstance(classifier, Classifier):
-        raise UserError(f"{where} is a {_kind(classifier)}; make one with build_classifier")
+        raise UserError(f"{where} is a {_kind(classifier)}; make one with {_maker(classifier)}")
 
 
 def require_key(key: object, where: str) -> None:
@@ -194,8 +217,13 @@ def require_images(images: object, classifier: Classifier | None, where: str) ->
     dtype: Any = getattr(images, "dtype", None)
     shape: tuple[int, ...] = getattr(images, "shape", ())
     if dtype != np.uint8:
+        if type(images).__module__ == "torch":
+            raise UserError(f"{where} is a PyTorch tensor, expected a uint8 array; give tensor.numpy(), channels last")
         found = _kind(images) if dtype is None else dtype
-        raise UserError(f"{where} is {found}, expected uint8 from 0 to 255; scale it and cast with .astype('uint8')")
+        raise UserError(
+            f"{where} is {found}, expected uint8 from 0 to 255; multiply values in [0, 1] by 255 and cast with "
+            ".astype('uint8')"
+        )
     channels = shape[-1:] if classifier is None else (len(classifier.mean),)
     if len(shape) != 4 or 0 in shape[1:] or shape[-1:] != channels:
         number = "channels" if classifier is None else len(classifier.mean)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -122,8 +123,10 @@ def test_a_model_in_a_file_is_repaired(place: Path, tmp_path: Path) -> None:
     assert (code, error) == (0, "")
     lines = output.splitlines()
     assert lines[0] == f"{place / 'model.safetensors'}: 100.0 % of 30 test images classified correctly"
-    assert lines[1].startswith("finetune: ") and lines[1].endswith("% classified correctly, 100.0 % before")
-    assert lines[2] == f"{out}: written; load it by backdoor_jax.load_model({str(out)!r})"
+    assert re.fullmatch(r"finetune: changed \d+ of 86 arrays, and moved the weights by \S+ % of their norm", lines[1])
+    assert lines[2].startswith("finetune: ")
+    assert lines[2].endswith(" % of 30 test images classified correctly, 100.0 % before")
+    assert lines[3] == f"{out}: written; load it by backdoor_jax.load_model({str(out)!r})"
     (before, old), (after, new) = load_model(place / "model.safetensors"), load_model(out)
     assert before == after
     assert not np.array_equal(old["params"]["linear"]["kernel"], new["params"]["linear"]["kernel"])
@@ -176,7 +179,7 @@ def test_a_defense_that_needs_nothing_receives_no_image(
 
     monkeypatch.setattr(CLP, "repair", repair)
     code, output, _ = call(*defend(place, tmp_path / "out.safetensors", "--defense", "clp"))
-    assert code == 0 and "clp: 100.0 % classified correctly, 100.0 % before" in output
+    assert code == 0 and "clp: 100.0 % of 60 images classified correctly, 100.0 % before" in output
     ((count, *_),) = seen
     assert count == 0
 

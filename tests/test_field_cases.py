@@ -15,6 +15,7 @@ from torch_networks import torch_resnet, torchvision_models
 
 from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch, make_dataset, predict
 from backdoor_jax.app import Images, load_suspect, repair_model
+from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
 from backdoor_jax.data import LabelMap, load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
@@ -210,6 +211,42 @@ def test_a_module_goes_through_the_command_and_back(place: Place, tmp_path: Path
     place.module.load_state_dict(torch.load(tmp_path / "new.pt"))
 
 
+def test_a_patch_or_a_blended_picture_is_put_on_the_images(place: Place, tmp_path: Path) -> None:
+    Image.fromarray(np.full((5, 5, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.png")
+    model = ("scan", "--checkpoint", place.folder / "model.pth.tar", "--data", place.folder / "clean.npz")
+    named = (*model, "--model", f"{place.folder / 'nets.py'}:make_net", "--out", tmp_path / "a.png", "--force")
+    red = tmp_path / "red.png"
+    right: tuple[tuple[str | Path, ...], ...] = (
+        ("--patch", red),
+        ("--patch", red, "--position", "0,3"),
+        ("--blend", red, "--strength", "1"),
+    )
+    for options in right:
+        code, output, error = call(*named, *options, "--target", "3")
+        assert code == 0 and "of the triggered images classified as 3" in output, error
+    wrong: tuple[tuple[tuple[str | Path, ...], str], ...] = (
+        (("--patch", red, "--target", "3", "--position", "12,0"), "reach beyond the images of 16x16"),
+        (("--patch", red, "--target", "3", "--position", "corner"), "is no position"),
+        (("--patch", red), "go together"),
+        (("--patch", red, "--blend", red, "--target", "3"), "--patch and --blend are several triggers"),
+        (("--strength", "1", "--target", "3"), "--strength belongs to --blend"),
+        (("--patch", place.folder / "nets.py", "--target", "3"), "cannot be read as a picture"),
+    )
+    for given, words in wrong:
+        code, _, error = call(*named, *given)
+        assert code == 2 and words in error, error
+
+
+def test_a_patch_lies_where_it_is_told(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 3, 3), 200, np.uint8)).save(tmp_path / "patch.png")
+    images = np.zeros((1, 6, 6, 3), np.uint8)
+    for position, (top, left) in ((None, (4, 3)), ((1, 0), (1, 0))):
+        expected = images.copy()
+        expected[:, top : top + 2, left : left + 3] = 200
+        trigger = picture_patch(str(tmp_path / "patch.png"), (6, 6, 3), position)
+        np.testing.assert_array_equal(trigger(jnp.asarray(images)), expected)
+
+
 def test_several_models_in_a_file_are_named_and_one_is_chosen() -> None:
     one, other = {"fc.weight": np.zeros((2, 3))}, {"fc.weight": np.ones((2, 3))}
     for names in (("state_dict", "state_dict_ema"), ("model", "model_ema")):
@@ -291,6 +328,15 @@ def test_models_that_cannot_be_made_are_one_line(place: Place, tmp_path: Path) -
     assert "lacks" in one_line(load_module, f"{nets}:make_net", {"a.weight": np.zeros(2)}, "x")
     wrong = {**state, "net.fc.weight": torch.zeros(6, 3)}
     assert "net.fc.weight has shape (6, 3)" in one_line(load_module, f"{nets}:make_net", wrong, "x", 6)
+
+
+def test_a_network_of_timm_gets_its_classes_from_the_file() -> None:
+    torchvision_models()
+    timm = pytest.importorskip("timm", reason="timm's networks: pip install timm")
+    state = timm.create_model("resnet10t", num_classes=7).state_dict()
+    loaded = load_module("timm:resnet10t", state, "x")
+    assert (loaded.num_classes, loaded.channels) == (7, 3)
+    assert "no network 'resnet9'" in one_line(load_module, "timm:resnet9", state, "x")
 
 
 def test_a_network_of_torchvision_gets_its_classes_from_the_file() -> None:

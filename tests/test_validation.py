@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_trees_equal
 from jax.tree_util import Partial
 
 import backdoor_jax as bj
@@ -225,6 +226,26 @@ def test_every_door_checks_key_classifier_and_data(door: str) -> None:
     if needs != "nothing":
         with pytest.raises(UserError, match=f"^{door}: data holds no images"):
             DOORS[door](KEY, CLASSIFIER, variables(), DATA.take(slice(0)))
+
+
+def test_frozen_dictionaries_are_taken() -> None:
+    from flax.core import freeze
+
+    plain = variables()
+    expected = bj.FineTune(steps=1).repair(KEY, CLASSIFIER, plain, DATA).variables
+    trees: tuple[Any, ...] = (freeze(plain), {name: freeze(part) for name, part in plain.items()})
+    for tree in trees:
+        found = bj.FineTune(steps=1).repair(KEY, CLASSIFIER, tree, DATA).variables
+        assert type(found["params"]) is dict
+        assert_trees_equal(found, expected)
+
+
+def test_a_pytorch_module_and_tensors_say_what_makes_them_usable() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch: pip install 'backdoor_jax[torch]'")
+    with pytest.raises(UserError, match=r"classifier is a Linear; make one with Classifier.from_torch"):
+        bj.evaluate(torch.nn.Linear(2, 2), variables(), DATA)
+    with pytest.raises(UserError, match=r"is a PyTorch tensor, expected a uint8 array; give tensor.numpy"):
+        bj.scan(CLASSIFIER, variables(), torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
 
 
 def test_a_door_is_not_called_inside_compiled_code() -> None:

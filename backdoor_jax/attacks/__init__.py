@@ -10,7 +10,7 @@ from backdoor_jax.attacks.lira import LIRA
 from backdoor_jax.attacks.low_frequency import LowFrequency
 from backdoor_jax.attacks.sig import SIG
 from backdoor_jax.attacks.ssba import SSBA
-from backdoor_jax.attacks.triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, random_pattern
+from backdoor_jax.attacks.triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, picture_patch, random_pattern
 from backdoor_jax.attacks.trojan_nn import TrojanNN
 from backdoor_jax.attacks.wanet import WaNet
 
@@ -51,5 +51,6 @@ __all__ = [
     "TrojanNN",
     "Victim",
     "WaNet",
+    "picture_patch",
     "random_pattern",
 ]

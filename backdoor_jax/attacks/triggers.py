@@ -73,6 +73,42 @@ class AdditiveTrigger:
         return to_uint8(images.astype(jnp.float32) + self.pattern)
 
 
+def picture_patch(
+    path: str, shape: tuple[int, int, int], position: tuple[int, int] | None, where: str = "patch"
+) -> PatchTrigger:
+    """A picture in its own size as a patch.
+
+    Args:
+        path: a picture file.
+        shape: ``(height, width, channels)`` of the images.
+        position: row and column of its upper left pixel; the lower right corner of the images by default.
+        where: what errors call it.
+
+    Raises:
+        UserError: if the file cannot be read, or the patch does not lie inside the images.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        ...     Image.new("RGB", (2, 3)).save(file.name)
+        ...     int(picture_patch(file.name, (8, 8, 3), None).mask.sum())
+        6
+    """
+    patch = _read_picture(Path(path), shape[-1], where)
+    (height, width), (rows, columns) = shape[:2], patch.shape[:2]
+    top, left = position or (height - rows, width - columns)
+    if top < 0 or left < 0 or top + rows > height or left + columns > width:
+        raise UserError(
+            f"{where} {path}: {rows}x{columns} pixels at row {top} and column {left} reach beyond the images of "
+            f"{height}x{width}; give a smaller picture or another position"
+        )
+    pattern, mask = np.zeros(shape, np.uint8), np.zeros((height, width, 1), bool)
+    inside = slice(top, top + rows), slice(left, left + columns)
+    pattern[inside], mask[inside] = patch, True
+    return PatchTrigger(jnp.asarray(pattern), jnp.asarray(mask))
+
+
 def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """A colored pattern of soft blobs from 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
 
@@ -105,16 +141,19 @@ def picture(key: jax.Array, shape: tuple[int, int, int], path: str | None, field
         >>> picture(jax.random.key(0), (32, 32, 1), None, "Blended.image").shape
         (32, 32, 1)
     """
-    return random_pattern(key, shape) if path is None else _read_picture(Path(path), shape, field)
+    return (
+        random_pattern(key, shape) if path is None else jnp.float32(_read_picture(Path(path), shape[-1], field, shape))
+    )
 
 
-def _read_picture(path: Path, shape: tuple[int, int, int], field: str) -> jax.Array:
+def _read_picture(path: Path, channels: int, field: str, resize_to: tuple[int, int, int] | None = None) -> np.ndarray:
+    """The uint8 pixels of a picture ``(height, width, channels)``."""
     from PIL import Image
 
-    height, width, channels = shape
     try:
         image = image_pixels(path, path, "RGB" if channels == 3 else "L", file_size(path, "give a picture"))
     except UserError as error:
         raise UserError(f"{field} cannot be read as a picture: {error}") from error
-    picture = image.resize((width, height), Image.Resampling.BILINEAR)
-    return jnp.asarray(np.asarray(picture, np.float32).reshape(shape))
+    if resize_to is not None:
+        image = image.resize((resize_to[1], resize_to[0]), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(image.height, image.width, channels)

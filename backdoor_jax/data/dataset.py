@@ -136,11 +136,14 @@ def make_dataset(
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8:
         raise UserError(
-            f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; scale them and cast with "
-            ".astype('uint8')"
+            f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; multiply values in [0, 1] by 255 and "
+            "cast with .astype('uint8')"
         )
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(f"{where}: images have shape {images.shape}, expected (N, height, width, 1 or 3)")
+        raise UserError(
+            f"{where}: images have shape {images.shape}, expected (N, height, width, 1 or 3); "
+            "transpose(0, 2, 3, 1) where channels come first"
+        )
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise UserError(
             f"{where}: labels are {labels.dtype} {labels.shape}, expected integers of shape {images.shape[:1]}, one "
