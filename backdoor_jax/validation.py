@@ -269,7 +269,7 @@ def require_rows(data: object, where: str) -> None:
     Raises:
         UserError: for anything else.
     """
-    if isinstance(data, Dataset) and np.ndim(data.images) != 2:  # Latents are (N, D).
+    if isinstance(data, Dataset) and np.ndim(data.images) == 4:  # Latents are (N, D), or (N, views, D).
         require_dataset(data, None, where)
         return
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}

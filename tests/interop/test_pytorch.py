@@ -342,7 +342,7 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown suffix '.npz'; give .pt, .pth or .safetensors"):
         save_torch(tmp_path / "model.npz", classifier, variables)
     with pytest.raises(UserError, match="VisionTransformer has no PyTorch counterpart here; save it as"):
-        save_torch(tmp_path / "model.safetensors", build_classifier("vit_tiny", 10, 2), {})
+        save_torch(tmp_path / "model.safetensors", build_classifier("vit_tiny", 10, 2), variables)
     bounds = {"layer1_0": {"relu1": {"upper": np.array([1.0, -0.5])}}}
     with pytest.raises(UserError, match="bounds of layer1_0/relu1 are not all 0 or more"):
         save_torch(tmp_path / "model.safetensors", classifier, {**variables, "bounds": bounds})
