@@ -3,14 +3,16 @@
     @checked
     def evaluate(classifier, variables, test, ...): ...
 
-Names mean the same everywhere in the package, so that the name says what to check: ``key``, ``classifier``,
-``variables``, ``images``, ``trigger``, ``config``, and data sets under the names in `DATA`. Functions that run inside
-compiled code, such as losses, are not decorated.
+Names mean the same everywhere in the package, so that the name says what to check: ``key`` and ``keys``,
+``classifier``, ``variables``, ``images``, ``trigger``, ``config``, ``context``, and data sets under the names in
+`DATA`. A function that has no classifier, such as `backdoor_jax.training.fit`, also takes data of other rows. Functions
+that run inside compiled code, such as losses, are not decorated.
 """
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -79,28 +81,48 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(list(given.values()))):
         raise UserError(f"{function} runs compiled programs itself; call it outside jit, vmap and grad")
     classifier = given.get("classifier")
-    if "classifier" in given and not isinstance(classifier, Classifier):
-        raise UserError(f"{function}: classifier is a {_kind(classifier)}; make one with build_classifier")
+    if "classifier" in given:
+        require_classifier(classifier, f"{function}: classifier")
     method = given.get("self")
     for name, value in given.items():
         where = f"{function}: {name}"
         if name == "key":
             require_key(value, where)
+        elif name == "keys":
+            require_keys(value, where)
         elif name == "variables":
             require_variables(value, str(given.get("name", where)))
+        elif name in DATA and "keys" in given:
+            require_runs(value, classifier, len(given["keys"]), where)
+        elif name in DATA and "classifier" not in given:
+            require_rows(value, where)
         elif name in DATA:
             empty = getattr(method, "needs", None) == "nothing"
             require_dataset(value, classifier, where, classes=classes, empty=empty)
+        elif name == "step" and not callable(value):
+            raise UserError(f"{where} is a {_kind(value)}, expected a function of state, batch and key")
+        elif name in ("state", "states") and not hasattr(value, "step"):
+            raise UserError(f"{where} is a {_kind(value)}, expected what a step's init made of variables")
         elif name == "images":
             require_images(value, classifier, where)
         elif name == "trigger" and value is not None:
             require_trigger(value, where)
-        elif name == "config" and not isinstance(value, kind := type(signature.parameters[name].default)):
+        elif name in ("config", "context") and not isinstance(value, kind := signature.parameters[name].annotation):
             raise UserError(f"{where} is a {_kind(value)}, expected a {kind.__name__}")
 
 
 def _kind(value: object) -> str:
     return type(value).__name__
+
+
+def require_classifier(classifier: object, where: str) -> None:
+    """Refuses anything but a classifier.
+
+    Raises:
+        UserError: for another value.
+    """
+    if not isinstance(classifier, Classifier):
+        raise UserError(f"{where} is a {_kind(classifier)}; make one with build_classifier")
 
 
 def require_key(key: object, where: str) -> None:
@@ -109,11 +131,26 @@ def require_key(key: object, where: str) -> None:
     Raises:
         UserError: for another value.
     """
-    kind = getattr(key, "dtype", None)
-    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and key.shape == ()  # type: ignore[attr-defined]
-    raw = isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape == (2,)
-    if not typed and not raw:
+    if _key_shape(key) != ():
         raise UserError(f"{where} is a {_kind(key)}, expected a single key; give jax.random.key(0)")
+
+
+def require_keys(keys: object, where: str) -> None:
+    """Refuses anything but random keys along one axis, or in a sequence.
+
+    Raises:
+        UserError: for another value.
+    """
+    shapes = [_key_shape(key) for key in keys] if isinstance(keys, Sequence) else [(_key_shape(keys) or (0, 0))[1:]]
+    if not shapes or any(shape != () for shape in shapes):
+        raise UserError(f"{where} are a {_kind(keys)}, expected one key for each run; give jax.random.split(key, runs)")
+
+
+def _key_shape(key: object) -> tuple[int, ...] | None:
+    """The shape of an array of random keys; None for anything else."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape
+    return key.shape[:-1] if isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape[-1:] == (2,) else None
 
 
 def require_variables(variables: object, where: str) -> None:
@@ -194,6 +231,44 @@ def require_dataset(
     largest = classifier.num_classes - 1 if classifier is not None and classes else np.inf
     if labels.min() < 0 or labels.max() > largest:
         raise UserError(f"{where}.labels run from {labels.min()} to {labels.max()}, expected 0 to {largest}; relabel")
+
+
+def require_rows(data: object, where: str) -> None:
+    """Refuses what is no data set of images, latents or other rows, such as `backdoor_jax.training.fit` takes.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(data, Dataset) and np.ndim(data.images) != 2:  # Latents are (N, D).
+        require_dataset(data, None, where)
+        return
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+    if not dataclasses.is_dataclass(data) or len(lengths) != 1 or lengths <= {(), (0,)}:
+        raise UserError(
+            f"{where} is a {_kind(data)} of lengths {sorted(lengths)}, expected a Dataset or another data class of "
+            "equally many rows"
+        )
+
+
+def require_runs(data: object, classifier: Classifier | None, runs: int, where: str) -> None:
+    """Refuses what is not one data set for each run, in a sequence or stacked along a leading axis.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if classifier is not None:
+        if not isinstance(data, Sequence):
+            raise UserError(f"{where} is a {_kind(data)}, expected a list of one Dataset for each key")
+        for number, own in enumerate(data):
+            require_dataset(own, classifier, f"{where}[{number}]")
+        return
+    leaves = jax.tree.leaves(data)
+    if not dataclasses.is_dataclass(data) or any(np.shape(leaf)[:1] != (runs,) for leaf in leaves):
+        raise UserError(
+            f"{where} is a {_kind(data)}, expected one data set for each of {runs} runs; see training.stack"
+        )
+    for number in range(runs):
+        require_rows(jax.tree.map(lambda leaf, number=number: leaf[number], data), f"{where}[{number}]")
 
 
 def require_trigger(trigger: object, where: str) -> None:

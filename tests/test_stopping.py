@@ -1,4 +1,4 @@
-"""Commands that are stopped, killed, run twice, or have nowhere to write to; a few here, many with ``-m fuzz``."""
+"""Commands that are stopped, killed, run twice, or have nowhere to write to; kills only with ``-m fuzz``."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from backdoor_jax import cli, load_model
+from backdoor_jax import cli, load_model, stopping
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import read_rows, rows, runner
 from backdoor_jax.files import is_leftover
@@ -129,9 +130,8 @@ def test_without_the_command_nothing_is_installed() -> None:
 
 
 TWICE = """
-import os, signal, time
-from backdoor_jax.stopping import stopping_at_safe_points
-with stopping_at_safe_points():
+import os, runpy, signal, sys, time
+with runpy.run_path(sys.argv[1])["stopping_at_safe_points"]():  # Without the import of the package.
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -140,7 +140,29 @@ with stopping_at_safe_points():
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
-    assert subprocess.run([sys.executable, "-c", TWICE], timeout=60, stderr=subprocess.DEVNULL).returncode == 130
+    arguments = [sys.executable, "-c", TWICE, str(stopping.__file__)]
+    assert subprocess.run(arguments, timeout=60, stderr=subprocess.DEVNULL).returncode == 130
+
+
+IMPORTING = """
+import os, sys
+
+class Sending:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+sys.meta_path.insert(0, Sending())
+from backdoor_jax_command import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_signal_during_the_import_is_one_line(number: int, code: int, name: str) -> None:
+    arguments = [sys.executable, "-c", IMPORTING, str(int(number))]
+    done = subprocess.run(arguments, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"backdoor-jax: stopped by {name}\n")
 
 
 # Output and the system
@@ -192,6 +214,23 @@ def test_results_are_saved_whoever_reads_the_output(
     stream.close()
     assert reproducible(tmp_path / "out") == reproducible(finished)
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("size", [100, 2000])
+def test_a_limit_of_file_sizes_is_one_line_and_the_run_resumes(
+    size: int, config: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As `ulimit -f` sets it: writing beyond it fails in Python and in Orbax's threads."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        code = run(config, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capfd.readouterr().err
+    assert code == 2 and error.startswith("backdoor-jax: ") and error.count("\n") == 1, error
+    assert run(config, tmp_path / "out") == 0
+    assert reproducible(tmp_path / "out") == reproducible(finished) and not leftovers(tmp_path / "out")
 
 
 # Folders
@@ -316,9 +355,8 @@ def start(config: Path, out: Path, at: str = "", count: int = 0, *settings: str)
 AIMED = [("replace", 1), ("tree", 0), ("checkpoint", 1), ("append", 1), ("replace", 0), ("replace", 2), ("replace", 3)]
 
 
-@pytest.mark.parametrize(
-    ("at", "count"), [AIMED[0], *(pytest.param(*aimed, marks=pytest.mark.fuzz) for aimed in AIMED[1:])]
-)
+@pytest.mark.fuzz
+@pytest.mark.parametrize(("at", "count"), AIMED)
 def test_a_kill_at_a_write_is_resumed(at: str, count: int, config: Path, finished: Path, tmp_path: Path) -> None:
     process = start(config, tmp_path / "out", at, count)
     assert process.wait(120) == -signal.SIGKILL
@@ -358,6 +396,7 @@ def test_runs_at_once_end_in_unique_rows_or_a_refusal(seeds: list[int], config: 
 # The environment
 
 
+@pytest.mark.fuzz
 def test_strict_settings_of_jax_a_c_locale_and_a_cache_that_cannot_be_written_are_no_obstacle(
     config: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -380,6 +419,23 @@ def test_strict_settings_of_jax_a_c_locale_and_a_cache_that_cannot_be_written_ar
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(read_rows(tmp_path / "out" / "results.jsonl")) == 4
+
+
+CACHED = """
+import jax
+from backdoor_jax import cli
+cli._set_up_jax()
+assert jax.config.jax_compilation_cache_dir == "/proc/backdoor_jax/programs"
+print(jax.jit(lambda x: x + 1)(1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that nobody can write to")
+def test_a_cache_folder_that_cannot_be_written_is_not_noticed() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    arguments, environment["XDG_CACHE_HOME"] = [sys.executable, "-c", CACHED], "/proc"
+    done = subprocess.run(arguments, env=environment, timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 
 def test_a_platform_that_is_not_there_is_one_line() -> None:

@@ -3,21 +3,25 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import backdoor_jax as bj
 from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError
+from backdoor_jax.attacks import AttackContext
 from backdoor_jax.config_files import make_defense, parse_experiment
 from backdoor_jax.data import LabelMap
 from backdoor_jax.metrics import maximum_margins
 from backdoor_jax.models import Variables, build_classifier
 from backdoor_jax.models.layers import ReLU, max_pool
 from backdoor_jax.models.rectifier import relu
+from backdoor_jax.training import SGD, GradientStep, fit, fit_many, stack, supervised_loss, train_many
 
 KEY = jax.random.key(0)
 CLASSIFIER = build_classifier("small_cnn", 3, width=2)
@@ -117,6 +121,96 @@ def test_variables_that_cannot_be_used_are_refused(door: str, case: str) -> None
     make, kind, expected = BAD_VARIABLES[case]
     with pytest.raises(kind, match=re.escape(expected)):
         DOORS[door](KEY, CLASSIFIER, make(), DATA)
+
+
+STEP = GradientStep(Partial(supervised_loss, CLASSIFIER), SGD())
+
+
+def fit_one(key: Any, data: Any, step: Any = STEP, state: Any = None) -> Any:
+    return fit(key, step, STEP.init(variables()) if state is None else state, data, batch_size=6, epochs=0)
+
+
+def fit_two(keys: Any, data: Any) -> Any:
+    return fit_many(keys, stack([STEP] * 2), stack([STEP.init(variables())] * 2), data, batch_size=6, epochs=0)
+
+
+def train_two(keys: Any, data: Any) -> Any:
+    return train_many(keys, CLASSIFIER, data, bj.TrainConfig(epochs=1))
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_trainings_refuse_data_that_cannot_be_used(case: str) -> None:
+    """`fit` knows no classifier: it takes any channels and classes, and latents in place of images."""
+    make, expected = BAD_DATA[case]
+    runs = [DATA, make()]
+    with pytest.raises(UserError, match=rf"^train_many: data\[1\].*{re.escape(expected)}"):
+        train_two(list(jax.random.split(KEY)), runs)
+    if case in ("NCHW", "gray", "large labels"):
+        return
+    with pytest.raises(UserError, match=r"^fit: data"):
+        fit_one(KEY, make())
+    with pytest.raises(UserError, match=r"^fit_many: data"):
+        stacked = jax.tree.map(lambda leaf: np.stack([leaf] * 2), make()) if isinstance(make(), Dataset) else make()
+        fit_two(jax.random.split(KEY), stacked)
+
+
+@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
+def test_trainings_refuse_keys_that_cannot_be_used(key: Any) -> None:
+    if isinstance(key, jax.Array) and key.shape == KEY.shape:
+        return
+    with pytest.raises(UserError, match=r"^fit: key is a .*, expected a single key"):
+        fit_one(key, DATA)
+    for train in (fit_two, train_two):
+        with pytest.raises(UserError, match=r"^(fit|train)_many: keys are a .*, expected one key for each run"):
+            train([key] * 2, stack([DATA] * 2) if train is fit_two else [DATA] * 2)
+
+
+def test_a_fit_refuses_what_is_no_step_or_state() -> None:
+    with pytest.raises(UserError, match=r"^fit: step is a str, expected a function"):
+        fit_one(KEY, DATA, step="sgd")
+    with pytest.raises(UserError, match=r"^fit: state is a dict, expected what a step's init made"):
+        fit_one(KEY, DATA, state=variables())
+    with pytest.raises(UserError, match=r"^train_many: data is a Dataset, expected a list of one Dataset for each key"):
+        train_two(list(jax.random.split(KEY)), DATA)
+    with pytest.raises(UserError, match=r"^fit_many: data is a Dataset, expected one data set for each of 2 runs"):
+        fit_two(jax.random.split(KEY), stack([DATA] * 3))
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_an_attack_refuses_data_that_cannot_be_used(case: str) -> None:
+    make, expected = BAD_DATA[case]
+    with pytest.raises(UserError, match=rf"^AttackContext: data.*{re.escape(expected)}"):
+        AttackContext(CLASSIFIER, make())
+
+
+@pytest.mark.parametrize("name", bj.ATTACKS)
+def test_every_method_of_an_attack_checks_its_arguments(name: str) -> None:
+    attack: Any = bj.ATTACKS[name]()
+    context = AttackContext(CLASSIFIER, DATA)
+    for method in (attack.fit_trigger, attack.poison, attack.train_victim_in, attack.poison_data):
+        others = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}.get(method, [])
+        with pytest.raises(UserError, match=f"^{name}: key is a int, expected a single key"):
+            method(*((context, 3, KEY) if others == [KEY] else (3, context, *others)))
+        with pytest.raises(UserError, match=f"^{name}: context is a Dataset, expected a AttackContext"):
+            method(*((DATA, KEY, KEY) if others == [KEY] else (KEY, DATA, *others)))
+    with pytest.raises(UserError, match=f"^{name}: trigger is a int, expected a function"):
+        attack.poison_data(KEY, context, 3)
+
+
+@pytest.mark.parametrize("case", BAD_VARIABLES)
+def test_an_attack_and_a_file_refuse_variables_that_cannot_be_used(case: str, tmp_path: Path) -> None:
+    make, kind, expected = BAD_VARIABLES[case]
+    if case != "None":  # There the attack has no clean model.
+        with pytest.raises(kind, match=re.escape(expected)):
+            AttackContext(CLASSIFIER, DATA, clean_model=make())
+    for save in (
+        lambda: bj.save_model(tmp_path / "model", CLASSIFIER, make()),
+        lambda: bj.save_torch(tmp_path / "model.safetensors", CLASSIFIER, make()),
+        lambda: bj.export_model(tmp_path / "model.jaxexport", CLASSIFIER, make(), (8, 8, 3)),
+    ):
+        with pytest.raises(kind, match=re.escape(expected)):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("door", [door for door in DOORS if door not in ("evaluate", "scan")])
@@ -260,10 +354,17 @@ def test_networks_of_impossible_size_are_refused(classes: Any, width: Any) -> No
 # The environment
 
 
-@pytest.mark.parametrize("rule", [jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")])
-def test_strict_rules_of_jax_are_the_callers_own(rule: Any) -> None:
+RULES: dict[str, Callable[[], Any]] = {
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "types": lambda: jax.numpy_dtype_promotion("strict"),
+    "no jit": lambda: jax.disable_jit(),
+}
+
+
+@pytest.mark.parametrize("rule", ["ranks", "types", pytest.param("no jit", marks=pytest.mark.fuzz)])
+def test_strict_rules_of_jax_are_the_callers_own(rule: str) -> None:
     start = variables()
-    with rule:
+    with RULES[rule]():
         assert 0 <= bj.evaluate(CLASSIFIER, start, DATA).acc <= 1
         assert bj.FineTune(steps=1, batch_size=6).repair(KEY, CLASSIFIER, start, DATA).changed
         assert CLASSIFIER.logits(start, DATA.images)[0].shape == (6, 3)

@@ -12,7 +12,7 @@ from backdoor_jax.data import Augment, Dataset, LabelMap, Poisoned, Trigger, poi
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import Fitted, Step, TrainConfig, fit, train
-from backdoor_jax.validation import checked
+from backdoor_jax.validation import checked, require_classifier, require_dataset, require_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,9 @@ class AttackContext:
         training: how victims are trained.
         flip: whether training mirrors images.
         clean_model: variables of a model trained on the clean data, for attacks that use one.
+
+    Raises:
+        UserError: for data that are not the classifier's, or a clean model whose variables cannot be used.
     """
 
     classifier: Classifier
@@ -32,6 +35,12 @@ class AttackContext:
     training: TrainConfig = TrainConfig()  # noqa: RUF009
     flip: bool = False
     clean_model: Variables | None = None
+
+    def __post_init__(self) -> None:
+        require_classifier(self.classifier, "AttackContext: classifier")
+        require_dataset(self.data, self.classifier, "AttackContext: data")
+        if self.clean_model is not None:
+            require_variables(self.clean_model, "AttackContext: clean_model")
 
     @property
     def num_classes(self) -> int:
@@ -77,6 +86,10 @@ class Victim(NamedTuple):
     info: dict[str, Any]
 
 
+CHECKED = {"fit_trigger", "poison_data", "poison", "train_victim_in"}
+"""The methods of an attack that check their arguments, also where a subclass overrides them."""
+
+
 def at_most(share: float) -> str:
     """The largest allowed share, for error messages; rounded down, so that it is itself allowed.
 
@@ -116,6 +129,12 @@ class Attack(Config):
     labels: Literal["all_to_one", "all_to_all", "clean_label"] = "all_to_one"
     target: Whole = 0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes every attack check what its methods receive."""
+        super().__init_subclass__(**kwargs)
+        for name in CHECKED & vars(cls).keys():
+            setattr(cls, name, checked(vars(cls)[name]))
+
     @property
     def needs_clean_model(self) -> bool:
         """Whether the attack, with these settings, uses a model trained on the clean data."""
@@ -125,6 +144,7 @@ class Attack(Config):
         """The trigger for images of shape ``(height, width, channels)``, before any training."""
         raise NotImplementedError
 
+    @checked
     def fit_trigger(self, key: jax.Array, context: AttackContext) -> tuple[Trigger, dict[str, Any]]:
         """The final trigger, and details about it as plain values; by default nothing is trained."""
         return self.trigger(key, context.shape), {}
@@ -154,11 +174,13 @@ class Attack(Config):
             )
         return allowed
 
+    @checked
     def poison_data(self, key: jax.Array, context: AttackContext, trigger: Trigger) -> Poisoned:
         """The poisoned training set: randomly drawn candidates, triggered and relabeled."""
         label_map = self.label_map(context.num_classes)
         return poison(key, context.data, trigger, label_map, self.rate, self.candidates(context.data.labels))
 
+    @checked
     def poison(self, key: jax.Array, context: AttackContext) -> tuple[Poisoned, Trigger, dict[str, Any]]:
         """A poisoned copy of the training set, the trigger in it, and details about it as plain values.
 
@@ -216,6 +238,7 @@ class Attack(Config):
         context = AttackContext(classifier, data, training, flip, clean_model)
         return self.train_victim_in(context, poison_key, train_key, checkpoints=checkpoints)
 
+    @checked
     def train_victim_in(
         self,
         context: AttackContext,

@@ -33,6 +33,7 @@ from backdoor_jax.config import Config, Count, NonNegative, Positive, Whole
 from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.joint import init, join, part, run
+from backdoor_jax.models.rectifier import relu
 from backdoor_jax.training import (
     Adam,
     GradientStep,
@@ -277,7 +278,7 @@ def mask_loss(
     _, masker = networks(batch.images.shape[-1], config.channels, config.depth)
     x = batch.images.astype(jnp.float32) / 255
     masks, variables = make_mask(masker, variables, x, train=True)
-    excess = jnp.mean(jax.nn.relu(masks - config.mask_density))
+    excess = jnp.mean(relu(masks - config.mask_density))
     seen = classifier.normalize(batch.images)
     spread = jnp.mean(diversity(seen, jnp.roll(seen, 1, 0), masks, jnp.roll(masks, 1, 0)))
     loss = config.norm_weight * excess + config.diversity_weight * spread

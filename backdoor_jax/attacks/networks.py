@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from backdoor_jax.models.layers import BatchNorm, conv
+from backdoor_jax.models.rectifier import relu
 
 
 class EncoderDecoder(nn.Module):
@@ -37,7 +38,7 @@ class EncoderDecoder(nn.Module):
         """Maps ``(B, H, W, any)`` to ``(B, H, W, outputs)``, unbounded."""
 
         def block(x: jax.Array, features: int, stride: int = 1) -> jax.Array:
-            return nn.relu(BatchNorm()(conv(features, 3, stride)(x), train))
+            return relu(BatchNorm()(conv(features, 3, stride)(x), train))
 
         levels = []
         for level in range(self.depth):

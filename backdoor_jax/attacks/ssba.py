@@ -32,6 +32,7 @@ from backdoor_jax.data import Dataset
 from backdoor_jax.models import Variables
 from backdoor_jax.models.joint import init, join, part, run
 from backdoor_jax.models.layers import BatchNorm, conv
+from backdoor_jax.models.rectifier import relu
 from backdoor_jax.training import Adam, GradientStep, LossResult, fit, map_chunks
 
 
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
         """Images with hidden bits, ``(B, H, W, channels)``."""
         x, bits = inputs
         height, width, image_channels = x.shape[1:]
-        spread = nn.relu(nn.Dense(8 * 8 * 3)(bits - 0.5)).reshape(-1, 8, 8, 3)
+        spread = relu(nn.Dense(8 * 8 * 3)(bits - 0.5)).reshape(-1, 8, 8, 3)
         spread = jax.image.resize(spread, (len(x), height, width, 3), "nearest")
         seen = jnp.concatenate([x - 0.5, spread], -1)
         return jnp.clip(x + EncoderDecoder(image_channels, self.channels, self.depth, skips=True)(seen, train), 0, 1)
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         """Logits of the bits, ``(B, n)``."""
         x = x - 0.5
         for level in range(self.depth + 1):
-            x = nn.relu(BatchNorm()(conv(self.channels * 2**level, 3, 2 if level else 1)(x), train))
+            x = relu(BatchNorm()(conv(self.channels * 2**level, 3, 2 if level else 1)(x), train))
         return nn.Dense(self.bits)(x.reshape(len(x), -1))
 
 

@@ -43,6 +43,7 @@ from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair, SGDDefense
 from backdoor_jax.defenses.sphere import paths_of, project_selected, project_to_sphere
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.models.rectifier import relu
 from backdoor_jax.training import GradientStep, LossResult, cross_entropy, merge, split_by_path
 
 Initialization = Literal["random", "near", "middle", "far", "noise"]
@@ -124,7 +125,7 @@ def d3_loss(
     selected, _ = split_by_path(variables["params"], paths_of(origin))
     logits, variables = classifier.logits(variables, batch.images, train=True)
     losses = cross_entropy(logits, batch.labels)
-    hinge = jnp.mean(jax.nn.relu(losses - config.epsilon))
+    hinge = jnp.mean(relu(losses - config.epsilon))
     away = distance(selected, origin)
     loss = (config.penalty * hinge - away) / jnp.where(config.penalty > 1, config.penalty + 1, 1.0)
     return loss, (variables, {"hinge": hinge, "distance": away, "cross_entropy": jnp.mean(losses)})

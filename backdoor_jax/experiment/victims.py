@@ -17,7 +17,7 @@ from backdoor_jax.experiment.rows import plain
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
 from backdoor_jax.files import atomic_write, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
-from backdoor_jax.interop.native import save_model
+from backdoor_jax.interop.native import load_model, save_model
 from backdoor_jax.metrics import Scores, evaluate
 from backdoor_jax.models import Classifier, Variables, build_classifier
 from backdoor_jax.reading import parsing, read_text
@@ -216,8 +216,7 @@ def load_stored(
     """
     label, task = entry.label if entry else "none", workspace.task
     folder, keys = workspace.model_folder(label, seed), streams(seed, label)
-    like = jax.eval_shape(workspace.classifier.init, keys["victim"], task.test.images[:1])
-    variables = load_tree(folder / "variables", like)
+    _, variables = load_model(folder, classifier=workspace.classifier)
     poisoned, trigger, label_map = _unpoisoned(task).poisoned, None, None
     if entry:
         label_map = entry.attack.label_map(task.num_classes)

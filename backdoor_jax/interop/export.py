@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_write
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.validation import checked
 
 SUFFIX = ".jaxexport"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+@checked
 def export_model(
     path: Path | str, classifier: Classifier, variables: Variables, image_shape: tuple[int, int, int]
 ) -> None:
@@ -33,7 +35,9 @@ def export_model(
         image_shape: height, width and channels of an image.
 
     Raises:
-        UserError: where the model cannot take such images, or the file cannot be written.
+        UserError: where the model cannot take such images, its variables cannot be used, or the file cannot be
+            written.
+        NonFiniteError: for weights or statistics that are not finite.
 
     Example:
         >>> import tempfile

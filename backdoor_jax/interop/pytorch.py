@@ -42,6 +42,7 @@ from backdoor_jax.models import (
     Variables,
     build_classifier,
 )
+from backdoor_jax.validation import checked
 
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
 """The name in Flax of the first convolution of each network that has a PyTorch counterpart."""
@@ -122,6 +123,7 @@ def load_torch(
     return classifier, jax.tree.map(jnp.array, unflatten_dict(leaves))
 
 
+@checked
 def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -> None:
     """Writes a model for PyTorch, by suffix ``.pt``, ``.pth`` or ``.safetensors``.
 
@@ -136,7 +138,8 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
         variables: its variables.
 
     Raises:
-        UserError: for another network, another suffix, or ``.pt`` without PyTorch.
+        UserError: for another network, another suffix, ``.pt`` without PyTorch, or variables that cannot be used.
+        NonFiniteError: for weights or statistics that are not finite.
 
     Example:
         >>> import tempfile

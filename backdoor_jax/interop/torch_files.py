@@ -135,9 +135,11 @@ class _Storage:
 class _Tensor:
     """A tensor in a pickle; its array is made once all storages are known."""
 
-    def __init__(self, storage: object, offset: object, shape: Any, strides: Any, *_: object) -> None:
+    def __init__(self, storage: object, offset: object, shape: Any, strides: Any, *more: Any) -> None:
         if not isinstance(storage, _Storage) or not isinstance(offset, int):
             raise pickle.UnpicklingError("a tensor has no storage")
+        if any(more[2:]):  # After requires_grad and hooks: whether its elements are conjugate or negated.
+            raise pickle.UnpicklingError("a tensor is a view with other values, resolve_conj() or resolve_neg() first")
         self.storage, self.offset, self.shape, self.strides = storage, offset, tuple(shape), tuple(strides)
 
     @property

@@ -28,6 +28,7 @@ from backdoor_jax.models import Variables
 from backdoor_jax.progress import progress_bar
 from backdoor_jax.stopping import stop_if_asked
 from backdoor_jax.training.engine import Info, Step, batch_shape, epoch
+from backdoor_jax.validation import checked
 
 RUNS = "runs"
 """The name of the axis of the mesh that `fit_many` spreads runs over."""
@@ -68,6 +69,7 @@ class Fitted(NamedTuple):
         return {"steps": int(np.max(self.state.step)), "batch": self.batch, "last_epoch": self.last_epoch}
 
 
+@checked
 def fit(
     key: jax.Array,
     step: Step,
@@ -100,6 +102,7 @@ def fit(
         checkpoints: a folder of Orbax checkpoints; a run that finds some there resumes from the newest.
 
     Raises:
+        UserError: for a key or data that cannot be used, or a step that cannot be called.
         NonFiniteError: when a loss or the final weights are not finite, naming the run and the step.
 
     Example:
@@ -128,6 +131,7 @@ def fit(
     return Fitted(state, history, epoch_steps, size)
 
 
+@checked
 def fit_many(
     keys: jax.Array,
     steps: Step,
@@ -159,7 +163,7 @@ def fit_many(
         The states, and the info of every step run here, ``(V, steps)``.
 
     Raises:
-        UserError: where the devices do not divide the runs.
+        UserError: for keys or data that cannot be used, or where the devices do not divide the runs.
         NonFiniteError: see `fit`; it names the run.
 
     Example:

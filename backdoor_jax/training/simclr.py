@@ -28,6 +28,7 @@ from backdoor_jax.data.views import Views
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.models.joint import init, join, part, run
 from backdoor_jax.models.layers import BatchNorm
+from backdoor_jax.models.rectifier import relu
 from backdoor_jax.training.engine import GradientStep, LossResult
 from backdoor_jax.training.fitting import fit
 from backdoor_jax.training.optimizers import DecayedAdam, Optimizer
@@ -68,7 +69,7 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """The projections, not yet scaled to length 1."""
-        x = nn.relu(BatchNorm()(nn.Dense(self.hidden, use_bias=False)(x), train))
+        x = relu(BatchNorm()(nn.Dense(self.hidden, use_bias=False)(x), train))
         return nn.Dense(self.outputs)(x)
 
 

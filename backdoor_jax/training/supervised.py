@@ -134,6 +134,7 @@ def train(
     )
 
 
+@checked
 def train_many(
     keys: Sequence[jax.Array],
     classifier: Classifier,

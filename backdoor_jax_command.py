@@ -1,0 +1,31 @@
+"""The command's entry: it is ready for Ctrl-C and SIGTERM before the package is imported, which takes seconds.
+
+It is no part of the package, because the import of any part imports the whole.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> int:
+    """Runs the command of `backdoor_jax.cli`; a signal before or after it ends the process at once with one line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    from backdoor_jax.cli import main
+
+    return main()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    del frame
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    try:
+        os.write(2, f"backdoor-jax: stopped by {name}\n".encode())
+    finally:
+        os._exit(128 + number)  # An exception could end up in some import's `except`.
+
+
+if __name__ == "__main__":
+    sys.exit(main())
