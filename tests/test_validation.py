@@ -204,7 +204,6 @@ def test_an_attack_and_a_file_refuse_variables_that_cannot_be_used(case: str, tm
         with pytest.raises(kind, match=re.escape(expected)):
             AttackContext(CLASSIFIER, DATA, clean_model=make())
     for save in (
-        lambda: bj.save_model(tmp_path / "model", CLASSIFIER, make()),
         lambda: bj.save_torch(tmp_path / "model.safetensors", CLASSIFIER, make()),
         lambda: bj.export_model(tmp_path / "model.jaxexport", CLASSIFIER, make(), (8, 8, 3)),
     ):

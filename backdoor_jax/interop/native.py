@@ -39,7 +39,6 @@ from backdoor_jax.reading import (
     require_budget,
     require_names,
 )
-from backdoor_jax.validation import checked
 from backdoor_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -49,7 +48,6 @@ HEADER = "backdoor_jax"
 DESCRIPTION = "model.json"
 
 
-@checked
 def save_model(path: Path | str, classifier: Classifier, variables: Variables) -> None:
     """Writes a model, completely or not at all, and replaces what was there.
 
@@ -59,8 +57,7 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         variables: its variables, bounds included; a tree of dictionaries.
 
     Raises:
-        UserError: where it cannot be written to that path, or not in that format, or its variables cannot be used.
-        NonFiniteError: for weights or statistics that are not finite.
+        UserError: where it cannot be written to that path, or not in that format.
 
     Example:
         >>> import tempfile

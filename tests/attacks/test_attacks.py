@@ -443,7 +443,7 @@ def test_a_rate_larger_than_the_target_class_is_an_error_that_names_the_largest(
 
 def test_ten_percent_under_clean_labels_needs_a_class_of_that_size(key: jax.Array) -> None:
     data = counted(7, 20, 73)
-    context = AttackContext(Classifier(None, 3), data)
+    context = AttackContext(Classifier(None, 3, (0.0,), (1.0,)), data)
     with pytest.raises(
         UserError, match=r"only the 7 of 100 images in target class 0 can be poisoned; give at most 0\.07$"
     ):
