@@ -51,6 +51,16 @@ Decay = Annotated[float, Ge(0), Le(1)]
 Momentum = Annotated[float, Ge(0), Lt(1)]
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; True and 10.0 are none.
+
+    Example:
+        >>> is_whole(np.int64(3)), is_whole(True), is_whole(10.0)
+        (True, False, False)
+    """
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Base of all configurations; see the module.

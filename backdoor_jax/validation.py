@@ -23,12 +23,15 @@ from backdoor_jax.compiling import standard_rules
 from backdoor_jax.data import Dataset
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier
+from backdoor_jax.reading import as_path
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 DATA = ("data", "test", "train")
 """The names of arguments that are data sets."""
+TYPED = ("config", "context", "label_map", "scan")
+"""The names of arguments that must be of the type in the signature."""
 COMPUTED = ("params", "batch_stats", "bounds")
 """The collections that a network computes with; others may hold counters and the like."""
 
@@ -105,10 +108,15 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
             raise UserError(f"{where} is a {_kind(value)}, expected what a step's init made of variables")
         elif name == "images":
             require_images(value, classifier, where)
+            if not len(value):
+                raise UserError(f"{where} are none; give some")
+        elif name == "path":
+            as_path(value, where)
         elif name == "trigger" and value is not None:
             require_trigger(value, where)
-        elif name in ("config", "context") and not isinstance(value, kind := signature.parameters[name].annotation):
-            raise UserError(f"{where} is a {_kind(value)}, expected a {kind.__name__}")
+        elif name in TYPED and not isinstance(value, kind := signature.parameters[name].annotation):
+            expected = getattr(kind, "__name__", str(kind)).rpartition(".")[-1]
+            raise UserError(f"{where} is a {_kind(value)}, expected a {expected}")
 
 
 def _kind(value: object) -> str:

@@ -377,6 +377,15 @@ def header(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n"
 
 
+FOREIGN_IMAGES = ("ICO", "ICNS", "EPS", "GIF", "TGA")
+
+
+def drawn(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels(16, 16, 3)).save(file, kind)
+    return file.getvalue()
+
+
 def huge_png(side: int) -> bytes:
     rows = zlib.compress(b"\0" * 100_000, 9)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
@@ -469,6 +478,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "shape",
     ),
     "169 megapixels": ("image", lambda: huge_png(13_000), "676.0 MB"),
+    **{f"{kind} named PNG": ("image", lambda kind=kind: drawn(kind), "cannot identify") for kind in FOREIGN_IMAGES},
     "tar of zeros": ("CIFAR", lambda: tar_of({"cifar-10-batches-py/batches.meta": ZEROS}), "at most 67.1 MB are read"),
     "references": ("YAML", lambda: b"a: &a [x, x]\nb: [*a, *a]", r"references"),
     "nesting": ("YAML", lambda: b"[" * 5000, "32 levels"),

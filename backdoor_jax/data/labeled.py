@@ -11,7 +11,7 @@ from backdoor_jax.data.dataset import Dataset, make_dataset
 from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
 from backdoor_jax.errors import UserError
-from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
+from backdoor_jax.reading import as_path, file_size, image_pixels, parsing, require_budget
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 """The files of a class folder that are images; others are ignored."""
@@ -56,7 +56,7 @@ def load_labeled(source: str, num_classes: int, channels: int = 3) -> Labeled:
         >>> len(load_labeled("digits", 10).data)
         1400
     """
-    path = Path(source)
+    path = as_path(source, "data (--data)")
     if source in DATASETS or source.startswith("tfds:"):
         task = load(source)
         if task.num_classes != num_classes:

@@ -48,7 +48,8 @@ def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax
     """The algorithms for a convolution of so many images, with these numbers of input and output channels.
 
     Types narrower than float32 are left to dense convolutions, which add up in float32. The choice depends on the
-    number of cores, and so does the rounding, as it does in XLA's own convolutions.
+    number of cores, and so does the rounding, as it does in XLA's own convolutions. A batch of symbolic size, as
+    `jax.export` has it, takes dense convolutions.
 
     Example:
         >>> choose(Geometry((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1))), 200, (128, 128), "float32")
@@ -57,9 +58,11 @@ def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax
         Choice(forward='dense', input_gradient='strided', weight_gradient='gathered')
     """
     dense = geometry.strides == (1, 1)
+    input_gradient = "dense" if dense else "strided"
+    if not isinstance(batch, int):
+        return Choice("dense", input_gradient, "dense")
     if geometry.taps == (1, 1) and geometry.pads == ((0, 0), (0, 0)):
         return Choice("pointwise", "pointwise", "pointwise")
-    input_gradient = "dense" if dense else "strided"
     if jnp.finfo(dtype).bits < 32 or batch * math.prod((*geometry.outputs, *geometry.taps, *channels)) < SMALL:
         return Choice("dense", input_gradient, "dense")
     wide = WIDE if cores() > 1 else WIDE_ON_ONE_CORE
@@ -116,21 +119,21 @@ def _shared(algorithm: Algorithm, first: jax.Array, second: jax.Array, geometry:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """``C(x, w)``: images ``(B, H, W, I)`` and kernel ``(h, w, I, O)`` to ``(B, H', W', O)``."""
-    chosen = choose(geometry, len(x), (w.shape[2], w.shape[3]), x.dtype)
+    chosen = choose(geometry, x.shape[0], (w.shape[2], w.shape[3]), x.dtype)
     return _shared(FORWARD[chosen.forward], x, w, geometry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """``X(g, w)``: cotangent ``(B, H', W', O)`` and kernel to ``(B, H, W, I)``."""
-    chosen = choose(geometry, len(g), (w.shape[2], w.shape[3]), g.dtype)
+    chosen = choose(geometry, g.shape[0], (w.shape[2], w.shape[3]), g.dtype)
     return _shared(INPUT[chosen.input_gradient], g, w, geometry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
     """``W(x, g)``: images and cotangent to ``(h, w, I, O)``."""
-    chosen = choose(geometry, len(x), (x.shape[3], g.shape[3]), x.dtype)
+    chosen = choose(geometry, x.shape[0], (x.shape[3], g.shape[3]), x.dtype)
     return _shared(WEIGHT[chosen.weight_gradient], x, g, geometry)
 
 
