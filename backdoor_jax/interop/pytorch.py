@@ -42,6 +42,7 @@ from backdoor_jax.models import (
     Variables,
     build_classifier,
 )
+from backdoor_jax.reading import as_path
 from backdoor_jax.validation import checked
 
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
@@ -97,7 +98,9 @@ def load_torch(
             f"model {model!r} has no PyTorch counterpart here; those that have one are {', '.join(_supported())}"
         )
     where = "the state dict" if isinstance(source, Mapping) else str(source)
-    state, bounds = unwrap(source if isinstance(source, Mapping) else read(Path(source)), where)
+    state, bounds = unwrap(
+        source if isinstance(source, Mapping) else read(as_path(source, "load_torch: source")), where
+    )
 
     classifier, shapes = _classifier_of(state, model, where)
     expected = {name: (path, leaf.shape) for name, path, leaf in _tensors(classifier.network, shapes)}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.compiling import jit
+from backdoor_jax.config import is_number
 from backdoor_jax.data import Dataset, LabelMap, Trigger, apply_trigger, is_plain, triggered
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
@@ -148,9 +149,12 @@ def defense_effectiveness(before: Scores, after: Scores) -> float | None:
         >>> round(defense_effectiveness(Scores(0.92, 0.95), Scores(0.91, 0.01)), 3)
         0.965
     """
-    for rate in (before.acc, after.acc, before.asr, after.asr):
-        if rate is not None and not 0 <= rate <= 1:
-            raise UserError(f"defense_effectiveness: a rate is {rate}, expected shares in [0, 1]")
+    for scores in (before, after):
+        if not isinstance(scores, Scores):
+            raise UserError(f"defense_effectiveness: {scores!r} is a {type(scores).__name__}, expected Scores")
+        for rate in (scores.acc, 0.0 if scores.asr is None else scores.asr):
+            if not is_number(rate) or not 0 <= rate <= 1:
+                raise UserError(f"defense_effectiveness: a rate is {rate!r}, expected shares in [0, 1]")
     if before.asr is None or after.asr is None:
         return None
     return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2
