@@ -370,7 +370,7 @@ def test_which_models_are_near_chance(correct: int, labels: np.ndarray, accepted
         ({"--defense": "pad_ft"}, "pad_ft needs training set; give it with --training-set"),
         ({"--training-set": "clean.npz"}, "leave --training-set out"),
         ({"--defense": "clp", "--training-set": "clean.npz"}, "clp needs nothing; leave --training-set out"),
-        ({"--preset": "paper"}, "unknown finetune preset 'paper'; it has none"),
+        ({"--preset": "paper"}, "unknown finetune preset 'paper'; known are gtsrb"),
         ({"--model": "resnet18"}, "holds preact_resnet18, not resnet18"),
         ({"--normalize": "cifar10"}, "has its own normalization"),
         ({"--normalize": "much"}, "neither"),

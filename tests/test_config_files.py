@@ -143,7 +143,7 @@ def test_overrides_reach_every_level_and_create_missing_keys(written: Path) -> N
         ("{name: finetune, steps: 2}", "{name: nc}", ["defenses[0]", "'nc'", "known are finetune, super_finetune"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: fast}", ["defenses[0]", "'fast'", "released, paper"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: [paper]}", ["defenses[0]", "preset"]),
-        ("steps: 2", "preset: paper", ["defenses[0]", "unknown finetune preset 'paper'; it has none"]),
+        ("steps: 2", "preset: paper", ["defenses[0]", "unknown finetune preset 'paper'; known are gtsrb"]),
         ("steps: 2", "known_target: true", ["defenses[0]", "known_target", "method with a target"]),
         ("steps: 2", "label: 3", ["defenses[0]", "label 3", "text"]),
         ("{name: finetune, steps: 2}", "{name: tac, target: fish}", ["defenses[0].target", "'fish'", "'detected'"]),

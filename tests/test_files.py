@@ -124,8 +124,8 @@ def test_what_is_written_is_as_accessible_as_the_umask_says(tmp_path: Path) -> N
 
 def test_a_figure_that_cannot_be_drawn_keeps_the_old_one(tmp_path: Path) -> None:
     class Broken(Figure):
-        def savefig(self, path: Any, **_: Any) -> None:
-            Path(path).write_text("ha")
+        def savefig(self, fname: Any, **_: Any) -> None:
+            Path(fname).write_text("ha")
             raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "a.png").write_text("old")

@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -478,7 +479,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "shape",
     ),
     "169 megapixels": ("image", lambda: huge_png(13_000), "676.0 MB"),
-    **{f"{kind} named PNG": ("image", lambda kind=kind: drawn(kind), "cannot identify") for kind in FOREIGN_IMAGES},
+    **{f"{kind} named PNG": ("image", partial(drawn, kind), "cannot identify") for kind in FOREIGN_IMAGES},
     "tar of zeros": ("CIFAR", lambda: tar_of({"cifar-10-batches-py/batches.meta": ZEROS}), "at most 67.1 MB are read"),
     "references": ("YAML", lambda: b"a: &a [x, x]\nb: [*a, *a]", r"references"),
     "nesting": ("YAML", lambda: b"[" * 5000, "32 levels"),

@@ -188,7 +188,8 @@ def test_every_method_of_an_attack_checks_its_arguments(name: str) -> None:
     attack: Any = bj.ATTACKS[name]()
     context = AttackContext(CLASSIFIER, DATA)
     for method in (attack.fit_trigger, attack.poison, attack.train_victim_in, attack.poison_data):
-        others = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}.get(method, [])
+        arguments: dict[Any, list[Any]] = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}
+        others = arguments.get(method, [])
         with pytest.raises(UserError, match=f"^{name}: key is a int, expected a single key"):
             method(*((context, 3, KEY) if others == [KEY] else (3, context, *others)))
         with pytest.raises(UserError, match=f"^{name}: context is a Dataset, expected a AttackContext"):
@@ -262,7 +263,11 @@ def test_a_normalization_that_is_not_finite_is_refused(mean: Any, std: Any) -> N
 # What is no argument at all
 
 
-ANY: Any = None
+def wrong(value: object) -> Any:
+    """A value that the types forbid."""
+    return value
+
+
 LABELS = LabelMap("all_to_one", 3)
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "classes true": (
@@ -270,25 +275,25 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "num_classes is True, expected a whole",
     ),
     "classes 10.0": (
-        lambda at: bj.make_dataset(IMAGES, np.arange(6) % 3, ANY or 10.0),
+        lambda at: bj.make_dataset(IMAGES, np.arange(6) % 3, wrong(10.0)),
         "num_classes is 10.0, expected",
     ),
     "map true": (lambda at: bj.BadNets().label_map(True), "LabelMap.num_classes is True, expected a whole number"),
-    "map 10.5": (lambda at: bj.BadNets().label_map(ANY or 10.5), "LabelMap.num_classes is 10.5, expected a whole"),
+    "map 10.5": (lambda at: bj.BadNets().label_map(wrong(10.5)), "LabelMap.num_classes is 10.5, expected a whole"),
     "rate of NaN": (
         lambda at: defense_effectiveness(Scores(np.nan, 1), Scores(1, 1)),
         "a rate is nan, expected shares",
     ),
     "rate of 2": (lambda at: defense_effectiveness(Scores(1, 2.0), Scores(1, 1)), "a rate is 2.0, expected shares"),
-    "no rate": (lambda at: defense_effectiveness(Scores(ANY), Scores(1)), "a rate is None, expected shares"),
-    "no scores": (lambda at: defense_effectiveness(ANY or 3, Scores(1)), "3 is a int, expected Scores"),
+    "no rate": (lambda at: defense_effectiveness(Scores(wrong(None)), Scores(1)), "a rate is None, expected shares"),
+    "no scores": (lambda at: defense_effectiveness(wrong(3), Scores(1)), "3 is a int, expected Scores"),
     "margin in text": (
-        lambda at: bj.scan(CLASSIFIER, variables(), IMAGES, ANY or "1"),
+        lambda at: bj.scan(CLASSIFIER, variables(), DATA.images, wrong("1")),
         "margin is '1', expected a finite",
     ),
-    "no shape": (lambda at: bj.export_model(at / "x", CLASSIFIER, variables(), ANY or 3), "image_shape is 3, expected"),
-    "PyTorch's 3": (lambda at: bj.load_torch(ANY or 3, "resnet18"), "load_torch: source is 3, expected the path"),
-    "no functions": (lambda at: Classifier.from_functions(None, ANY or 3, ANY or 4, 3, ("out",)), "features is a int"),
+    "no shape": (lambda at: bj.export_model(at / "x", CLASSIFIER, variables(), wrong(3)), "image_shape is 3, expected"),
+    "PyTorch's 3": (lambda at: bj.load_torch(wrong(3), "resnet18"), "load_torch: source is 3, expected the path"),
+    "no functions": (lambda at: Classifier.from_functions(None, wrong(3), wrong(4), 3, ("out",)), "features is a int"),
     "classes of a network": (lambda at: Classifier(None, True), "Classifier.num_classes is True, expected a whole"),
     "one image": (lambda at: bj.scan(CLASSIFIER, variables(), DATA.images[0]), "scan: images has shape (8, 8, 3)"),
     "no images": (lambda at: bj.scan(CLASSIFIER, variables(), DATA.images[:0]), "scan: images are none; give some"),
@@ -297,15 +302,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "images is float32, expected uint8",
     ),
     "no scan": (
-        lambda at: bj.TAC().repair(KEY, CLASSIFIER, variables(), DATA, scan=ANY or 3),
+        lambda at: bj.TAC().repair(KEY, CLASSIFIER, variables(), DATA, scan=wrong(3)),
         "tac: scan is a int, expected a Scan",
     ),
-    "saved without classifier": (lambda at: bj.save_model(at / "x", ANY, variables()), "classifier is a NoneType"),
+    "saved without classifier": (
+        lambda at: bj.save_model(at / "x", wrong(None), variables()),
+        "classifier is a NoneType",
+    ),
     "saved classifier first": (
-        lambda at: bj.save_model(ANY or CLASSIFIER, ANY or "x", variables()),
+        lambda at: bj.save_model(wrong(CLASSIFIER), wrong("x"), variables()),
         "path is a Classifier",
     ),
-    "saved variables second": (lambda at: bj.save_model(at / "x", ANY or variables(), ANY or CLASSIFIER), "is a dict"),
+    "saved variables second": (lambda at: bj.save_model(at / "x", wrong(variables()), wrong(CLASSIFIER)), "is a dict"),
     "saved nothing": (lambda at: bj.save_model(at / "x", CLASSIFIER, {}), "is missing"),
     "saved another's": (
         lambda at: bj.save_model(at / "x.safetensors", build_classifier("small_cnn", 3, 4), variables()),
@@ -315,19 +323,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda at: bj.save_model(at / "x", CLASSIFIER, jax.tree.map(lambda x: x * jnp.nan, variables())),
         "is not finite",
     ),
-    "loaded None": (lambda at: bj.load(ANY), "load: source is None, expected the path"),
-    "loaded 3": (lambda at: bj.load_model(ANY or 3), "load_model: path is 3, expected the path"),
-    "evaluated in another order": (lambda at: bj.evaluate(CLASSIFIER, ANY or DATA, ANY or variables()), "is a Dataset"),
+    "loaded None": (lambda at: bj.load(wrong(None)), "load: source is None, expected the path"),
+    "loaded 3": (lambda at: bj.load_model(wrong(3)), "load_model: path is 3, expected the path"),
+    "evaluated in another order": (lambda at: bj.evaluate(CLASSIFIER, wrong(DATA), wrong(variables())), "is a Dataset"),
     "a function of labels": (
-        lambda at: bj.evaluate(CLASSIFIER, variables(), DATA, lambda x: x, ANY or (lambda y: y)),
+        lambda at: bj.evaluate(CLASSIFIER, variables(), DATA, lambda x: x, wrong(lambda y: y)),
         "label_map is a function, expected a LabelMap",
     ),
     "embedded NaN": (lambda at: embedding(np.full((3, 3), np.nan)), "latents are not finite"),
     "init without key": (
-        lambda at: CLASSIFIER.init(ANY or 3, DATA.images),
+        lambda at: CLASSIFIER.init(wrong(3), DATA.images),
         "init: key is a int, expected a single key",
     ),
-    "init without images": (lambda at: CLASSIFIER.init(KEY, ANY or 3), "init: images are int, expected (N, height"),
+    "init without images": (lambda at: CLASSIFIER.init(KEY, wrong(3)), "init: images are int, expected (N, height"),
     "a crop as large as the image": (
         lambda at: bj.train(KEY, CLASSIFIER, DATA, bj.TrainConfig(epochs=1, crop=8)),
         "crop is 8 for images of 8x8, expected less",

@@ -458,7 +458,7 @@ def test_an_exported_model_runs_without_this_package(
 def test_an_exported_model_takes_any_number_of_images(name: str, tmp_path: Path) -> None:
     pytest.importorskip("flatbuffers")
     classifier = build_classifier(name, 3, width=2)
-    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
     variables = classifier.init(jax.random.key(0), images)
     export_model(tmp_path / "model.jaxexport", classifier, variables, (8, 8, 3))
     program = jax.export.deserialize(bytearray((tmp_path / "model.jaxexport").read_bytes()))
