@@ -13,8 +13,12 @@ def main() -> int:
     """Runs the command of `backdoor_jax.cli`; a signal before or after it ends the process at once with one line."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    from backdoor_jax.cli import main
-
+    os.environ["MPLBACKEND"] = "agg"  # Figures are written and never shown, whatever the user's own are drawn with.
+    try:
+        from backdoor_jax.cli import main
+    except ValueError as error:  # JAX refuses a variable of its environment.
+        os.write(2, f"backdoor-jax: {error}; correct or unset this variable of the environment\n".encode())
+        return 2
     return main()
 
 

@@ -24,6 +24,7 @@ from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, load_labeled
 from backdoor_jax.defenses import Defense, Repair
 from backdoor_jax.detectors import HEALTHY, Detector, Evidence, PerSample, Verdict, judge, suspicious
 from backdoor_jax.errors import UserError
+from backdoor_jax.files import beside
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES, load_model, save_model
@@ -517,6 +518,9 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
         raise UserError(f"{out}: needs the package {package}; pip install {package}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        probe = beside(out, "partial", out.suffix)
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix not in known):

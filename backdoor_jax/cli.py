@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from backdoor_jax.analyses.base import Row
     from backdoor_jax.app import Images, ScanResult, Suspect
 
+SEEDS = 2**32
+"""Seeds are below; others make no key of `jax.random`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
@@ -51,6 +54,7 @@ def _run_command(parsed: argparse.Namespace) -> int:
     """Runs a parsed command, and turns every error into one line and an exit code."""
     try:
         with stopping_at_safe_points():
+            _check_options(parsed)
             _set_up_jax()
             code: int | None = parsed.command(parsed)
     except UserError as error:
@@ -64,6 +68,17 @@ def _run_command(parsed: argparse.Namespace) -> int:
             traceback.print_exc(file=log)
         return _fail(f"{type(error).__name__}: {first_line(error)}; this is a bug, please report it with {log.name}", 1)
     return code or 0
+
+
+def _check_options(parsed: argparse.Namespace) -> None:
+    """Refuses empty text and impossible seeds, before anything is read, and makes paths of the texts that are some."""
+    for name, value in vars(parsed).items():
+        if value == "":
+            raise UserError(f"{name.replace('_', '-')} is empty; give it a value, or leave it out")
+        if name in ("config", "checkpoint", "out") and value is not None:
+            setattr(parsed, name, Path(value))
+    if not 0 <= getattr(parsed, "seed", 0) < SEEDS:
+        raise UserError(f"seed is {parsed.seed}, expected 0 to {SEEDS - 1}")
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -105,10 +120,12 @@ class _Quiet:
 
 @contextlib.contextmanager
 def _safe_output() -> Iterator[None]:
-    """Lets any text be printed in any locale, and a closed pipe pass unnoticed."""
+    """Lets any text be printed in any locale, and a closed pipe or stream pass unnoticed."""
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     for name, stream in streams.items():
-        if isinstance(stream, io.TextIOWrapper):
+        if stream is None:  # It was closed before the command began.
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
             setattr(sys, name, _Quiet(stream))
     try:
@@ -160,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="six defenses on the embedded digits: a table and a page, a few minutes")
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for results (default: demo)")
+    demo.add_argument("--out", default="demo", help="folder for results (default: demo)")
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser(
@@ -169,8 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="backdoor-jax run CONFIG.yaml [--out DIR] [key=value ...]",
         description="key=value changes a setting, with dots for nested keys: victim.epochs=2 seeds=[0]",
     )
-    run.add_argument("config", type=Path, help="experiment in YAML, such as configs/gtsrb_small.yaml")
-    run.add_argument("--out", type=Path, help="folder for results (default: runs/ and the file's name)")
+    run.add_argument("config", help="experiment in YAML, such as configs/gtsrb_small.yaml")
+    run.add_argument("--out", help="folder for results (default: runs/ and the file's name)")
     run.set_defaults(command=_run)
 
     defend = commands.add_parser(
@@ -192,9 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write no repair that loses more accuracy, of 1, without --force; exit with 1 (default: 0.05)",
     )
     defend.add_argument("--seed", type=int, default=0, help="of the defense (default: 0)")
-    defend.add_argument(
-        "--out", type=Path, required=True, help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax)"
-    )
+    defend.add_argument("--out", required=True, help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax)")
     defend.set_defaults(command=_defend)
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
@@ -205,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--list-images", type=int, metavar="N", help="the N images of the suspicious class to look at")
     scan.add_argument("--by", metavar="METHOD", default="spectral_signatures", help="or activation_clustering")
     scan.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    scan.add_argument("--out", type=Path, help="the figure (default: the checkpoint's name and .scan.png)")
+    scan.add_argument("--out", help="the figure (default: the checkpoint's name and .scan.png)")
     scan.set_defaults(command=_scan, test=None)
 
     listing = commands.add_parser(
@@ -217,9 +232,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model_options(command: argparse.ArgumentParser, data_required: bool = True) -> None:
     """Adds the options of a command on your own model."""
-    command.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder"
-    )
+    command.add_argument("--checkpoint", required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder")
     command.add_argument(
         "--data",
         required=data_required,

@@ -23,6 +23,7 @@ import typing
 from typing import Annotated, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt
@@ -49,6 +50,28 @@ LearningRate = Annotated[float, Gt(0), Le(100)]
 Decay = Annotated[float, Ge(0), Le(1)]
 """Weight decay."""
 Momentum = Annotated[float, Ge(0), Lt(1)]
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; True and 10.0 are none.
+
+    Example:
+        >>> is_whole(np.int64(3)), is_whole(True), is_whole(10.0)
+        (True, False, False)
+    """
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, also one on the device; True is none.
+
+    Example:
+        >>> is_number(0.5), is_number(math.nan), is_number("1"), is_number(True)
+        (True, False, False, False)
+    """
+    if isinstance(value, jax.Array | np.generic) and not value.shape and jnp.issubdtype(value.dtype, jnp.number):
+        return bool(jnp.isrealobj(value) and np.isfinite(value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,8 +58,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         document = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected keys such as name, data, attacks and defenses")
-    for override in overrides:
-        name, value = parse_override(override)
+    for override, (name, value) in zip(overrides, parse_overrides(overrides).items(), strict=True):
         _override(document, name.split("."), value, override)
     return parse_experiment(document, str(path))
 
@@ -110,8 +109,31 @@ def parse_override(override: str) -> tuple[str, Any]:
         return name, parse_yaml(value)
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of ``key=value`` texts, by their names.
+
+    Raises:
+        UserError: for any other text, or a name that is given twice.
+
+    Example:
+        >>> parse_overrides(["steps=2", "steps=3"])
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: 'steps' is given twice; give it once
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, value = parse_override(override)
+        if name in values:
+            raise UserError(f"{name!r} is given twice; give it once")
+        values[name] = value
+    return values
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, with 1e-3 as a number, as in YAML 1.2, and without references, which may grow endlessly."""
+    """YAML's plain values, with the numbers of YAML 1.2: 1e-3 is one, 1:1:1 is none, and 010 is ten.
+
+    No references, which may grow endlessly, and no key twice.
+    """
 
     depth = 0
 
@@ -126,10 +148,33 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values of a node."""
+        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0][:50]!r} is given twice")
+        return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: Any) -> int:
+        """A whole number."""
+        text = self.construct_scalar(node)
+        return int(text, 0 if text[:2] in ("0x", "0o") else 10)
+
+
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INT, FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(INT, re.compile("(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    FLOAT,
+    re.compile(
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
 )
+_Loader.add_constructor(INT, _Loader.construct_whole)
 
 
 def parse_yaml(text: str) -> Any:
@@ -165,7 +210,7 @@ def make_defense(name: str, preset: str | None = None, overrides: Sequence[str] 
     """
     if name not in DEFENSES:
         raise UserError(f"unknown defense {name!r}; known are {', '.join(DEFENSES)}")
-    return check_defense(name, preset, dict(map(parse_override, overrides)), name)
+    return check_defense(name, preset, parse_overrides(overrides), name)
 
 
 def check_defense(name: str, preset: Any, settings: dict[str, Any], where: str) -> Defense:
@@ -232,10 +277,10 @@ def _attack(entry: Any, where: str, victim: TrainConfig) -> AttackEntry:
 def _defense(entry: Any, where: str) -> DefenseEntry:
     name, label, settings = _named(entry, where, DEFENSES)
     known_target = settings.pop("known_target", False)
-    if known_target not in (True, False) or (known_target and not DEFENSES[name].targeted):
+    if not isinstance(known_target, bool) or (known_target and not DEFENSES[name].targeted):
         raise UserError(f"{where}: known_target must be true or false, and true only for a method with a target")
     defense = check_defense(name, settings.pop("preset", None), settings, where)
-    return DefenseEntry(label, defense, bool(known_target))
+    return DefenseEntry(label, defense, known_target)
 
 
 def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

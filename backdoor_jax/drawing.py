@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from backdoor_jax.files import atomic_write
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#4d4d4d", "#b5b500", "#7f3fbf")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
@@ -21,8 +23,15 @@ matplotlib.rcParams["text.parse_math"] = False
 
 
 def save_figure(figure: Figure, out: Path | BinaryIO) -> None:
-    """Writes a figure, cropped to what is drawn: in the format of the path's suffix, or as a PNG to an open file."""
-    figure.savefig(out, format=None if isinstance(out, Path) else "png", dpi=110, bbox_inches="tight")
+    """Writes a figure, cropped to what is drawn: in the format of the path's suffix, or as a PNG to an open file.
+
+    A file is written completely or not at all.
+    """
+    if isinstance(out, Path):
+        with atomic_write(out) as partial:
+            figure.savefig(partial, dpi=110, bbox_inches="tight")
+    else:
+        figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
 
 
 def embed_figure(figure: Figure) -> str:

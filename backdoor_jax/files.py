@@ -1,12 +1,17 @@
 """The one way to write: new beside old, then renamed; and locks of files and folders that several processes write to.
 
-What is being written is called ``NAME.PID.partial``, and an old folder that is being replaced ``NAME.PID.old``. A
-killed process leaves them behind; they are recognized by the number of a process that no longer runs.
+What is being written is called ``.NAME.backdoor_jax-HOST-PID-RANDOM.partial``, and an old folder that is being
+replaced the same with ``.old``. A killed process leaves them behind; they are recognized by their whole name, which
+nobody types, and by the number of a process that no longer runs here. Those of another host or container stay, except
+that an old folder is put back where there is no other.
 """
 
 import contextlib
+import hashlib
 import os
+import platform
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,9 +32,9 @@ LOCK_SECONDS = 60
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which replaces ``path`` at the end of the block.
+    """A temporary file to write to, which replaces ``path`` at the end of the block.
 
-    After an error ``path`` is as it was.
+    After an error ``path`` is as it was. The file is as accessible as the user's umask says, whatever writes it.
 
     Example:
         >>> import tempfile
@@ -40,9 +45,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         [('a.txt', 'new')]
     """
     settle(path)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = beside(path, "partial", path.suffix)
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -64,8 +72,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         (['model'], 'new')
     """
     settle(path)
-    partial, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = beside(path, "partial"), beside(path, "old")
     partial.mkdir()
     try:
         yield partial
@@ -77,37 +84,67 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _settle_old(old, path)
 
 
-_LEFTOVER = re.compile(r"(?P<stem>.+)\.(?P<process>\d+)\.(?P<kind>partial|old)(?P<suffix>\.[^.]+)?")
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.backdoor_jax-(?P<host>[0-9a-f]{8})-(?P<process>[0-9]{1,10})-[0-9a-f]{8}\.(?P<kind>partial|old)(\.[^.]+)?"
+)
+
+
+def beside(path: Path, kind: str, suffix: str = "", process: int | None = None) -> Path:
+    """A new path in the same folder, by which `settle` recognizes what a process left behind.
+
+    Args:
+        path: what is to be written or replaced.
+        kind: ``partial`` or ``old``.
+        suffix: of the new path, for writers that go by it.
+        process: the number of the process that writes; this one by default.
+
+    Example:
+        >>> is_leftover(beside(Path("model"), "partial"))  # This process runs.
+        False
+    """
+    owner = f"backdoor_jax-{_host()}-{process or os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{owner}.{kind}{suffix}")
+
+
+def _host() -> str:
+    """What tells apart machines, and containers with processes of their own."""
+    namespace = 0
+    with contextlib.suppress(OSError):
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
 
 
 def settle(path: Path) -> None:
     """Removes what killed processes left beside a path, and puts back an old folder where they moved it away."""
     with contextlib.suppress(OSError):
         for leftover in path.parent.iterdir():
-            if (found := _left_behind(leftover)) and found["stem"] + (found["suffix"] or "") == path.name:
-                _remove_leftover(leftover, found)
+            if (found := _LEFTOVER.fullmatch(leftover.name)) and found["name"] == path.name:
+                _clear(leftover, found)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left anywhere in a folder, and puts back old folders."""
     for leftover in sorted(folder.rglob("*"), reverse=True):
-        if found := _left_behind(leftover):
-            _remove_leftover(leftover, found)
+        if found := _LEFTOVER.fullmatch(leftover.name):
+            _clear(leftover, found)
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a killed process left a file or folder behind while it wrote another one."""
-    return _left_behind(path) is not None
-
-
-def _left_behind(path: Path) -> re.Match[str] | None:
+    """Whether a killed process of this machine left a file or folder behind while it wrote another one."""
     found = _LEFTOVER.fullmatch(path.name)
-    return found if found and not _runs(int(found["process"])) else None
+    return found is not None and found["host"] == _host() and not _runs(int(found["process"]))
 
 
-def _remove_leftover(leftover: Path, found: re.Match[str]) -> None:
-    if found["kind"] == "old":
-        _settle_old(leftover, leftover.with_name(found["stem"]))
+def _clear(leftover: Path, found: re.Match[str]) -> None:
+    """Clears away a leftover of a process that has ended; of another host's, an old folder is put back if it is all."""
+    path = leftover.with_name(found["name"])
+    if found["host"] != _host():
+        if found["kind"] == "old" and not os.path.lexists(path):
+            os.replace(leftover, path)
+    elif _runs(int(found["process"])):
+        pass
+    elif found["kind"] == "old":
+        _settle_old(leftover, path)
     elif leftover.is_dir():
         shutil.rmtree(leftover, ignore_errors=True)
     else:

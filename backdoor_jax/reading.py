@@ -23,8 +23,27 @@ LONGEST_NAME = 500
 """Characters of a name inside a file."""
 MOST_NAMES = 100_000
 """Names inside a file: arrays of a model, members of an archive."""
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
+"""Pillow's names of the formats that are read; others hold images larger than they say, or run programs."""
 DEEPEST = 32
 """Levels of a tree inside a file."""
+
+
+def as_path(path: object, where: str) -> Path:
+    """A path, or refuses what is none.
+
+    Raises:
+        UserError: for anything but text and paths, and for empty text.
+
+    Example:
+        >>> as_path("", "--data")
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: --data is '', expected the path of a file or folder
+    """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        found = repr(path) if path is None or isinstance(path, str | int | float) else f"a {type(path).__name__}"
+        raise UserError(f"{where} is {found}, expected the path of a file or folder")
+    return Path(path)
 
 
 def file_size(path: Path | str, fix: str) -> int:
@@ -183,7 +202,8 @@ def image_pixels(file: Any, path: Path | str, mode: str, size: int) -> Any:
         Pillow's image, decoded.
 
     Raises:
-        UserError: where it is no image, has pixels of 32 bits, or decodes to more than the budget.
+        UserError: where it is no image of `IMAGE_FORMATS`, whatever its name, has pixels of 32 bits, or decodes to more
+            than the budget.
     """
     import warnings
 
@@ -192,7 +212,7 @@ def image_pixels(file: Any, path: Path | str, mode: str, size: int) -> Any:
 
     with parsing(path, "cannot be read as an image", "remove it"), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             require_budget(4 * image.width * image.height, size, path)
             if image.mode in ("I", "F"):
                 raise ValueError(f"its mode {image.mode!r} has 32 bits a channel, expected 8 or 16")

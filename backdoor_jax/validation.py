@@ -20,15 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.compiling import standard_rules
+from backdoor_jax.config import is_number, is_whole
 from backdoor_jax.data import Dataset
-from backdoor_jax.errors import NonFiniteError, UserError
+from backdoor_jax.errors import NonFiniteError, UserError, printable
 from backdoor_jax.models import Classifier
+from backdoor_jax.reading import as_path
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 DATA = ("data", "test", "train", "triggered")
 """The names of arguments that are data sets."""
+TYPED = ("config", "context", "label_map", "scan")
+"""The names of arguments that must be of the type in the signature."""
 COMPUTED = ("params", "batch_stats", "bounds")
 """The collections that a network computes with; others may hold counters and the like."""
 
@@ -124,10 +128,17 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
             raise UserError(f"{where} is a {_kind(value)}, expected what a step's init made of variables")
         elif name == "images":
             require_images(value, classifier, where)
+            if not len(value):
+                raise UserError(f"{where} are none; give some")
+        elif name == "path":
+            as_path(value, where)
         elif name == "trigger" and value is not None:
             require_trigger(value, where)
-        elif name in ("config", "context") and not isinstance(value, kind := signature.parameters[name].annotation):
-            raise UserError(f"{where} is a {_kind(value)}, expected a {kind.__name__}")
+        elif name in TYPED and not isinstance(value, kind := signature.parameters[name].annotation):
+            expected = getattr(kind, "__name__", str(kind)).rpartition(".")[-1]
+            raise UserError(f"{where} is a {_kind(value)}, expected a {expected}")
+        elif name in signature.parameters:
+            require_plain(value, signature.parameters[name].annotation, where)
 
 
 def _maker(network: object) -> str:
@@ -138,6 +149,38 @@ def _maker(network: object) -> str:
 
 def _kind(value: object) -> str:
     return type(value).__name__
+
+
+def require_plain(value: object, kind: object, where: str) -> None:
+    """Refuses what is not of a plain type: a finite number, a whole number, or the shape of an image.
+
+    Args:
+        value: what was given.
+        kind: the type in the signature; others than these are not checked.
+        where: what errors call it.
+
+    Raises:
+        UserError: for another value; True is no number.
+
+    Example:
+        >>> require_plain("1", float, "scan: margin")
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: scan: margin is '1', expected a finite number
+    """
+    if kind is float:
+        holds, expected = is_number(value), "a finite number"
+    elif kind is int:
+        holds, expected = is_whole(value), "a whole number"
+    elif kind == tuple[int, int, int]:
+        shape = value if isinstance(value, Sequence) else ()
+        holds, expected = (
+            len(shape) == 3 and all(is_whole(side) and side > 0 for side in shape),
+            "height, width, channels",
+        )
+    else:
+        return
+    if not holds:
+        raise UserError(f"{where} is {printable(repr(value), 100)}, expected {expected}")
 
 
 def require_classifier(classifier: object, where: str) -> None:

@@ -440,6 +440,16 @@ def test_an_invalid_normalization_is_one_line(text: str) -> None:
         parse_normalization(text)
 
 
+@pytest.mark.parametrize("out", ["/proc/model.safetensors", "a" * 300 + ".safetensors", "file/model.safetensors"])
+def test_a_path_that_cannot_be_written_is_refused_before_the_repair(
+    out: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FineTune, "repair", None)
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in error_of(*defend(place, tmp_path / out))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_scan_takes_no_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["scan", "--checkpoint", str(place / "model"), "--data", "digits", "steps=1"])

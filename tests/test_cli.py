@@ -187,8 +187,9 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "backdoor_jax.cli"]
-    listed = subprocess.run([*command, "list"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "backdoor_jax"]
+    foreign = {**os.environ, "MPLBACKEND": "foo"}
+    listed = subprocess.run([*command, "list"], cwd=tmp_path, env=foreign, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr
     assert all(name in listed.stdout for name in (*ATTACKS, *DEFENSES, *MODELS, *SOURCES))
     refused = subprocess.run([*command, "run", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -196,6 +197,34 @@ def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
     assert (
         refused.stderr == "backdoor-jax: nowhere: no such file; give an experiment in YAML, such as those in configs/\n"
     )
+
+
+def test_a_closed_stdout_and_a_variable_that_jax_refuses(tmp_path: Path) -> None:
+    closed = ["sh", "-c", '"$0" -m backdoor_jax list >&-', sys.executable]
+    listed = subprocess.run(closed, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    wrong = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "foo"}
+    command = [sys.executable, "-m", "backdoor_jax_command", "list"]
+    refused = subprocess.run(command, cwd=tmp_path, env=wrong, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "jax_default_matmul_precision" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--seed", "-1"], "seed is -1, expected 0 to 4294967295"),
+        (["--seed", str(2**32)], "seed is 4294967296, expected 0 to 4294967295"),
+        (["--data", ""], "data is empty"),
+        (["--checkpoint", ""], "checkpoint is empty"),
+        (["--out", ""], "out is empty"),
+    ],
+)
+def test_an_impossible_option_is_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    text = error_of(capsys, "scan", "--checkpoint", "nowhere.safetensors", "--data", "digits", *options)
+    assert expected in text
 
 
 def test_rows_are_plain_json_lines(finished: Run) -> None:

@@ -1,11 +1,12 @@
 """Experiments in YAML: the shipped ones are read, and an error is one line that names the key and the fix."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backdoor_jax import D3, PADFT, TAC, BadNets, Blended, FineTune, SuperFineTune, UserError
-from backdoor_jax.config_files import load_experiment
+from backdoor_jax.config_files import load_experiment, make_defense, parse_yaml
 from backdoor_jax.defenses import PAD
 from backdoor_jax.experiment import ModelConfig
 
@@ -142,7 +143,7 @@ def test_overrides_reach_every_level_and_create_missing_keys(written: Path) -> N
         ("{name: finetune, steps: 2}", "{name: nc}", ["defenses[0]", "'nc'", "known are finetune, super_finetune"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: fast}", ["defenses[0]", "'fast'", "released, paper"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: [paper]}", ["defenses[0]", "preset"]),
-        ("steps: 2", "preset: paper", ["defenses[0]", "unknown finetune preset 'paper'; it has none"]),
+        ("steps: 2", "preset: paper", ["defenses[0]", "unknown finetune preset 'paper'; known are gtsrb"]),
         ("steps: 2", "known_target: true", ["defenses[0]", "known_target", "method with a target"]),
         ("steps: 2", "label: 3", ["defenses[0]", "label 3", "text"]),
         ("{name: finetune, steps: 2}", "{name: tac, target: fish}", ["defenses[0].target", "'fish'", "'detected'"]),
@@ -235,3 +236,39 @@ def test_an_invalid_override_is_one_line(written: Path, override: str, named: li
     assert "\n" not in text
     for word in named:
         assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("-3", -3),
+        ("1:1:1", "1:1:1"),
+        ("1_000", "1_000"),
+        ("1:30.5", "1:30.5"),
+        ("1e-3", 1e-3),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("-1.5E+2", -150.0),
+        ("5.", 5.0),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    found = parse_yaml(text)
+    assert found == value and type(found) is type(value)
+
+
+def test_nothing_is_given_twice(written: Path) -> None:
+    assert "'victim.epochs' is given twice" in message(written, "victim.epochs=1", "victim.epochs=2")
+    with pytest.raises(UserError, match="'steps' is given twice"):
+        make_defense("finetune", None, ["steps=1", "steps=2"])
+    written.write_text(VALID + "name: again\n")
+    assert "'name' is given twice" in message(written)
+
+
+@pytest.mark.parametrize("value", ["1", "0", "yes please"])
+def test_a_known_target_is_true_or_false(written: Path, value: str) -> None:
+    assert "known_target must be true or false" in message(written, f"defenses=[{{name: tac, known_target: {value}}}]")

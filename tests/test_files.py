@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,20 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from matplotlib.figure import Figure
 
 from backdoor_jax import UserError, build_classifier, load_model, save_model
-from backdoor_jax.files import atomic_folder, atomic_write, held, is_leftover, remove_leftovers, settle, write_text
+from backdoor_jax.drawing import save_figure
+from backdoor_jax.files import (
+    atomic_folder,
+    atomic_write,
+    beside,
+    held,
+    is_leftover,
+    remove_leftovers,
+    settle,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +50,17 @@ def contents(path: Path) -> dict[str, str]:
 
 def half_written(at: Path, dead: int) -> None:
     folder(at / "model", a="old", notes="mine")
-    folder(at / f"model.{dead}.partial", a="ne")
+    folder(beside(at / "model", "partial", process=dead), a="ne")
 
 
 def moved_away(at: Path, dead: int) -> None:
-    folder(at / f"model.{dead}.old", a="old", notes="mine")
-    folder(at / f"model.{dead}.partial", a="new")
+    folder(beside(at / "model", "old", process=dead), a="old", notes="mine")
+    folder(beside(at / "model", "partial", process=dead), a="new")
 
 
 def replaced(at: Path, dead: int) -> None:
     folder(at / "model", a="new")
-    folder(at / f"model.{dead}.old", a="old", notes="mine")
+    folder(beside(at / "model", "old", process=dead), a="old", notes="mine")
 
 
 @pytest.mark.parametrize(("state", "text"), [(half_written, "old"), (moved_away, "old"), (replaced, "new")])
@@ -63,11 +75,63 @@ def test_a_folder_is_old_or_new_after_a_kill_at_any_moment(
 
 
 def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(dead: int, tmp_path: Path) -> None:
-    for name in (f"a.{dead}.partial.txt", f"a.{os.getpid()}.partial.txt", f"b.{dead}.partial.txt", "a.partial.txt"):
-        (tmp_path / name).write_text("")
+    left = beside(tmp_path / "a.txt", "partial", ".txt", dead)
+    running = beside(tmp_path / "a.txt", "partial", ".txt")
+    other = beside(tmp_path / "b.txt", "partial", ".txt", dead)
+    elsewhere = tmp_path / re.sub("jax-[0-9a-f]+", "jax-00000000", left.name)
+    typed = [tmp_path / f"a{suffix}.txt" for suffix in (".partial", f".{dead}.partial", ".20240101.old")]
+    for path in (left, running, other, elsewhere, *typed):
+        path.write_text("")
+    assert [is_leftover(path) for path in (left, running, other, elsewhere, *typed)] == [True, False, True] + 4 * [
+        False
+    ]
     write_text(tmp_path / "a.txt", "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.partial.txt", "a.txt", f"b.{dead}.partial.txt"]
-    assert is_leftover(tmp_path / f"b.{dead}.partial.txt") and not is_leftover(tmp_path / "a.partial.txt")
+    assert set(tmp_path.iterdir()) == {tmp_path / "a.txt", running, other, elsewhere, *typed}
+
+
+def test_reading_a_model_touches_nothing_that_a_person_may_have_written(dead: int, tmp_path: Path) -> None:
+    classifier = build_classifier("small_cnn", 3, width=2)
+    variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    save_model(tmp_path / "m.safetensors", classifier, variables)
+    (tmp_path / f"m.{dead}.partial.safetensors").write_text("mine")
+    folder(tmp_path / "m.safetensors.2023.old", notes="mine")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    load_model(tmp_path / "m.safetensors")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("host", ["this", "another"])
+def test_a_model_whose_replacement_was_interrupted_is_read(host: str, dead: int, tmp_path: Path) -> None:
+    classifier = build_classifier("small_cnn", 3, width=2)
+    variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    save_model(tmp_path / "model", classifier, variables)
+    old = beside(tmp_path / "model", "old", process=dead).name
+    (tmp_path / "model").rename(tmp_path / (old if host == "this" else re.sub("jax-[0-9a-f]+", "jax-00000000", old)))
+    chex.assert_trees_all_equal(load_model(tmp_path / "model")[1], variables)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_what_is_written_is_as_accessible_as_the_umask_says(tmp_path: Path) -> None:
+    classifier = build_classifier("small_cnn", 3, width=2)
+    variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    before = os.umask(0o027)
+    try:
+        save_model(tmp_path / "m.safetensors", classifier, variables)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_figure_that_cannot_be_drawn_keeps_the_old_one(tmp_path: Path) -> None:
+    class Broken(Figure):
+        def savefig(self, fname: Any, **_: Any) -> None:
+            Path(fname).write_text("ha")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.png").write_text("old")
+    with pytest.raises(OSError, match="No space"):
+        save_figure(Broken(), tmp_path / "a.png")
+    assert contents(tmp_path) == {"a.png": "old"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,15 @@ def header(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n"
 
 
+FOREIGN_IMAGES = ("ICO", "ICNS", "EPS", "GIF", "TGA")
+
+
+def drawn(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels(16, 16, 3)).save(file, kind)
+    return file.getvalue()
+
+
 def huge_png(side: int) -> bytes:
     rows = zlib.compress(b"\0" * 100_000, 9)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
@@ -476,6 +486,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "shape",
     ),
     "169 megapixels": ("image", lambda: huge_png(13_000), "676.0 MB"),
+    **{f"{kind} named PNG": ("image", partial(drawn, kind), "cannot identify") for kind in FOREIGN_IMAGES},
     "tar of zeros": ("CIFAR", lambda: tar_of({"cifar-10-batches-py/batches.meta": ZEROS}), "at most 67.1 MB are read"),
     "references": ("YAML", lambda: b"a: &a [x, x]\nb: [*a, *a]", r"references"),
     "nesting": ("YAML", lambda: b"[" * 5000, "32 levels"),

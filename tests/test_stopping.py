@@ -22,7 +22,7 @@ import pytest
 from backdoor_jax import cli, load_model, stopping
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import read_rows, rows, runner
-from backdoor_jax.files import is_leftover
+from backdoor_jax.files import beside, is_leftover
 from backdoor_jax.interop import checkpoints
 from backdoor_jax.stopping import Stopped, stop_if_asked, stopping_at_safe_points
 
@@ -263,7 +263,7 @@ def test_a_run_killed_before_its_first_file_was_complete_resumes(config: Path, f
     process.wait()
     out = tmp_path / "out"
     out.mkdir()
-    (out / f"experiment.{process.pid}.partial.json").write_text("{")
+    beside(out / "experiment.json", "partial", ".json", process.pid).write_text("{")
     (out / ".seed-0.lock").write_text(str(process.pid))
     assert run(config, out) == 0
     assert reproducible(out) == reproducible(finished) and not leftovers(out)

@@ -18,11 +18,11 @@ from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError
 from backdoor_jax.attacks import AttackContext
 from backdoor_jax.config_files import make_defense, parse_experiment
 from backdoor_jax.data import LabelMap
-from backdoor_jax.metrics import maximum_margins
+from backdoor_jax.metrics import Scores, defense_effectiveness, embedding, maximum_margins, triggered_change
 from backdoor_jax.models import Variables, build_classifier
 from backdoor_jax.models.layers import ReLU, max_pool
 from backdoor_jax.models.rectifier import relu
-from backdoor_jax.training import SGD, GradientStep, fit, fit_many, stack, supervised_loss, train_many
+from backdoor_jax.training import SGD, GradientStep, fit, fit_many, latents, stack, supervised_loss, train_many
 
 KEY = jax.random.key(0)
 CLASSIFIER = build_classifier("small_cnn", 3, width=2)
@@ -189,7 +189,8 @@ def test_every_method_of_an_attack_checks_its_arguments(name: str) -> None:
     attack: Any = bj.ATTACKS[name]()
     context = AttackContext(CLASSIFIER, DATA)
     for method in (attack.fit_trigger, attack.poison, attack.train_victim_in, attack.poison_data):
-        others: Any = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}.get(method, [])
+        arguments: dict[Any, list[Any]] = {attack.train_victim_in: [KEY], attack.poison_data: [lambda images: images]}
+        others = arguments.get(method, [])
         with pytest.raises(UserError, match=f"^{name}: key is a int, expected a single key"):
             method(*((context, 3, KEY) if others == [KEY] else (3, context, *others)))
         with pytest.raises(UserError, match=f"^{name}: context is a Dataset, expected a AttackContext"):
@@ -278,6 +279,115 @@ def test_variables_of_another_network_are_one_line() -> None:
 def test_a_normalization_that_is_not_finite_is_refused(mean: Any, std: Any) -> None:
     with pytest.raises(UserError, match="finite numbers"):
         Classifier(CLASSIFIER.network, 3, mean, std)
+
+
+# What is no argument at all
+
+
+def wrong(value: object) -> Any:
+    """A value that the types forbid."""
+    return value
+
+
+LABELS = LabelMap("all_to_one", 3)
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "classes true": (
+        lambda at: bj.make_dataset(IMAGES, np.arange(6) % 3, True),
+        "num_classes is True, expected a whole",
+    ),
+    "classes 10.0": (
+        lambda at: bj.make_dataset(IMAGES, np.arange(6) % 3, wrong(10.0)),
+        "num_classes is 10.0, expected",
+    ),
+    "map true": (lambda at: bj.BadNets().label_map(True), "LabelMap.num_classes is True, expected a whole number"),
+    "map 10.5": (lambda at: bj.BadNets().label_map(wrong(10.5)), "LabelMap.num_classes is 10.5, expected a whole"),
+    "rate of NaN": (
+        lambda at: defense_effectiveness(Scores(np.nan, 1), Scores(1, 1)),
+        "a rate is nan, expected shares",
+    ),
+    "rate of 2": (lambda at: defense_effectiveness(Scores(1, 2.0), Scores(1, 1)), "a rate is 2.0, expected shares"),
+    "no rate": (lambda at: defense_effectiveness(Scores(wrong(None)), Scores(1)), "a rate is None, expected shares"),
+    "no scores": (lambda at: defense_effectiveness(wrong(3), Scores(1)), "3 is a int, expected Scores"),
+    "margin in text": (
+        lambda at: bj.scan(CLASSIFIER, variables(), DATA.images, wrong("1")),
+        "margin is '1', expected a finite",
+    ),
+    "no shape": (lambda at: bj.export_model(at / "x", CLASSIFIER, variables(), wrong(3)), "image_shape is 3, expected"),
+    "PyTorch's 3": (lambda at: bj.load_torch(wrong(3), "resnet18"), "load_torch: source is 3, expected the path"),
+    "no functions": (lambda at: Classifier.from_functions(None, wrong(3), wrong(4), 3, ("out",)), "features is a int"),
+    "classes of a network": (lambda at: Classifier(None, True), "Classifier.num_classes is True, expected a whole"),
+    "one image": (lambda at: bj.scan(CLASSIFIER, variables(), DATA.images[0]), "scan: images has shape (8, 8, 3)"),
+    "no images": (lambda at: bj.scan(CLASSIFIER, variables(), DATA.images[:0]), "scan: images are none; give some"),
+    "float latents": (
+        lambda at: latents(CLASSIFIER, variables(), DATA.images / 255),
+        "images is float32, expected uint8",
+    ),
+    "no scan": (
+        lambda at: bj.TAC().repair(KEY, CLASSIFIER, variables(), DATA, scan=wrong(3)),
+        "tac: scan is a int, expected a Scan",
+    ),
+    "saved without classifier": (
+        lambda at: bj.save_model(at / "x", wrong(None), variables()),
+        "classifier is a NoneType",
+    ),
+    "saved classifier first": (
+        lambda at: bj.save_model(wrong(CLASSIFIER), wrong("x"), variables()),
+        "path is a Classifier",
+    ),
+    "saved variables second": (lambda at: bj.save_model(at / "x", wrong(variables()), wrong(CLASSIFIER)), "is a dict"),
+    "saved nothing": (lambda at: bj.save_model(at / "x", CLASSIFIER, {}), "is missing"),
+    "saved another's": (
+        lambda at: bj.save_model(at / "x.safetensors", build_classifier("small_cnn", 3, 4), variables()),
+        "variables are not those of the network",
+    ),
+    "saved NaN": (
+        lambda at: bj.save_model(at / "x", CLASSIFIER, jax.tree.map(lambda x: x * jnp.nan, variables())),
+        "is not finite",
+    ),
+    "loaded None": (lambda at: bj.load(wrong(None)), "load: source is None, expected the path"),
+    "loaded 3": (lambda at: bj.load_model(wrong(3)), "load_model: path is 3, expected the path"),
+    "evaluated in another order": (lambda at: bj.evaluate(CLASSIFIER, wrong(DATA), wrong(variables())), "is a Dataset"),
+    "a function of labels": (
+        lambda at: bj.evaluate(CLASSIFIER, variables(), DATA, lambda x: x, wrong(lambda y: y)),
+        "label_map is a function, expected a LabelMap",
+    ),
+    "embedded NaN": (lambda at: embedding(np.full((3, 3), np.nan)), "latents are not finite"),
+    "init without key": (
+        lambda at: CLASSIFIER.init(wrong(3), DATA.images),
+        "init: key is a int, expected a single key",
+    ),
+    "init without images": (lambda at: CLASSIFIER.init(KEY, wrong(3)), "init: images are int, expected (N, height"),
+    "a crop as large as the image": (
+        lambda at: bj.train(KEY, CLASSIFIER, DATA, bj.TrainConfig(epochs=1, crop=8)),
+        "crop is 8 for images of 8x8, expected less",
+    ),
+    "trigger to float": (lambda at: with_trigger(lambda x: x / 255), "trigger makes float32 (6, 8, 8, 3) of uint8"),
+    "trigger to None": (lambda at: with_trigger(lambda x: None), "trigger makes NoneType of uint8"),
+    "trigger to a shape": (lambda at: with_trigger(lambda x: x[:, :4]), "trigger makes uint8 (6, 4, 8, 3) of uint8"),
+    "trigger that fails": (lambda at: with_trigger(lambda x: x.nothing), "trigger cannot be applied to uint8"),
+    "pytree to float": (lambda at: with_trigger(Partial(lambda x: x / 255)), "trigger makes float32 (6, 8, 8, 3)"),
+}
+
+
+def with_trigger(trigger: Any) -> Any:
+    return bj.evaluate(CLASSIFIER, variables(), DATA, trigger, LABELS)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_argument_is_one_line(case: str, tmp_path: Path) -> None:
+    call, expected = REFUSED[case]
+    with pytest.raises(UserError, match=re.escape(expected)):
+        call(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trigger_may_be_any_function_of_uint8_images() -> None:
+    def in_numpy(images: Any) -> Any:
+        return np.minimum(np.asarray(images), 200)
+
+    assert with_trigger(lambda x: x) == with_trigger(Partial(lambda x: x))
+    assert with_trigger(in_numpy) == with_trigger(Partial(lambda x: jnp.minimum(x, 200)))
+    assert not triggered_change(CLASSIFIER, variables(), DATA.images, lambda x: x).mean.any()
 
 
 # NaN

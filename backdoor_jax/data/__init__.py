@@ -12,7 +12,17 @@ from backdoor_jax.data.dataset import (
 )
 from backdoor_jax.data.labeled import Labeled, load_labeled
 from backdoor_jax.data.loading import digits, load, npz_task
-from backdoor_jax.data.poisoning import LabelMap, Poisoned, Trigger, draw_poisoned, poison, poison_count
+from backdoor_jax.data.poisoning import (
+    LabelMap,
+    Poisoned,
+    Trigger,
+    apply_trigger,
+    draw_poisoned,
+    is_plain,
+    poison,
+    poison_count,
+    triggered,
+)
 from backdoor_jax.data.specs import DATASETS, SOURCES
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.data.warp import bilinear_sample, pixel_grid, rotate
@@ -31,10 +41,12 @@ __all__ = [
     "TFDSSet",
     "Task",
     "Trigger",
+    "apply_trigger",
     "bilinear_sample",
     "clean_indices",
     "digits",
     "draw_poisoned",
+    "is_plain",
     "load",
     "load_labeled",
     "make_dataset",
@@ -45,4 +57,5 @@ __all__ = [
     "random_crop",
     "random_flip",
     "rotate",
+    "triggered",
 ]

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from backdoor_jax.errors import UserError
+
 GRAY = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue."""
 
@@ -62,11 +64,16 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def random_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
     """Pads with zeros on every side and crops each image to its original size at a random position.
 
+    Raises:
+        UserError: for as many zeros as the image has pixels, because a crop might then show nothing of it.
+
     Example:
         >>> random_crop(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8), 2).shape
         (3, 8, 8, 1)
     """
     count, height, width, channels = images.shape
+    if pad >= min(height, width):
+        raise UserError(f"crop is {pad} for images of {height}x{width}, expected less than their side; lower it")
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corners = jax.random.randint(key, (count, 2), 0, 2 * pad + 1)
 

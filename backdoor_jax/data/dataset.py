@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.compiling import one_program
-from backdoor_jax.config import MOST_CLASSES
+from backdoor_jax.config import MOST_CLASSES, is_whole
 from backdoor_jax.errors import UserError
 
 
@@ -133,6 +133,8 @@ def make_dataset(
         >>> len(make_dataset(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), 4))
         4
     """
+    if num_classes is not None and not is_whole(num_classes):
+        raise UserError(f"{where}: num_classes is {num_classes!r}, expected a whole number, such as 10")
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8:
         raise UserError(

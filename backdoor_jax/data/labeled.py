@@ -1,7 +1,6 @@
 """Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from backdoor_jax.array_files import read_npz
@@ -11,6 +10,7 @@ from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
 from backdoor_jax.errors import UserError
+from backdoor_jax.reading import as_path
 
 PARTS = {
     "": (("images", "labels"), ("x", "y"), ("X", "Y"), ("data", "labels"), ("arr_0", "arr_1")),
@@ -69,7 +69,7 @@ def load_labeled(
         >>> len(load_labeled("digits", 10).data)
         1400
     """
-    path = Path(source)
+    path = as_path(source, "data (--data)")
     if source in DATASETS or source.startswith("tfds:"):
         if size is not None or class_names is not None:
             raise UserError(f"{source} has its own size and classes; leave size and class names out")

@@ -12,6 +12,7 @@ from backdoor_jax.data.folders import read_folder
 from backdoor_jax.data.specs import DATASETS
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError
+from backdoor_jax.reading import as_path
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -42,6 +43,7 @@ def load(
         >>> load("digits").num_classes
         10
     """
+    source = str(as_path(source, "load: source"))
     if source in DATASETS:
         task = DATASETS[source].load()
     elif source.startswith("tfds:"):

@@ -22,7 +22,6 @@ import hashlib
 import io
 import re
 import tarfile
-import tempfile
 import urllib.request
 import warnings
 import zipfile
@@ -33,6 +32,7 @@ from typing import Any
 
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.files import atomic_write
 from backdoor_jax.pickles import PlainUnpickler
 from backdoor_jax.progress import progress_bar
 from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
@@ -87,8 +87,7 @@ class Archive:
         """Downloads the archive; it appears in the folder only when complete and with the published checksum."""
         folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.md5(usedforsecurity=False)
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            path = Path(partial) / self.name
+        with atomic_write(folder / self.name) as path:
             with urllib.request.urlopen(self.url, timeout=60) as response, path.open("wb") as file:
                 size = int(response.headers.get("Content-Length") or 0)
                 with progress_bar(self.name, size or None, unit="bytes") as advance:
@@ -99,7 +98,6 @@ class Archive:
                         stop_if_asked()
             if digest.hexdigest() != self.md5:
                 raise OSError(f"{self.url} sent a file with MD5 {digest.hexdigest()}, published is {self.md5}")
-            path.replace(folder / self.name)
 
 
 class BoundedReader:

@@ -9,14 +9,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.compiling import one_program
+from backdoor_jax.config import is_whole
 from backdoor_jax.data.dataset import Dataset
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import UserError, first_line
 
 CHUNK = 500
 """Images that a trigger receives at once."""
 
 Trigger = Callable[[jax.Array], jax.Array]
 """uint8 images ``(B, H, W, channels)`` to triggered uint8 images of the same shape, on the device; a pytree."""
+
+
+def is_plain(trigger: Trigger) -> bool:
+    """Whether a trigger is a plain function, which compiled code does not take as an argument."""
+    return jax.tree_util.all_leaves([trigger])
+
+
+def triggered(trigger: Trigger, images: jax.Array) -> jax.Array:
+    """The images with the trigger, in chunks: a trigger may be a network, whose memory grows with them.
+
+    Raises:
+        UserError: where the trigger makes anything but uint8 images of the same shape.
+
+    Example:
+        >>> triggered(lambda images: images / 255, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: trigger makes float32 (2, 8, 8, 3) of uint8 (2, 8, 8, 3), expected uint8 images
+        of the same shape
+    """
+    parts = [apply_trigger(trigger, images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
+    return jnp.concatenate(parts)
+
+
+def apply_trigger(trigger: Trigger, images: jax.Array) -> jax.Array:
+    """The images of one batch with the trigger, checked; see `triggered`."""
+    try:
+        made = trigger(images)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(
+            f"trigger cannot be applied to uint8 {images.shape} ({first_line(error)}); give a function of such images"
+        ) from error
+    found = f"{getattr(made, 'dtype', type(made).__name__)} {getattr(made, 'shape', '')}".rstrip()
+    if found != f"uint8 {images.shape}":
+        raise UserError(f"trigger makes {found} of uint8 {images.shape}, expected uint8 images of the same shape")
+    return made
 
 
 @jax.tree_util.register_static
@@ -41,6 +79,9 @@ class LabelMap:
     def __post_init__(self) -> None:
         if self.kind not in ("all_to_one", "all_to_all"):
             raise UserError(f"label map {self.kind!r} is not known; give 'all_to_one' or 'all_to_all'")
+        for name in ("num_classes", "target"):
+            if not is_whole(getattr(self, name)):
+                raise UserError(f"LabelMap.{name} is {getattr(self, name)!r}, expected a whole number, such as 3")
         if not 0 <= self.target < self.num_classes:
             raise UserError(
                 f"target class {self.target} does not exist; the data have classes 0 to {self.num_classes - 1}"
@@ -130,13 +171,10 @@ def poison(
         140
     """
     indices = draw_poisoned(key, rate, len(data), candidates)
-    count = len(indices)
-    if not count:
+    if not len(indices):
         return Poisoned(data, indices)
     chosen = data.take(indices)
-    # A trigger may be a network: in chunks, its memory does not grow with the number of images.
-    parts = [trigger(chosen.images[start : start + CHUNK]) for start in range(0, count, CHUNK)]
-    return Poisoned(_replaced(data, indices, jnp.concatenate(parts), labels(chosen.labels)), indices)
+    return Poisoned(_replaced(data, indices, triggered(trigger, chosen.images), labels(chosen.labels)), indices)
 
 
 @one_program

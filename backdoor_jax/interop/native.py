@@ -25,7 +25,7 @@ from flax.traverse_util import unflatten_dict
 
 from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.config import Classes, Positive, Whole, Width
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import NonFiniteError, UserError, first_line
 from backdoor_jax.files import atomic_folder, atomic_write, settle, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.file_kinds import kind_of
@@ -33,6 +33,7 @@ from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Stem, Variables, VisionTransformer, build_classifier, describe
 from backdoor_jax.reading import (
     DEEPEST,
+    as_path,
     element_count,
     parse_json,
     parsing,
@@ -40,6 +41,7 @@ from backdoor_jax.reading import (
     require_budget,
     require_names,
 )
+from backdoor_jax.validation import require_classifier
 from backdoor_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -58,7 +60,9 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         variables: its variables, bounds included; a tree of dictionaries.
 
     Raises:
-        UserError: where it cannot be written to that path, or not in that format.
+        UserError: where it cannot be written to that path, or not in that format, or its variables are not the
+            classifier's.
+        NonFiniteError: for weights or statistics that are not finite.
 
     Example:
         >>> import tempfile
@@ -72,7 +76,9 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
     """
     from safetensors import SafetensorError
 
-    path = Path(path)
+    path = as_path(path, "save_model: path")
+    require_classifier(classifier, "save_model: classifier")
+    _require_usable(classifier, variables, path)
     try:
         if path.suffix in TORCH_SUFFIXES:
             save_torch(path, classifier, variables)
@@ -132,7 +138,7 @@ def load_model(
     Raises:
         UserError: where there is no such file, or it is damaged, holds another model or was written by another program.
     """
-    path = Path(path)
+    path = as_path(path, "load_model: path")
     settle(path)
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such model; give a file .safetensors or .pt, or a folder with {DESCRIPTION}")
@@ -328,8 +334,18 @@ def _require_fit(classifier: Classifier, variables: Variables, described: bool, 
             f"{wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'something else')}"
         )
         raise UserError(
-            f"{path}: its variables are not those of the network it names ({difference}); save the model again"
+            f"{path}: its variables are not those of the network it names ({difference}); save this network's own"
         )
+
+
+def _require_usable(classifier: Classifier, variables: Variables, path: Path) -> None:
+    """Refuses to write what could not be read again, and what is not finite."""
+    if not isinstance(variables, Mapping):
+        raise UserError(f"save_model: variables are a {type(variables).__name__}, expected a dictionary with params")
+    for names, leaf in _leaves(variables):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
+            raise NonFiniteError(f"{path}: {'/'.join(names)} is not finite; the training diverged")
+    _require_fit(classifier, variables, describe(classifier) is not None, path)
 
 
 def _leaves(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

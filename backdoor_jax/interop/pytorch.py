@@ -44,6 +44,7 @@ from backdoor_jax.models import (
     build_classifier,
 )
 from backdoor_jax.models.torch_module import TorchNetwork
+from backdoor_jax.reading import as_path
 from backdoor_jax.validation import checked
 
 FIRST = {PreActResNet18: "stem", ResNet: "conv1", VGG19: "features_0"}
@@ -110,7 +111,8 @@ def load_torch(
             f"expected a file or a state dict, got a {type(source).__name__}; give a module to "
             "Classifier.from_torch(module, images), or module.state_dict() here"
         )
-    state, bounds = unwrap(source if isinstance(source, Mapping) else read(Path(source)), where, key)
+    found = source if isinstance(source, Mapping) else read(as_path(source, "load_torch: source"))
+    state, bounds = unwrap(found, where, key)
 
     classifier, shapes = _classifier_of(state, model, where, stem)
     expected = {name: (path, leaf.shape) for name, path, leaf in _tensors(classifier.network, shapes)}

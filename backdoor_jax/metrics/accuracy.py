@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.compiling import jit
-from backdoor_jax.data import Dataset, LabelMap, Trigger
+from backdoor_jax.config import is_number
+from backdoor_jax.data import Dataset, LabelMap, Trigger, apply_trigger, is_plain, triggered
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import map_chunks
@@ -34,7 +35,7 @@ def _predict(
     classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger | None
 ) -> tuple[jax.Array, jax.Array]:
     def one(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, _ = classifier.logits(variables, chunk if trigger is None else trigger(chunk))
+        logits, _ = classifier.logits(variables, chunk if trigger is None else apply_trigger(trigger, chunk))
         return jnp.argmax(logits, -1), jnp.all(jnp.isfinite(logits), -1)
 
     predictions, finite = map_chunks(one, images)
@@ -62,8 +63,11 @@ def predict(
         The classes, ``(N,)``.
 
     Raises:
+        UserError: where the trigger makes anything but uint8 images of the same shape.
         NonFiniteError: where a logit is not finite.
     """
+    if trigger is not None and is_plain(trigger):
+        images, trigger = triggered(trigger, images), None
     predictions, finite = _predict(classifier, variables, images, trigger)
     if not finite:
         raise NonFiniteError(
@@ -177,10 +181,19 @@ def is_near_chance(correct: int, labels: np.ndarray, num_classes: int) -> bool:
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:
     """DER in [0, 1], where 0.5 is that of an unchanged model; None where there is no ASR.
 
+    Raises:
+        UserError: for a rate outside [0, 1], or NaN.
+
     Example:
         >>> round(defense_effectiveness(Scores(0.92, 0.95), Scores(0.91, 0.01)), 3)
         0.965
     """
+    for scores in (before, after):
+        if not isinstance(scores, Scores):
+            raise UserError(f"defense_effectiveness: {scores!r} is a {type(scores).__name__}, expected Scores")
+        for rate in (scores.acc, 0.0 if scores.asr is None else scores.asr):
+            if not is_number(rate) or not 0 <= rate <= 1:
+                raise UserError(f"defense_effectiveness: a rate is {rate!r}, expected shares in [0, 1]")
     if before.asr is None or after.asr is None:
         return None
     return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from backdoor_jax.data import Dataset, LabelMap, Trigger
-from backdoor_jax.errors import UserError
+from backdoor_jax.data import Dataset, LabelMap, Trigger, triggered
+from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.metrics.latent import cosine
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy, map_chunks
@@ -129,11 +129,11 @@ def along(
     targets = label_map(test.labels)
     if not bool(jnp.any(targets != test.labels)):
         raise UserError("no test image is outside the target class, so there is no backdoor loss; give more images")
-    triggered = trigger(test.images)
+    seen = triggered(trigger, test.images)
     found = []
     for position in positions:
         model = interpolate(start, end, position)
-        found.append(np.asarray(_evaluate_model(classifier, model, test.images, triggered, test, targets)))
+        found.append(np.asarray(_evaluate_model(classifier, model, test.images, seen, test, targets)))
     return Line(np.asarray(positions, np.float64), *np.stack(found, axis=1))
 
 
@@ -198,6 +198,7 @@ def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:
 
     Raises:
         UserError: for latents of other shapes.
+        NonFiniteError: for latents that are not finite.
 
     Example:
         >>> one, other = embedding(np.eye(3) * 2, np.eye(3))
@@ -209,6 +210,8 @@ def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:
     arrays = [np.asarray(part, np.float64) for part in latents]
     if not arrays or any(part.ndim != 2 or part.shape[1] != arrays[0].shape[1] for part in arrays):
         raise UserError(f"latents have shapes {[part.shape for part in arrays]}, expected (N, D) with one D")
+    if not all(np.isfinite(part).all() for part in arrays):
+        raise NonFiniteError("latents are not finite, so they cannot be projected; check the checkpoint")
     together = np.concatenate(arrays)
     if min(together.shape) < 2:
         raise UserError(f"latents {together.shape} have no two components; give at least 2 rows and 2 columns")

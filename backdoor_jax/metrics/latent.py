@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.data import Trigger
+from backdoor_jax.data import Trigger, triggered
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import map_chunks
@@ -54,12 +54,12 @@ class Agreement(NamedTuple):
 
 
 @jax.jit
-def _changes(classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger) -> jax.Array:
-    def chunk(images: jax.Array) -> jax.Array:
-        clean, triggered = (classifier.features(variables, seen)[0] for seen in (images, trigger(images)))
-        return triggered - clean
+def _changes(classifier: Classifier, variables: Variables, images: jax.Array, seen: jax.Array) -> jax.Array:
+    def chunk(images: jax.Array, seen: jax.Array) -> jax.Array:
+        before, after = (classifier.features(variables, part)[0] for part in (images, seen))
+        return after - before
 
-    return map_chunks(chunk, images)
+    return map_chunks(chunk, images, seen)
 
 
 @checked
@@ -72,7 +72,7 @@ def triggered_change(classifier: Classifier, variables: Variables, images: jax.A
         images: clean uint8 images, ``(n, H, W, channels)``; leave out those of the target class.
         trigger: the attacker's.
     """
-    changes = _changes(classifier, variables, images, trigger)
+    changes = _changes(classifier, variables, images, triggered(trigger, images))
     return Change(np.asarray(jnp.mean(changes, 0)), np.asarray(jnp.mean(jnp.abs(changes), 0)))
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from flax.errors import FlaxError
 
 from backdoor_jax.compiling import standard_rules
+from backdoor_jax.config import is_whole
 from backdoor_jax.data import DATASETS, Normalization
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models.network import (
@@ -76,6 +77,8 @@ class Classifier:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
+        if not is_whole(self.num_classes) or self.num_classes < 1:
+            raise UserError(f"Classifier.num_classes is {self.num_classes!r}, expected a whole number, such as 10")
         finite = np.isfinite([*self.mean, *self.std]).all()
         if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0 or not finite:
             raise UserError(
@@ -229,7 +232,13 @@ class Classifier:
             >>> variables = {"params": {"out": {"kernel": jnp.ones((3, 4))}}}
             >>> classifier.logits(variables, jnp.zeros((2, 8, 8, 3), jnp.uint8))[0].shape
             (2, 4)
+
+        Raises:
+            UserError: for anything but functions.
         """
+        for name, part in (("init", init), ("features", features), ("head", head)):
+            if not callable(part) and (name, part) != ("init", None):
+                raise UserError(f"from_functions: {name} is a {type(part).__name__}, expected a function")
         return cls(FunctionNetwork(init, features, head), num_classes, mean, std, head_path)
 
     @classmethod
@@ -284,7 +293,17 @@ class Classifier:
         """New variables for images of this shape.
 
         Of the images only the shape is used. The initialization is compiled, unless it is being traced.
+
+        Raises:
+            UserError: for anything but a key and images.
         """
+        if not isinstance(key, jax.Array):
+            raise UserError(f"init: key is a {type(key).__name__}, expected a single key; give jax.random.key(0)")
+        if getattr(images, "ndim", 0) != 4:
+            raise UserError(
+                f"init: images are {getattr(images, 'shape', type(images).__name__)}, expected (N, height, width, "
+                "channels)"
+            )
         if isinstance(key, jax.core.Tracer):
             return self._network.init(key, self.normalize(images[:1]))
         return _initialized(self, key, images[:1])

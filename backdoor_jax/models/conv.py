@@ -47,9 +47,9 @@ class Choice(NamedTuple):
 def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax.typing.DTypeLike) -> Choice:
     """The algorithms for a convolution of so many images, with these numbers of input and output channels.
 
-    Types narrower than float32 are left to dense convolutions, which add up in float32, and so are batches whose size
-    is not known when the program is made (`jax.export`). The choice depends on the
-    number of cores, and so does the rounding, as it does in XLA's own convolutions.
+    Types narrower than float32 are left to dense convolutions, which add up in float32. The choice depends on the
+    number of cores, and so does the rounding, as it does in XLA's own convolutions. A batch of symbolic size, as
+    `jax.export` has it, takes dense convolutions.
 
     Example:
         >>> choose(Geometry((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1))), 200, (128, 128), "float32")
@@ -58,15 +58,12 @@ def choose(geometry: Geometry, batch: int, channels: tuple[int, int], dtype: jax
         Choice(forward='dense', input_gradient='strided', weight_gradient='gathered')
     """
     dense = geometry.strides == (1, 1)
+    input_gradient = "dense" if dense else "strided"
+    if not isinstance(batch, int):
+        return Choice("dense", input_gradient, "dense")
     if geometry.taps == (1, 1) and geometry.pads == ((0, 0), (0, 0)):
         return Choice("pointwise", "pointwise", "pointwise")
-    input_gradient = "dense" if dense else "strided"
-    narrow = jnp.finfo(dtype).bits < 32
-    if (
-        narrow
-        or not isinstance(batch, int)
-        or batch * math.prod((*geometry.outputs, *geometry.taps, *channels)) < SMALL
-    ):
+    if jnp.finfo(dtype).bits < 32 or batch * math.prod((*geometry.outputs, *geometry.taps, *channels)) < SMALL:
         return Choice("dense", input_gradient, "dense")
     wide = WIDE if cores() > 1 else WIDE_ON_ONE_CORE
     if dense and geometry.taps == (3, 3) and min(channels) >= wide:

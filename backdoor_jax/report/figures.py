@@ -65,7 +65,7 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
         folder: holds the examples.
         side_by_side: attacks in each row; columns are filled first.
     """
-    examples = sorted(path for path in folder.glob("*.npz") if ".partial" not in path.name)
+    examples = sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
     if not examples:
         return None
     high = -(-len(examples) // side_by_side)

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
 from backdoor_jax.config import Count, Decay, LearningRate, Momentum, NonNegative
-from backdoor_jax.data import Dataset, Trigger
+from backdoor_jax.data import Dataset, Trigger, apply_trigger, is_plain
 from backdoor_jax.data.views import Views
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
@@ -155,7 +155,8 @@ def bad_encoder(
     frozen = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))} | {classifier.head_path}
     trainable = tuple(path for path in flatten_dict(variables["params"]) if path[:-1] not in frozen)
     views = Views(smallest=1.0)
-    loss = Partial(bad_encoder_loss, classifier, config, views, variables, trigger, references)
+    traced = Partial(apply_trigger, Partial(trigger) if is_plain(trigger) else trigger)
+    loss = Partial(bad_encoder_loss, classifier, config, views, variables, traced, references)
     step = GradientStep(loss, config.optimizer, trainable=trainable)
     fitted = fit(
         key,

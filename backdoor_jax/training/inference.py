@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from backdoor_jax.compiling import jit
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.validation import checked
 
 CHUNK = 500
 
@@ -46,7 +47,17 @@ def map_chunks(function: Callable[..., Any], *arrays: jax.Array, size: int = CHU
     return jax.tree.map(join, parts)
 
 
-@jit
+@checked
 def latents(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
-    """Computes the latents ``(N, D)`` of uint8 images in evaluation mode."""
+    """Computes the latents ``(N, D)`` of uint8 images in evaluation mode.
+
+    Raises:
+        UserError: for images or variables that cannot be used.
+        NonFiniteError: for weights or statistics that are not finite.
+    """
+    return _latents(classifier, variables, images)
+
+
+@jit
+def _latents(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
     return map_chunks(lambda chunk: classifier.features(variables, chunk)[0], images)

@@ -454,6 +454,17 @@ def test_an_exported_model_runs_without_this_package(
         assert logits["platforms"].tolist() == ["cpu", "cuda", "tpu"]
 
 
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18"])
+def test_an_exported_model_takes_any_number_of_images(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers")
+    classifier = build_classifier(name, 3, width=2)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
+    variables = classifier.init(jax.random.key(0), images)
+    export_model(tmp_path / "model.jaxexport", classifier, variables, (8, 8, 3))
+    program = jax.export.deserialize(bytearray((tmp_path / "model.jaxexport").read_bytes()))
+    np.testing.assert_allclose(program.call(images), classifier.logits(variables, images)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_an_export_of_the_wrong_shape_is_a_one_line_error(made: tuple[Classifier, Variables], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         export_model(tmp_path / "model.jaxexport", *made, (8, 8, 7))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from backdoor_jax.analyses.base import Row
 from backdoor_jax.cli import print_table
 from backdoor_jax.defenses import DEFENSES, NAD, FineTune, GradientDefense, SuperFineTune
+from backdoor_jax.files import beside
 from backdoor_jax.report import compact, figures, markdown, render, summarize, write_page
 from backdoor_jax.report.table import COLUMNS, cells
 
@@ -328,7 +329,7 @@ def test_learning_rates_are_drawn_for_each_step() -> None:
 def test_triggers_are_shown_with_the_difference(tmp_path: Path, channels: int) -> None:
     assert figures.triggers(tmp_path / "examples") is None
     example(tmp_path, "badnets", channels)
-    (tmp_path / "examples" / "other.partial.npz").write_bytes(b"half")
+    beside(tmp_path / "examples" / "other.npz", "partial", ".npz").write_bytes(b"half")
     figure = figures.triggers(tmp_path / "examples")
     assert isinstance(figure, Figure)
     clean, triggered, difference = (axes.images[0].get_array() for axes in panels(figure))
