@@ -14,7 +14,7 @@ from backdoor_jax.training import latents
 
 @dataclasses.dataclass(frozen=True)
 class Latents(Analysis):
-    """Latents of test images, clean and triggered, on their two principal components.
+    """Latents of test images, clean and triggered, on their two principal components and by t-SNE.
 
     Attributes:
         images: test images that are drawn; the number is ours.
@@ -23,9 +23,9 @@ class Latents(Analysis):
     name: ClassVar[str] = "latents"
     title: ClassVar[str] = "Latents in 2-D"
     note: ClassVar[str] = (
-        "Test images on the two principal components of each model's latents, one color for each class (with many "
-        "classes some colors are close); crosses are the same images with the trigger. Where the attack works, the "
-        "crosses gather in one place."
+        "Test images on the two principal components of each model's latents, and below by t-SNE, which shows who is "
+        "near whom; one color for each class (with many classes some colors are close). Crosses are the same images "
+        "with the trigger. Where the attack works, the crosses gather in one place."
     )
 
     images: Count = 300
@@ -40,23 +40,35 @@ class Latents(Analysis):
             for images in (test.images, subject.trigger(test.images))
         ]
         clean, triggered = (np.round(points, 3) for points in embedding(*both))
-        return {"labels": test.labels, "clean": clean, "triggered": triggered}
+        near = [np.round(points, 3) for points in embedding(*both, method="tsne")]
+        return {"labels": test.labels, "clean": clean, "triggered": triggered, "tsne": near}
 
     def draw(self, rows: list[Row]) -> Figure | None:
-        """One panel for each model: points for clean images, black crosses for triggered ones."""
+        """Two panels for each model: points for clean images, black crosses for triggered ones.
+
+        Rows measured before t-SNE was drawn have only the principal components.
+        """
         found = self.findings(rows)
         if not found:
             return None
         columns = max(map(len, found.values()))
-        figure = Figure(figsize=(2.2 * columns, 2.4 * len(found)))
-        grid = figure.subplots(len(found), columns, squeeze=False)
+        figure = Figure(figsize=(2.2 * columns, 4.6 * len(found)))
+        grid = figure.subplots(2 * len(found), columns, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
-        for panels, (attack, defenses) in zip(grid, found.items(), strict=True):
-            for axes, (defense, seeds) in zip(panels, defenses.items(), strict=False):
-                clean, triggered = (np.asarray(seeds[0][name]) for name in ("clean", "triggered"))
-                axes.scatter(*clean.T, c=np.asarray(seeds[0]["labels"]), cmap="turbo", s=5, linewidths=0)
-                axes.scatter(*triggered.T, c="black", marker="x", s=6, linewidths=0.5)
-                axes.set_title(model_title(attack, defense), fontsize=8)
+        for number, (attack, defenses) in enumerate(found.items()):
+            for column, (defense, seeds) in enumerate(defenses.items()):
+                first = seeds[0]
+                for axes, points in zip(
+                    grid[2 * number : 2 * number + 2, column],
+                    ((first["clean"], first["triggered"]), first.get("tsne")),
+                    strict=True,
+                ):
+                    if points is None:
+                        continue
+                    clean, triggered = map(np.asarray, points)
+                    axes.scatter(*clean.T, c=np.asarray(first["labels"]), cmap="turbo", s=5, linewidths=0)
+                    axes.scatter(*triggered.T, c="black", marker="x", s=6, linewidths=0.5)
+                grid[2 * number, column].set_title(model_title(attack, defense), fontsize=8)
         figure.tight_layout()
         return figure

@@ -19,7 +19,7 @@ positive beyond the two models; latents are projected onto their two principal c
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,19 +185,23 @@ def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
     return Moved(difference, distance / norm if norm else float(distance > 0), cosine(one.ravel(), other.ravel()))
 
 
-def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:
-    """Projects sets of latents onto the two principal components of all of them together.
+def embedding(*latents: jax.Array | np.ndarray, method: Literal["pca", "tsne"] = "pca") -> list[np.ndarray]:
+    """Brings sets of latents to two dimensions, all of them together.
 
-    The sign of a component is chosen such that its largest entry is positive, so that figures can be compared.
+    ``pca`` projects them onto their two principal components; the sign of a component is chosen such that its largest
+    entry is positive, so that figures can be compared. ``tsne`` is scikit-learn's t-SNE with its defaults, as D3 draws
+    latents (its perplexity of 30 where there are more than 90 of them, else a third), started from the principal
+    components and the same in every run; only who is near whom means something there, not distances.
 
     Args:
-        latents: sets of ``(N, D)`` with one D, at least two rows in all.
+        latents: sets of ``(N, D)`` with one D, at least two rows in all, for t-SNE at least four.
+        method: ``pca`` or ``tsne``.
 
     Returns:
         The sets in 2-D, ``(N, 2)`` each.
 
     Raises:
-        UserError: for latents of other shapes.
+        UserError: for latents of other shapes, or another method.
         NonFiniteError: for latents that are not finite.
 
     Example:
@@ -206,7 +210,10 @@ def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:
         ((3, 2), (3, 2))
     """
     from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
 
+    if method not in ("pca", "tsne"):
+        raise UserError(f"unknown method {method!r}; known are pca, tsne")
     arrays = [np.asarray(part, np.float64) for part in latents]
     if not arrays or any(part.ndim != 2 or part.shape[1] != arrays[0].shape[1] for part in arrays):
         raise UserError(f"latents have shapes {[part.shape for part in arrays]}, expected (N, D) with one D")
@@ -215,5 +222,10 @@ def embedding(*latents: jax.Array | np.ndarray) -> list[np.ndarray]:
     together = np.concatenate(arrays)
     if min(together.shape) < 2:
         raise UserError(f"latents {together.shape} have no two components; give at least 2 rows and 2 columns")
-    components = PCA(2, svd_solver="full").fit(together)
-    return [components.transform(part) for part in arrays]
+    if method == "pca":
+        components = PCA(2, svd_solver="full").fit(together)
+        return [components.transform(part) for part in arrays]
+    if len(together) < 4:
+        raise UserError(f"t-SNE of {len(together)} latents shows nothing; give at least 4, or use pca")
+    points = TSNE(perplexity=min(30, (len(together) - 1) / 3), random_state=0).fit_transform(together)
+    return np.split(points, np.cumsum([len(part) for part in arrays])[:-1])

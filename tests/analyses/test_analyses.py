@@ -251,6 +251,7 @@ def test_latents_are_projected_onto_their_two_principal_components(finished: Fin
         drawn = np.concatenate([found["clean"], found["triggered"]])
         np.testing.assert_allclose(np.abs(drawn), np.abs(expected), atol=2e-3)
         assert (drawn.std(0) > 0.01).all()
+        assert [np.shape(points) for points in found["tsne"]] == [(len(part), 2) for part in both]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,22 @@ def test_the_largest_entry_of_a_component_is_positive() -> None:
         assert (components[[0, 1], np.abs(components).argmax(1)] > 0).all()
 
 
+def test_tsne_keeps_clusters_apart_and_is_the_same_in_every_run() -> None:
+    generator = np.random.default_rng(0)
+    sets = [generator.standard_normal((12, 8)) + 20 * np.eye(8)[number] for number in range(3)]
+    once, again = (embedding(*sets, method="tsne") for _ in range(2))
+    for one, other in zip(once, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    centers = np.stack([points.mean(0) for points in once])
+    for number, points in enumerate(once):
+        assert points.shape == (12, 2)
+        assert (np.linalg.norm(points[:, None] - centers, axis=-1).argmin(1) == number).all()
+    with pytest.raises(UserError, match="at least 4, or use pca"):
+        embedding(np.eye(3), method="tsne")
+    with pytest.raises(UserError, match="unknown method 'umap'; known are pca, tsne"):
+        embedding(np.eye(5), method="umap")  # type: ignore[arg-type]
+
+
 def test_errors_name_what_is_wrong(tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset) -> None:
     label_map = LabelMap("all_to_one", 3)
     bounded = {**tiny_variables, "bounds": {"relu": {"upper": jnp.ones(4)}}}
