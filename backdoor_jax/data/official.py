@@ -97,7 +97,7 @@ class Archive:
                         advance(len(block))
                         stop_if_asked()
             if digest.hexdigest() != self.md5:
-                raise OSError(f"{self.url} sent a file with MD5 {digest.hexdigest()}, published is {self.md5}")
+                raise OSError(f"what was sent has MD5 {digest.hexdigest()}, published is {self.md5}")
 
 
 class BoundedReader:

@@ -424,7 +424,7 @@ def test_an_archive_is_downloaded_and_its_checksum_checked(
         assert [path.name for path in manual.iterdir()] == [served.name]
     else:
         line = refusal("cifar10", tmp_path)
-        assert f"published is {md5}" in line and served.as_uri() in line
+        assert f"published is {md5}" in line and served.name in line
         assert not list(manual.iterdir())
 
 
