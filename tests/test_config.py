@@ -13,6 +13,7 @@ from comparison import structure
 
 from backdoor_jax import D3, FineTune, UserError
 from backdoor_jax.config import Config, Count, Fraction, NonNegative, Positive, Share, Whole
+from backdoor_jax.defenses import FST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,5 +234,5 @@ def test_a_preset_is_the_published_settings_with_changes() -> None:
 def test_an_unknown_preset_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"^unknown d3 preset 'mine'; known are released, paper$"):
         D3.preset("mine")
-    with pytest.raises(UserError, match=r"^unknown finetune preset 'paper'; it has none$"):
-        FineTune.preset("paper")
+    with pytest.raises(UserError, match=r"^unknown fst preset 'paper'; it has none$"):
+        FST.preset("paper")

@@ -26,7 +26,7 @@ def test_every_phase_runs_once_and_leaves_its_results(tmp_path: Path) -> None:
     assert all(found["status"] == 0 and found["ended"] for found in record.values())
     rows = [json.loads(line) for line in (tmp_path / "cifar10" / "results.jsonl").read_text().splitlines()]
     assert [row["defense"] for row in rows] == 2 * ["none", "finetune", "d3"], "the victim's, then the clean model's"
-    assert {path.name.split("-")[0] for path in tmp_path.glob("*.json")} >= {"campaign", "speed", "scaling"}
+    assert {path.stem.split("-")[0] for path in tmp_path.glob("*.json")} >= {"campaign", "speed", "scaling"}
     again = campaign(tmp_path)
     assert again.returncode == 0 and "at most" not in again.stdout
 

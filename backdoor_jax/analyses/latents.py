@@ -52,23 +52,19 @@ class Latents(Analysis):
         if not found:
             return None
         columns = max(map(len, found.values()))
-        figure = Figure(figsize=(2.2 * columns, 4.6 * len(found)))
-        grid = figure.subplots(2 * len(found), columns, squeeze=False)
+        levels = 1 + any("tsne" in seeds[0] for defenses in found.values() for seeds in defenses.values())
+        figure = Figure(figsize=(2.2 * columns, 2.3 * levels * len(found)))
+        grid = figure.subplots(levels * len(found), columns, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
         for number, (attack, defenses) in enumerate(found.items()):
             for column, (defense, seeds) in enumerate(defenses.items()):
-                first = seeds[0]
-                for axes, points in zip(
-                    grid[2 * number : 2 * number + 2, column],
-                    ((first["clean"], first["triggered"]), first.get("tsne")),
-                    strict=True,
-                ):
-                    if points is None:
-                        continue
+                panels, first = grid[levels * number :, column], seeds[0]
+                panels[0].set_title(model_title(attack, defense), fontsize=8)
+                drawn = [(first["clean"], first["triggered"]), *([first["tsne"]] if "tsne" in first else [])]
+                for axes, points in zip(panels, drawn, strict=False):
                     clean, triggered = map(np.asarray, points)
                     axes.scatter(*clean.T, c=np.asarray(first["labels"]), cmap="turbo", s=5, linewidths=0)
                     axes.scatter(*triggered.T, c="black", marker="x", s=6, linewidths=0.5)
-                grid[2 * number, column].set_title(model_title(attack, defense), fontsize=8)
         figure.tight_layout()
         return figure

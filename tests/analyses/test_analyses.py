@@ -314,9 +314,11 @@ def test_figures_show_the_findings(finished: Finished) -> None:
 
     clouds = ANALYSES["latents"].findings(rows)["badnets"]
     assert list(clouds) == ["none", "finetune", "mm_bm"]
-    for panel, (points,) in zip(planes, clouds.values(), strict=True):
+    for panel, near, (points,) in zip(planes[:3], planes[3:], clouds.values(), strict=True):
         for drawn, name in zip(panel.collections, ("clean", "triggered"), strict=True):
             np.testing.assert_allclose(drawn.get_offsets(), points[name])
+        for drawn, expected in zip(near.collections, points["tsne"], strict=True):
+            np.testing.assert_allclose(drawn.get_offsets(), expected)
 
     models = [seeds[0] for of in ANALYSES["membership"].findings(rows).values() for seeds in of.values()]
     values = [[found[signal]["auc"][0] for found in models] for signal in models[0]]

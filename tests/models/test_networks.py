@@ -360,7 +360,7 @@ def test_equal_classifiers_share_a_trace_and_others_do_not() -> None:
     [
         ("vgg19_bn", {"stem": "small"}, "model 'vgg19_bn' has no stem; .*: resnet18, resnet34, resnet50"),
         ("preact_resnet18", {"patch": 4}, "model 'preact_resnet18' has no patch; .*: vit_tiny"),
-        ("resnet18", {"stem": "large"}, "unknown stem 'large'; known are small, imagenet"),
+        ("resnet18", {"stem": "large"}, "unknown stem 'large'; known are small, small_pool"),
         ("vit_tiny", {"patch": 0}, "patch 1 or more"),
     ],
 )
