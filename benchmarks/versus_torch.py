@@ -72,14 +72,15 @@ def main() -> None:
             print(f"{title} ...", file=sys.stderr, flush=True)
             found = measuring.in_a_process(__file__, *sys.argv[1:], "--one", str(width), str(count))
             about = found["about"]
-            if not about["device"].startswith("cpu"):
+            on_cpu = about["device"].startswith("cpu")
+            if not on_cpu:
                 title = f"width {width}"
             results[title] = found["results"]
             settings[title] = found["settings"]
             content = {"about": about, "quick": arguments.quick, "settings": settings, "results": results}
             path = measuring.write(arguments, "versus_torch", content)
             rows += [[title, name, *row(result)] for name, result in found["results"].items()]
-            if title == f"width {width}":
+            if not on_cpu:
                 break
     print(path)
     columns = ["", "", "here, s", "PyTorch, s", "times faster", "ACC / ASR here", "PyTorch"]

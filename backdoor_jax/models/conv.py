@@ -80,8 +80,7 @@ def _winograd_conv(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _winograd_input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
-    (top, bottom), (left, right) = geometry.pads
-    return winograd_conv(g, products.flipped(w), ((2 - top, 2 - bottom), (2 - left, 2 - right)))
+    return winograd_conv(g, products.flipped(w), geometry.transposed_pads)
 
 
 def _winograd_weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:

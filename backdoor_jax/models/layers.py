@@ -153,11 +153,23 @@ def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where((y > x) | jnp.isnan(y), y, x)
 
 
+def adaptive_windows(n: int, out: int) -> np.ndarray:
+    """Which of ``n`` entries each window of PyTorch's adaptive pooling covers, ``(out, n)``.
+
+    Window i is ``[floor(i n / out), ceil((i + 1) n / out))``.
+
+    Example:
+        >>> adaptive_windows(3, 2).astype(int).tolist()
+        [[1, 1, 0], [0, 1, 1]]
+    """
+    at, window = np.arange(n), np.arange(out)[:, None]
+    return (at >= window * n // out) & (at < -(-(window + 1) * n // out))
+
+
 def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
     """PyTorch's adaptive average pooling of images ``(B, H, W, C)`` to ``(B, size, size, C)``.
 
-    Along each axis of length n, output i is the mean over ``[floor(i n / size), ceil((i + 1) n / size))``, so that a
-    map smaller than the output is repeated.
+    Each output is the mean over its window (see `adaptive_windows`), so that a map smaller than the output is repeated.
 
     Example:
         >>> adaptive_avg_pool(jnp.arange(3.0).reshape(1, 1, 3, 1), 2)[0, :, :, 0].tolist()
@@ -165,8 +177,7 @@ def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
     """
 
     def means(n: int) -> jax.Array:
-        at, out = np.arange(n), np.arange(size)[:, None]
-        inside = (at >= out * n // size) & (at < -(-(out + 1) * n // size))
+        inside = adaptive_windows(n, size)
         return jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.promote_types(x.dtype, jnp.float32))
 
     return jnp.einsum("bhwc,ih,jw->bijc", x, means(x.shape[1]), means(x.shape[2])).astype(x.dtype)

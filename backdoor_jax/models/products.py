@@ -48,6 +48,14 @@ class Geometry(NamedTuple):
         height, width = ((size + sum(pads) - taps) // stride + 1 for size, taps, stride, pads in axes)
         return height, width
 
+    @property
+    def transposed_pads(self) -> Pads:
+        """Pads with which, at stride 1, a convolution of the cotangent with the flipped kernel gives the images'."""
+        rows, columns = (
+            (taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(self.taps, self.pads, strict=True)
+        )
+        return rows, columns
+
 
 def dense(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads, rhs_dilation: Pair = (1, 1)) -> jax.Array:
     """XLA's convolution in the one layout in which it is fast on a CPU."""
@@ -178,9 +186,7 @@ def gathered_weight_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> 
 
 def dense_input_gradient(g: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """The gradient by the images at stride 1: a convolution with the flipped kernel, its channels exchanged."""
-    axes = zip(geometry.size, geometry.taps, geometry.pads, g.shape[1:3], strict=True)
-    rows, columns = ((taps - 1 - low, size + low - steps) for size, taps, (low, _), steps in axes)
-    return dense(g, flipped(w), (1, 1), (rows, columns))
+    return dense(g, flipped(w), (1, 1), geometry.transposed_pads)
 
 
 def flipped(w: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jax import lax
 
 from backdoor_jax.models.conv import NHWC, conv_general_dilated
 from backdoor_jax.models.grouped_conv import grouped_conv
+from backdoor_jax.models.layers import adaptive_windows
 from backdoor_jax.models.torch_module.layouts import Layout
 
 Array = jax.Array
@@ -427,12 +428,6 @@ def _along_axes(x: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
     return jnp.einsum("bhwc,ih,jw->bijc", x, *matrices)
 
 
-def _windows(n: int, out: int) -> np.ndarray:
-    """Which entries each window of an adaptive pooling covers, ``(out, n)``."""
-    at, window = np.arange(n), np.arange(out)[:, None]
-    return (at >= window * n // out) & (at < -(-(window + 1) * n // out))
-
-
 @register("adaptive_avg_pool2d", "_adaptive_avg_pool2d", layout="maps")
 def _adaptive_avg_pool2d(self: Array, output_size: Sequence[int]) -> Array:
     sizes = self.shape[1:3]
@@ -441,14 +436,14 @@ def _adaptive_avg_pool2d(self: Array, output_size: Sequence[int]) -> Array:
         return jnp.mean(self, (1, 2), keepdims=True)
     if out == sizes:
         return self
-    windows = [_windows(n, size) for n, size in zip(sizes, out, strict=True)]
+    windows = [adaptive_windows(n, size) for n, size in zip(sizes, out, strict=True)]
     return _along_axes(self, *(inside / inside.sum(1, keepdims=True) for inside in windows))
 
 
 @register("adaptive_max_pool2d", layout="maps")
 def _adaptive_max_pool2d(self: Array, output_size: Sequence[int]) -> tuple[Array, None]:
     for axis, out in enumerate(_pair(output_size), 1):
-        inside = _windows(self.shape[axis], out)
+        inside = adaptive_windows(self.shape[axis], out)
         parts = [jnp.take(self, np.flatnonzero(row), axis).max(axis, keepdims=True) for row in inside]
         self = jnp.concatenate(parts, axis)
     return self, None
@@ -493,26 +488,20 @@ def _sampling(n: int, out: int, step: float, align_corners: bool, cubic: bool) -
     return matrix
 
 
-@register("upsample_bilinear2d", layout="maps")
-def _bilinear(
-    input: Array,
-    output_size: Sequence[int] | None = None,
-    align_corners: bool = False,
-    scale_factors: Sequence[float] | None = None,
-) -> Array:
-    axes = _sizes(input, output_size, scale_factors)
-    return _along_axes(input, *(_sampling(*axis, align_corners, cubic=False) for axis in axes))
+def _register_interpolation(name: str, cubic: bool) -> None:
+    @register(name, layout="maps")
+    def interpolate(
+        input: Array,
+        output_size: Sequence[int] | None = None,
+        align_corners: bool = False,
+        scale_factors: Sequence[float] | None = None,
+    ) -> Array:
+        axes = _sizes(input, output_size, scale_factors)
+        return _along_axes(input, *(_sampling(*axis, align_corners, cubic) for axis in axes))
 
 
-@register("upsample_bicubic2d", layout="maps")
-def _bicubic(
-    input: Array,
-    output_size: Sequence[int] | None = None,
-    align_corners: bool = False,
-    scale_factors: Sequence[float] | None = None,
-) -> Array:
-    axes = _sizes(input, output_size, scale_factors)
-    return _along_axes(input, *(_sampling(*axis, align_corners, cubic=True) for axis in axes))
+_register_interpolation("upsample_bilinear2d", cubic=False)
+_register_interpolation("upsample_bicubic2d", cubic=True)
 
 
 @register("pixel_shuffle")
