@@ -1,0 +1,117 @@
+"""Normalization, in evaluation and in training mode."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+from backdoor_jax.models.torch_module.operators.registry import Array, Axes, register
+
+
+def _by_channel(values: Array, rank: int, axes: Axes) -> Array:
+    """Values ``(C,)`` in a shape that broadcasts along the channels."""
+    return values.reshape([-1 if axis == axes[1] else 1 for axis in range(rank)])
+
+
+def batch_norm(
+    input: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    axes: Axes,
+) -> Array:
+    """A tensor normalized with mean and variance ``(C,)`` of its channels, in float32 or more."""
+    gain = lax.rsqrt(var + eps)
+    gain = gain if weight is None else gain * weight
+    shift = -mean * gain if bias is None else bias - mean * gain
+    out = input * _by_channel(gain, input.ndim, axes) + _by_channel(shift, input.ndim, axes)
+    return out.astype(input.dtype)
+
+
+def batch_statistics(input: Array, axes: Axes) -> tuple[Array, Array, int]:
+    """Mean and biased variance ``(C,)`` over everything but channels, and the number of entries of a channel."""
+    wide = input.astype(jnp.promote_types(input.dtype, jnp.float32))
+    others = tuple(axis for axis in range(input.ndim) if axis != axes[1])
+    return jnp.mean(wide, others), jnp.var(wide, others), input.size // input.shape[axes[1]]
+
+
+@register("_native_batch_norm_legit.no_stats", layout="axes")
+def _batch_norm_without_statistics(
+    input: Array,
+    weight: Array | None,
+    bias: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    axes: Axes,
+) -> tuple[Array]:
+    del training, momentum
+    mean, var, _ = batch_statistics(input, axes)
+    return (batch_norm(input, mean, var, weight, bias, eps, axes),)
+
+
+def _standardized(x: Array, axes: Axes, eps: float) -> Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(wide, axes, keepdims=True)
+    return ((wide - mean) * lax.rsqrt(jnp.var(wide, axes, keepdims=True) + eps)).astype(x.dtype)
+
+
+@register("layer_norm")
+def _layer_norm(
+    input: Array,
+    normalized_shape: Sequence[int],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    out = _standardized(input, tuple(range(-len(normalized_shape), 0)), eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+@register("rms_norm")
+def _rms_norm(
+    input: Array, normalized_shape: Sequence[int], weight: Array | None = None, eps: float | None = None
+) -> Array:
+    axes = tuple(range(-len(normalized_shape), 0))
+    eps = float(jnp.finfo(input.dtype).eps) if eps is None else eps
+    out = input * lax.rsqrt(jnp.mean(input**2, axes, keepdims=True) + eps)
+    return out if weight is None else out * weight
+
+
+@register("group_norm", layout="axes")
+def _group_norm(
+    input: Array,
+    num_groups: int,
+    axes: Axes,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    last = jnp.moveaxis(input, axes[1], -1)
+    grouped = last.reshape(len(last), -1, num_groups, last.shape[-1] // num_groups)
+    out = jnp.moveaxis(_standardized(grouped, (1, 3), eps).reshape(last.shape), -1, axes[1])
+    out = out if weight is None else out * _by_channel(weight, out.ndim, axes)
+    return out if bias is None else out + _by_channel(bias, out.ndim, axes)
+
+
+@register("instance_norm", layout="axes")
+def _instance_norm(
+    input: Array,
+    axes: Axes,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Array:
+    del momentum
+    if not use_input_stats and running_mean is not None and running_var is not None:
+        return batch_norm(input, running_mean, running_var, weight, bias, eps, axes)
+    out = _standardized(input, axes[2:], eps)
+    out = out if weight is None else out * _by_channel(weight, out.ndim, axes)
+    return out if bias is None else out + _by_channel(bias, out.ndim, axes)
