@@ -22,7 +22,7 @@ from backdoor_jax.stopping import Stopped, stopping_at_safe_points
 
 if TYPE_CHECKING:
     from backdoor_jax.analyses.base import Row
-    from backdoor_jax.app import Images, ScanResult, Suspect
+    from backdoor_jax.app import Images, ModelFile, ScanResult, Suspect
 
 SEEDS = 2**32
 """Seeds are below; others make no key of `jax.random`."""
@@ -321,10 +321,12 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def _model_options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What a command says about its model, as `backdoor_jax.app` takes it."""
+def _model_file(parsed: argparse.Namespace) -> "ModelFile":
+    """The model of a command."""
+    from backdoor_jax.app import ModelFile
+
     given = {name: getattr(parsed, name) for name in ("model", "key", "stem", "classes")}
-    return given | parse_normalization(parsed.normalize)
+    return ModelFile(parsed.checkpoint, **given, **parse_normalization(parsed.normalize))
 
 
 def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
@@ -332,14 +334,13 @@ def _load_suspect(parsed: argparse.Namespace) -> "Suspect":
     from backdoor_jax.app import load_suspect
 
     return load_suspect(
-        parsed.checkpoint,
+        _model_file(parsed),
         parsed.data,
         test=parsed.test,
         images=_images(parsed),
         healthy=parsed.healthy,
         triggered=_trigger(parsed),
         target=parsed.target,
-        **_model_options(parsed),
     )
 
 
@@ -459,7 +460,7 @@ def _scan(parsed: argparse.Namespace) -> None:
         size = parse_size(parsed.size)
         if size is None:
             raise UserError("give the size of the model's images as --size 32x32, or clean images by --data")
-        suspect = load_unseen(parsed.checkpoint, size, **_model_options(parsed))
+        suspect = load_unseen(_model_file(parsed), size)
     else:
         suspect = _load_suspect(parsed)
     if not parsed.json and len(suspect.test):

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model, scan
-from backdoor_jax.app import load_suspect, repair_model, require_better_than_chance, scan_model
+from backdoor_jax.app import ModelFile, load_suspect, repair_model, require_better_than_chance, scan_model
 from backdoor_jax.cli import main, parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import CLP
@@ -253,7 +253,7 @@ def test_a_scan_without_what_it_needs_says_what_to_give(place: Path, tmp_path: P
 
 
 def test_the_functions_return_what_the_commands_print(place: Path, tmp_path: Path, no_repair: None) -> None:
-    suspect = load_suspect(place / "model", str(place / "clean.npz"))
+    suspect = load_suspect(ModelFile(place / "model"), str(place / "clean.npz"))
     assert (suspect.accuracy, suspect.held_out, len(suspect.test)) == (1.0, False, 60)
     found = scan_model(suspect, tmp_path / "scan.png")
     assert found.figure.is_file()

@@ -14,7 +14,7 @@ from PIL import Image
 from torch_networks import torch_resnet, torchvision_models
 
 from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch, make_dataset, predict
-from backdoor_jax.app import Images, load_suspect, repair_model
+from backdoor_jax.app import Images, ModelFile, load_suspect, repair_model
 from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
 from backdoor_jax.data import LabelMap, load, load_labeled
@@ -109,6 +109,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(folder, module)
 
 
+def pooled(place: Place) -> ModelFile:
+    """The trained model, with the user's code."""
+    return ModelFile(place.folder / "model.pth.tar", f"{place.folder / 'nets.py'}:make_net")
+
+
 def fresh_state(folder: Path) -> dict[str, Any]:
     """The state dict of a new network of the user's file."""
     import importlib.util
@@ -143,7 +148,7 @@ def one_line(call: Any, *arguments: Any, **options: Any) -> str:
 
 def test_the_users_own_module_is_run_with_its_own_stem(place: Place) -> None:
     data = str(place.folder / "clean.npz")
-    suspect = load_suspect(place.folder / "model.pth.tar", data, model=f"{place.folder / 'nets.py'}:make_net")
+    suspect = load_suspect(pooled(place), data)
     assert suspect.accuracy > 0.95
     images = np.load(data)["images"]
     with torch.no_grad():
@@ -163,19 +168,12 @@ def test_every_stem_with_the_same_shapes_can_be_chosen() -> None:
 def test_images_in_another_order_of_channels_or_range_name_the_option(place: Place, tmp_path: Path) -> None:
     arrays = np.load(place.folder / "clean.npz")
     np.savez(tmp_path / "bgr.npz", images=arrays["images"][..., ::-1], labels=arrays["labels"])
-    given = {"model": f"{place.folder / 'nets.py'}:make_net"}
-    checkpoint = place.folder / "model.pth.tar"
     try:
-        notes = " ".join(load_suspect(checkpoint, str(tmp_path / "bgr.npz"), **given).notes)  # type: ignore[arg-type]
+        notes = " ".join(load_suspect(pooled(place), str(tmp_path / "bgr.npz")).notes)
     except UserError as error:
         notes = str(error)
     assert "with --channel-order bgr it classifies" in notes
-    turned = load_suspect(
-        checkpoint,
-        str(tmp_path / "bgr.npz"),
-        images=Images(channel_order="bgr"),
-        **given,  # type: ignore[arg-type]
-    )
+    turned = load_suspect(pooled(place), str(tmp_path / "bgr.npz"), images=Images(channel_order="bgr"))
     assert turned.accuracy > 0.95
     assert "assumed: pixels from 0 to 1" in turned.notes[0] and "BGR" in turned.notes[0]
 
@@ -455,9 +453,7 @@ def test_victims_near_chance_are_marked() -> None:
 
 
 def test_the_success_rate_of_triggered_images_leaves_out_the_target_class(place: Place) -> None:
-    suspect = load_suspect(
-        place.folder / "model.pth.tar", str(place.folder / "clean.npz"), model=f"{place.folder / 'nets.py'}:make_net"
-    )
+    suspect = load_suspect(pooled(place), str(place.folder / "clean.npz"))
     data = make_dataset(*draw(60, 5))
     shown = make_dataset(np.asarray(data.images)[np.full(60, 3)], np.asarray(data.labels))
     target = int(predict(suspect.classifier, suspect.variables, shown.images[:1])[0])
@@ -494,8 +490,6 @@ def test_a_repair_that_loses_accuracy_is_a_warning_with_exit_code_1_and_not_writ
 
 
 def test_a_repair_in_python_is_not_written_either(place: Place, tmp_path: Path) -> None:
-    suspect = load_suspect(
-        place.folder / "model.pth.tar", str(place.folder / "clean.npz"), model=f"{place.folder / 'nets.py'}:make_net"
-    )
+    suspect = load_suspect(pooled(place), str(place.folder / "clean.npz"))
     result = repair_model(suspect, CLP(u=0.0), tmp_path / "a.pt", max_drop=-1.0)
     assert result.out is None

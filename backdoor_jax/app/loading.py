@@ -1,0 +1,326 @@
+"""Read a suspect model and the images to work with, and evaluate it.
+
+Shapes of weights do not show how images were normalized, in which order their channels are, or what a stem does, and a
+model that is given other images than in its training looks like one near chance. Near chance it is refused; below what
+a healthy model reaches a scan gives no verdict and a repair is refused.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backdoor_jax.app.trials import better_input, try_inputs
+from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, load_labeled
+from backdoor_jax.detectors import HEALTHY
+from backdoor_jax.errors import UserError
+from backdoor_jax.interop.native import load_model
+from backdoor_jax.interop.torch_files import read, unwrap
+from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
+from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict, success_rates
+from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
+
+
+class _Opened(NamedTuple):
+    """A model in a file, of which a module's network follows from the shape of its images."""
+
+    num_classes: int
+    channels: int
+    network: Callable[[jax.Array], tuple[Classifier, Variables]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """A model in a file, and what a PyTorch file does not tell of it.
+
+    Attributes:
+        path: the file or folder; see `backdoor_jax.load_model`.
+        model: the network's name, or the module as ``torchvision:NAME``, ``timm:NAME`` or ``FILE.py:FUNCTION``.
+        key: of a file that holds several models: which.
+        stem: of a ResNet: a name in `backdoor_jax.models.STEMS`.
+        normalization: a name in `backdoor_jax.models.NORMALIZATIONS`.
+        mean: of each channel, instead of a name.
+        std: of each channel, instead of a name.
+        classes: what the model's number of classes must be.
+    """
+
+    path: Path
+    model: str | None = None
+    key: str | None = None
+    stem: Stem | None = None
+    normalization: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    classes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What errors and figures call the model."""
+        return str(self.path)
+
+    def open(self) -> _Opened:
+        """Reads the model.
+
+        Raises:
+            UserError: for a file that cannot be used.
+        """
+        if self.model is None or not names_module(self.model):
+            found = load_model(
+                self.path,
+                self.model,
+                key=self.key,
+                stem=self.stem,
+                normalization=self.normalization,
+                mean=self.mean,
+                std=self.std,
+            )
+            opened = _Opened(found[0].num_classes, len(found[0].mean), lambda images: found)
+        else:
+            opened = self._open_module(self.model)
+        if self.classes is not None and self.classes != opened.num_classes:
+            raise UserError(f"{self.path}: has {opened.num_classes} classes, not {self.classes}; fix --classes")
+        return opened
+
+    def _open_module(self, model: str) -> _Opened:
+        """A PyTorch module with the state in the file."""
+        state, bounds = unwrap(read(self.path), self.name, self.key)
+        loaded = load_module(model, state, self.name, self.classes)
+        mean, std = self._normalization(loaded.channels)
+
+        def network(images: jax.Array) -> tuple[Classifier, Variables]:
+            classifier, variables = Classifier.from_torch(loaded.module, images, mean=mean, std=std)
+            return classifier, bounds_of(variables, classifier, bounds, self.name) if bounds else variables
+
+        return _Opened(loaded.num_classes, loaded.channels, network)
+
+    def _normalization(self, channels: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Mean and standard deviation by name or as given, for this many channels."""
+        name, mean, std = self.normalization, self.mean, self.std
+        if name is not None and name != "none":
+            if name not in NORMALIZATIONS:
+                raise UserError(f"unknown normalization {name!r}; known are {', '.join(sorted(NORMALIZATIONS))}")
+            mean, std = NORMALIZATIONS[name]
+        if mean is not None and len(mean) != channels:
+            raise UserError(f"the model takes {channels} channels, the normalization has {len(mean)}; fix --normalize")
+        return mean, std
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """A model that may be backdoored, and the images to work with.
+
+    Attributes:
+        name: what errors and figures call it.
+        classifier: the network.
+        variables: its variables.
+        data: images to scan or repair with.
+        test: images that the model is evaluated on; `data` where there are no others.
+        accuracy: share of `test` that it classifies correctly; NaN without images.
+        healthy: the accuracy that a healthy model reaches on such images; below it there is no verdict.
+        class_names: names of the classes, where `data` comes with some.
+        notes: what was assumed, converted or passed over, and what would give a higher accuracy, one line each.
+        triggered: images with the user's trigger under their true labels, where given.
+        target: the class that the trigger leads to.
+    """
+
+    name: str
+    classifier: Classifier
+    variables: Variables
+    data: Dataset
+    test: Dataset
+    accuracy: float
+    healthy: float = HEALTHY
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    triggered: Dataset | None = None
+    target: int | None = None
+
+    def success_rate(self, variables: Variables) -> float | None:
+        """The attack success rate of the user's trigger under these variables; None without triggered images."""
+        if self.triggered is None or self.target is None:
+            return None
+        predictions = predict(self.classifier, variables, self.triggered.images, name=self.name)
+        labels = np.asarray(self.triggered.labels)
+        return success_rates(predictions, labels, LabelMap("all_to_one", self.classifier.num_classes, self.target))[0]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is evaluated on other images than those to work with."""
+        return self.test is not self.data
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """How images are read.
+
+    Attributes:
+        size: height and width to which they are resized; as they are by default.
+        class_names: the folders of classes 0, 1, ...; their sorted names by default.
+        channel_order: ``rgb``, or ``bgr`` for a model that was trained on images of OpenCV.
+    """
+
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+
+    def load(self, source: str, num_classes: int, channels: int) -> Labeled:
+        """The labeled images of a source; see `backdoor_jax.data.load_labeled`."""
+        found = load_labeled(source, num_classes, channels, size=self.size, class_names=self.class_names)
+        test = found.test and dataclasses.replace(found.test, images=self.turn(found.test.images))
+        return found._replace(data=dataclasses.replace(found.data, images=self.turn(found.data.images)), test=test)
+
+    def turn(self, images: jax.Array) -> jax.Array:
+        """Images in RGB to the model's order of channels, or back."""
+        return images if self.channel_order == "rgb" else images[..., ::-1]
+
+
+def load_suspect(
+    file: ModelFile,
+    data: str,
+    *,
+    test: str | None = None,
+    images: Images = Images(),
+    healthy: float = HEALTHY,
+    triggered: str | Callable[[tuple[int, int, int]], Trigger] | None = None,
+    target: int | None = None,
+) -> Suspect:
+    """Reads a model and labeled images, and evaluates the model on them.
+
+    Args:
+        file: the model.
+        data: clean labeled images; see `backdoor_jax.data.load_labeled`.
+        test: images to evaluate on, in one of the same forms; by default the test images that come with `data`, or
+            else `data` itself, which then does not show what a repair costs.
+        images: how images are read.
+        healthy: the accuracy that a healthy model reaches on these images.
+        triggered: images with the trigger under their true labels, in one of the same forms; or what makes the trigger
+            for images of a shape, such as `backdoor_jax.attacks.picture_patch` with a file. It is put on the images
+            that the model is evaluated on.
+        target: the class that the trigger leads to.
+
+    Raises:
+        UserError: for anything that cannot be used, and for a model near chance.
+    """
+    if (triggered is None) != (target is None):
+        raise UserError(
+            "a trigger and its target class go together; give both (--triggered, --patch or --blend, and --target)"
+        )
+    opened = file.open()
+    labeled = images.load(data, opened.num_classes, opened.channels)
+    classifier, variables = opened.network(labeled.data.images)
+    name = file.name
+    channels, notes = len(classifier.mean), list(labeled.notes)
+    held_out = labeled.test
+    if test is not None:
+        other = images.load(test, classifier.num_classes, channels)
+        notes += other.notes
+        held_out = other.test or other.data
+    judged = held_out or labeled.data
+    shown = None
+    if triggered is not None and target is not None:
+        if not 0 <= target < classifier.num_classes:
+            raise UserError(f"--target {target} is no class of the model; it has 0 to {classifier.num_classes - 1}")
+        if isinstance(triggered, str):
+            shown = images.load(triggered, classifier.num_classes, channels).data
+        else:
+            height, width, _ = judged.images.shape[1:]
+            trigger = triggered((height, width, channels))
+            shown = dataclasses.replace(judged, images=images.turn(trigger(images.turn(judged.images))))
+    for part in (labeled.data, judged, *(() if shown is None else (shown,))):
+        try:
+            jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    accuracy = evaluate(classifier, variables, judged, name=name).acc
+    labels = np.asarray(judged.labels)
+    assumed = file.model is not None
+    better = ""
+    if accuracy < healthy:
+        trials = try_inputs(classifier, variables, judged, assumed, "bgr" if images.channel_order == "rgb" else "rgb")
+        better = better_input(trials, accuracy)
+    require_better_than_chance(round(accuracy * len(judged)), labels, classifier, name, better)
+    if assumed:
+        notes.insert(0, _assumptions(classifier, images))
+    if better:
+        notes.append(better)
+    return Suspect(
+        name,
+        classifier,
+        variables,
+        labeled.data,
+        judged,
+        accuracy,
+        healthy,
+        labeled.class_names,
+        tuple(notes),
+        shown,
+        target,
+    )
+
+
+def _assumptions(classifier: Classifier, images: Images) -> str:
+    """What shapes do not determine and was assumed, in one line."""
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
+    parts = [f"pixels from 0 to 1, normalized by {mean}/{std} (--normalize)"]
+    parts.append(f"channels in the order {images.channel_order.upper()} (--channel-order)")
+    if isinstance(classifier.network, ResNet):
+        size, stride, pooled = STEMS[classifier.network.stem]
+        pooling = "then max-pooling" if pooled else "no pooling"
+        parts.append(f"a stem of {size}x{size} with stride {stride}, {pooling} (--stem)")
+    return f"assumed: {'; '.join(parts)}"
+
+
+def load_unseen(file: ModelFile, size: tuple[int, int]) -> Suspect:
+    """Reads a model without any images, for a detector that needs none.
+
+    Args:
+        file: the model.
+        size: height and width of its images.
+
+    Raises:
+        UserError: for a file that cannot be used.
+    """
+    opened = file.open()
+    images = jnp.zeros((1, *size, opened.channels), jnp.uint8)
+    classifier, variables = opened.network(images)
+    none = Dataset(images[:0], jnp.zeros(0, jnp.int32))
+    return Suspect(file.name, classifier, variables, none, none, math.nan)
+
+
+def require_better_than_chance(
+    correct: int, labels: np.ndarray, classifier: Classifier, name: str, better: str = ""
+) -> None:
+    """Refuses a model that is hardly better than guessing; see `is_near_chance`.
+
+    Args:
+        correct: how many images it classifies correctly.
+        labels: ``(N,)``.
+        classifier: the network.
+        name: what errors call the model.
+        better: what would be better, where something is known.
+
+    Raises:
+        UserError: where it is near chance; it names the likely causes.
+    """
+    count = len(labels)
+    if len(np.unique(labels)) < 2:
+        raise UserError(f"all {count} images are of class {labels[0]}, which shows nothing; give images of all classes")
+    if not is_near_chance(correct, labels, classifier.num_classes):
+        return
+    chance = chance_level(labels, classifier.num_classes)
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
+    raise UserError(
+        f"{name}: {correct} of {count} images classified correctly ({100 * correct / count:.1f} %) is near chance "
+        f"({100 * chance:.1f} %); "
+        + (
+            better
+            or f"most likely the images are not normalized as in its training (here {mean}/{std}): see --normalize; or "
+            "the channels have another order (--channel-order), the images another size (--size), the network another "
+            "stem (--stem, or the module itself as --model), or the labels number the classes in another order"
+        )
+    )

@@ -1,0 +1,50 @@
+"""Where models and figures may be written."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from backdoor_jax.errors import UserError
+from backdoor_jax.files import beside
+from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
+from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES
+
+NEEDED_PACKAGES = {**dict.fromkeys(TORCH_SUFFIXES, "torch"), EXPORT_SUFFIX: "flatbuffers"}
+"""The package that writing a file needs, by its suffix."""
+MODEL_SUFFIXES = (".safetensors", *NEEDED_PACKAGES)
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
+    """Refuses an output path that is taken, or where nothing can be written.
+
+    Args:
+        out: the path.
+        force: whether what is there may be replaced.
+        known: suffixes of files; anything else is a folder.
+
+    Raises:
+        UserError: where something is there and may not be replaced, the suffix is unknown or needs a package, or no
+            file can be written there.
+    """
+    if out.suffix[1:2].isalpha() and out.suffix not in known:
+        raise UserError(
+            f"{out}: unknown suffix {out.suffix!r}; give .safetensors, .pt, {EXPORT_SUFFIX}, or a folder without one"
+        )
+    package = NEEDED_PACKAGES.get(out.suffix)
+    if package is not None and find_spec(package) is None:
+        raise UserError(f"{out}: needs the package {package}; pip install {package}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = beside(out, "partial", out.suffix)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+    if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix not in known):
+        return
+    if out.is_dir() and (out.suffix in known or not (out / DESCRIPTION).is_file()):
+        raise UserError(f"{out}: is a folder that holds no model; give another --out")
+    if not out.is_dir() and out.suffix not in known:
+        raise UserError(f"{out}: is a file, but a model without suffix is a folder; give another --out")
+    if not force:
+        raise UserError(f"{out}: exists; give another --out, or --force to replace it")
