@@ -271,9 +271,9 @@ def explanation(sortable: str, command: str) -> list[str]:
         f"All committed rows of experiments, by data set and network ({sortable}; made by {command}). Each figure "
         "leads to its rows, each row to its line in a file.",
         "DER (defense effectiveness rating), ASR (attack success rate) and ACC (clean accuracy) in percent, cost in "
-        f"points of ACC; means over victims, seconds as a median. A victim counts where its backdoor works on {100 * WORKING:g} "
-        f"% of the images or more. A failure is a repair that leaves an ASR of {100 * LEFT:g} % or more, or costs "
-        f"{100 * COST:g} points or more, on a victim or a clean model.",
+        "points of ACC; means over victims, seconds as a median. A victim counts where its backdoor works on "
+        f"{100 * WORKING:g} % of the images or more. A failure is a repair that leaves an ASR of {100 * LEFT:g} % "
+        f"or more, or costs {100 * COST:g} points or more, on a victim or a clean model.",
         "**Lines compare in the column DER, shared alone**: the others are means over whatever victims a defense has "
         "met. Many have met three models of one seed; times are those of their devices.",
     ]
