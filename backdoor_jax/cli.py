@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +20,10 @@ from backdoor_jax.errors import LONGEST, UserError, first_line, printable
 from backdoor_jax.stopping import Stopped, stopping_at_safe_points
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from distributed import Client
+
     from backdoor_jax.analyses.base import Row
     from backdoor_jax.app import Images, ModelFile, ScanResult, Suspect
 
@@ -55,7 +58,7 @@ def _run_command(parsed: argparse.Namespace) -> int:
     try:
         with stopping_at_safe_points():
             _check_options(parsed)
-            _set_up_jax()
+            _set_up_jax(distributes=_cluster_option(parsed) is not None)
             code: int | None = parsed.command(parsed)
     except UserError as error:
         return _fail(str(error))
@@ -75,7 +78,7 @@ def _check_options(parsed: argparse.Namespace) -> None:
     for name, value in vars(parsed).items():
         if value == "":
             raise UserError(f"{name.replace('_', '-')} is empty; give it a value, or leave it out")
-        if name in ("config", "checkpoint", "out") and value is not None:
+        if name in ("config", "checkpoint", "out", "slurm") and value is not None:
             setattr(parsed, name, Path(value))
     if not 0 <= getattr(parsed, "seed", 0) < SEEDS:
         raise UserError(f"seed is {parsed.seed}, expected 0 to {SEEDS - 1}")
@@ -136,9 +139,14 @@ def _safe_output() -> Iterator[None]:
             setattr(sys, name, stream)
 
 
-def _set_up_jax() -> None:
-    """Sets JAX to its default rules, whatever the environment says, and finds out whether it has a device."""
+def _set_up_jax(distributes: bool) -> None:
+    """Sets JAX to its default rules, whatever the environment says, and finds out whether it has a device.
+
+    A process whose workers do the work leaves accelerators to them.
+    """
     import jax
+
+    from backdoor_jax.compiling import use_program_cache
 
     config: Any = jax.config
     for name, value in (
@@ -148,26 +156,13 @@ def _set_up_jax() -> None:
         ("jax_disable_jit", False),
     ):
         config.update(name, value)
+    if distributes:
+        config.update("jax_platforms", "cpu")
     try:
         jax.devices()
     except RuntimeError as error:
         raise UserError(f"JAX finds no device ({first_line(error)}); unset JAX_PLATFORMS, or set it to cpu") from error
-    _enable_compilation_cache()
-
-
-def _enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX's own settings name one or turn it off."""
-    import jax
-    from platformdirs import user_cache_path
-
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir is None:
-        config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
-        # A command compiles nearly a hundred small programs, two seconds in all.
-        config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
-    # A folder that cannot be read or written only costs time.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
+    use_program_cache()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,11 +178,16 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run an experiment; re-running resumes it",
-        usage="backdoor-jax run CONFIG.yaml [--out DIR] [key=value ...]",
+        usage="backdoor-jax run CONFIG.yaml [--out DIR] [--workers N | --scheduler ADDRESS | --slurm PROFILE.yaml] "
+        "[key=value ...]",
         description="key=value changes a setting, with dots for nested keys: victim.epochs=2 seeds=[0]",
     )
     run.add_argument("config", help="experiment in YAML, such as configs/gtsrb_small.yaml")
     run.add_argument("--out", help="folder for results (default: runs/ and the file's name)")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="work in N processes, each on one core or GPU")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="or on the workers of a Dask scheduler")
+    where.add_argument("--slurm", metavar="PROFILE.yaml", help="or in SLURM jobs; see docs/scaling.md")
     run.set_defaults(command=_run)
 
     defend = commands.add_parser(
@@ -525,22 +525,52 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    _experiment(parsed.config, parsed.out or Path("runs") / parsed.config.stem, parsed.overrides)
+    out = parsed.out or Path("runs") / parsed.config.stem
+    _experiment(parsed.config, out, parsed.overrides, _cluster(parsed, out))
 
 
-def _experiment(config: Path, out: Path, overrides: tuple[str, ...]) -> None:
+def _cluster_option(parsed: argparse.Namespace) -> str | None:
+    """The option by which a command asks for a cluster, where it does."""
+    options = ("workers", "scheduler", "slurm")
+    return next((name for name in options if getattr(parsed, name, None) is not None), None)
+
+
+def _cluster(parsed: argparse.Namespace, out: Path) -> "AbstractContextManager[Client | None]":
+    """The cluster that a command asks for, or none."""
+    option = _cluster_option(parsed)
+    if option is None:
+        return contextlib.nullcontext()
+    try:
+        from backdoor_jax.experiment.workers import local_workers, slurm_workers, workers_of
+    except ImportError as error:
+        raise UserError(f"--{option} needs Dask; pip install 'backdoor_jax[distributed]'") from error
+    if option == "workers":
+        return local_workers(parsed.workers)
+    if option == "scheduler":
+        return workers_of(parsed.scheduler)
+    # The keys of its connections lie beside the folder, which holds results alone.
+    return slurm_workers(parsed.slurm, out.parent)
+
+
+def _experiment(
+    config: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    cluster: "AbstractContextManager[Client | None]" = contextlib.nullcontext(),
+) -> None:
     """Runs an experiment, and prints its rows, their table and where the page is."""
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.errors import FailedRepairs
-    from backdoor_jax.experiment import RESULT, read_rows, run_experiment
+    from backdoor_jax.experiment import RESULT, in_order, read_rows, run_experiment
     from backdoor_jax.report import write_page
 
     experiment, failed = load_experiment(config, overrides), None
-    try:
-        run_experiment(experiment, out, report=lambda line: print(line, flush=True))
-    except FailedRepairs as error:
-        failed = error
-    rows = read_rows(out / "results.jsonl", RESULT)
+    with cluster as client:
+        try:
+            run_experiment(experiment, out, report=lambda line: print(line, flush=True), client=client)
+        except FailedRepairs as error:
+            failed = error
+    rows = in_order(read_rows(out / "results.jsonl", RESULT), experiment)
     page = write_page(rows, out) if rows else None
     print_table(rows)
     if page:

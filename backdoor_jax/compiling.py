@@ -1,9 +1,10 @@
 """How programs that run a network are compiled."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jaxlib
@@ -47,3 +48,17 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
             return function(*args, **kwargs)
 
     return precise
+
+
+def use_program_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX's own settings name one or turn it off."""
+    from platformdirs import user_cache_path
+
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None:
+        config.update("jax_compilation_cache_dir", str(user_cache_path("backdoor_jax", False) / "programs"))
+        # A command compiles nearly a hundred small programs, two seconds in all.
+        config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # On a CPU jaxlib 0.12 cannot write programs that call oneDNN; those are compiled in every run.
+    # A folder that cannot be read or written only costs time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)

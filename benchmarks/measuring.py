@@ -128,6 +128,7 @@ def about() -> dict[str, Any]:
     import jaxlib
 
     import backdoor_jax
+    from backdoor_jax.version import commit
 
     device = jax.devices()[0]
     return {
@@ -144,21 +145,6 @@ def about() -> dict[str, Any]:
         "commit": commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def commit() -> str | None:
-    """The commit checked out, marked where tracked files differ from it; None outside a repository.
-
-    >>> import re
-    >>> found = commit()
-    >>> found is None or bool(re.fullmatch("[0-9a-f]{7,40}(-dirty)?", found))
-    True
-    """
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(words, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def processor() -> str:

@@ -53,7 +53,9 @@ def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), link
-        if anchor:
+        if line := re.fullmatch(r"L(\d+)", anchor):  # Of a file of rows.
+            assert int(line[1]) <= len(target.read_text(encoding="utf-8").splitlines()), link
+        elif anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, link

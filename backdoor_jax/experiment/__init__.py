@@ -6,7 +6,7 @@ resumes an interrupted experiment.
 """
 
 from backdoor_jax.experiment.rows import RESULT, append_row, format_row, read_rows
-from backdoor_jax.experiment.runner import run_experiment
+from backdoor_jax.experiment.runner import in_order, run_experiment
 from backdoor_jax.experiment.settings import (
     AttackEntry,
     DataConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "clean_subset",
     "describe",
     "format_row",
+    "in_order",
     "make_workspace",
     "prepare_model",
     "read_rows",

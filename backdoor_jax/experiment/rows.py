@@ -20,7 +20,7 @@ from backdoor_jax.errors import UserError
 from backdoor_jax.files import locked
 from backdoor_jax.metrics import Scores, defense_effectiveness
 from backdoor_jax.reading import file_size
-from backdoor_jax.version import __version__
+from backdoor_jax.version import __version__, commit
 
 
 def format_row(row: Row) -> str:
@@ -126,7 +126,7 @@ def rates(before: Scores, after: Scores) -> Row:
 
 
 def environment() -> Row:
-    """Device and versions, as a row holds them."""
+    """Device, versions and commit, as a row holds them."""
     device = jax.devices()[0]
     # Those that this process may use, where the system tells.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -135,6 +135,7 @@ def environment() -> Row:
         "versions": {"backdoor_jax": __version__}
         | {name: version(name) for name in ("jax", "flax", "optax")}
         | {"python": platform.python_version()},
+        "commit": commit(),
     }
 
 

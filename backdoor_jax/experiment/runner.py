@@ -1,41 +1,29 @@
 """Runs an experiment: trains victims and clean models, runs every defense on each, and writes a row for each model."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from backdoor_jax.analyses import ANALYSES, AnalysisContext, Subject
-from backdoor_jax.analyses.base import Finding, Row
-from backdoor_jax.data import Dataset, clean_indices
-from backdoor_jax.defenses import Defense, Repair
+from backdoor_jax.analyses import AnalysisContext
+from backdoor_jax.analyses.base import Row
+from backdoor_jax.data import clean_indices
 from backdoor_jax.errors import FailedRepairs, UserError
-from backdoor_jax.experiment.rows import RESULT, append_row, environment, format_row, rates, read_rows
-from backdoor_jax.experiment.settings import AttackEntry, DefenseEntry, Experiment, describe
-from backdoor_jax.experiment.victims import (
-    TrainedModel,
-    Workspace,
-    clean_subset,
-    judge,
-    load_stored,
-    make_model,
-    make_models,
-    make_workspace,
-    prepare_model,
-    streams,
-    trigger_like,
-)
+from backdoor_jax.experiment.cells import analysis_context, label_of, load_cell_model, make_row, missing
+from backdoor_jax.experiment.distributed import Place, make_rows
+from backdoor_jax.experiment.rows import RESULT, append_row, format_row, read_rows
+from backdoor_jax.experiment.settings import AttackEntry, Experiment, describe
+from backdoor_jax.experiment.victims import Workspace, make_models, make_workspace, trigger_like
 from backdoor_jax.files import held, is_leftover, locked_folder, remove_leftovers, write_text
-from backdoor_jax.metrics import Scores, is_near_chance
-from backdoor_jax.models import Variables
 from backdoor_jax.reading import parse_json, parsing, read_text
 from backdoor_jax.stopping import stop_if_asked
-from backdoor_jax.training import Stopwatch
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 RESULTS = "results.jsonl"
 
@@ -47,6 +35,7 @@ def run_experiment(
     root: Path = Path(),
     report: Callable[[str], None] = print,
     devices: Sequence[jax.Device] | None = None,
+    client: "Client | None" = None,
 ) -> list[Row]:
     """Runs what is missing of an experiment.
 
@@ -58,6 +47,8 @@ def run_experiment(
         devices: where there are several, the victims of all seeds are trained at once over them; by default all
             accelerators, or one CPU device, because CPU devices share their cores (`benchmarks/scaling.py` measures
             it).
+        client: of a Dask cluster whose workers do the work, such as one of `backdoor_jax.experiment.workers`; they
+            must see ``out`` under the same path. By default this process does it.
 
     Returns:
         All rows of the folder, from this run and others.
@@ -97,17 +88,35 @@ def run_experiment(
         with locked_folder(out):
             remove_leftovers(out)
             _claim(experiment, out)
-        return _run(workspace, report, devices)
+        rows = read_rows(out / RESULTS, RESULT)
+        without = sum("analyses" not in row for row in rows) if experiment.analyses else 0
+        if without:
+            report(f"{without} rows were made without analyses; remove them from {out / RESULTS} to make them again")
+        if client:
+            failed = make_rows(client, Place(experiment, out.resolve(), root.resolve()), out / RESULTS, report)
+        else:
+            failed = _run(workspace, report, devices)
+    if failed:
+        raise FailedRepairs(f"{len(failed)} repairs failed; {failed[0]}")
+    return in_order(read_rows(out / RESULTS), experiment)
 
 
-def _run(workspace: Workspace, report: Callable[[str], None], devices: Sequence[jax.Device] | None) -> list[Row]:
-    """Writes the missing rows of an experiment whose folder is held."""
-    experiment, path = workspace.experiment, workspace.folder / RESULTS
-    rows = read_rows(path, RESULT)
-    without = sum("analyses" not in row for row in rows) if experiment.analyses else 0
-    if without:
-        report(f"{without} rows were made without analyses; remove them from {path} to make them again")
+def in_order(rows: list[Row], experiment: Experiment) -> list[Row]:
+    """Rows in the order of an experiment, whatever order they were made in; those that it does not name come last."""
+    seeds = list(experiment.seeds)
+    attacks = [*(entry.label for entry in experiment.attacks), "none"]
+    defenses = ["none", *(entry.label for entry in experiment.defenses)]
 
+    def place(row: Row) -> tuple[int, ...]:
+        fields = (("seed", seeds), ("attack", attacks), ("defense", defenses))
+        return tuple(known.index(row[name]) if row[name] in known else len(known) for name, known in fields)
+
+    return sorted(rows, key=place)
+
+
+def _run(workspace: Workspace, report: Callable[[str], None], devices: Sequence[jax.Device] | None) -> list[str]:
+    """Writes the missing rows of an experiment whose folder is held; returns what failed."""
+    experiment = workspace.experiment
     attacks: list[AttackEntry | None] = [*experiment.attacks, None]
     if devices is None:
         devices = jax.devices() if jax.default_backend() != "cpu" else jax.devices()[:1]
@@ -116,12 +125,10 @@ def _run(workspace: Workspace, report: Callable[[str], None], devices: Sequence[
             make_models(workspace, entry, devices)
     failed: list[str] = []
     for seed in experiment.seeds:
-        context = _analysis_context(workspace, seed)
+        context = analysis_context(workspace, seed)
         for entry in attacks:
             failed += _run_attack(workspace, entry, seed, context, report)
-    if failed:
-        raise FailedRepairs(f"{len(failed)} repairs failed; {failed[0]}")
-    return read_rows(path)
+    return failed
 
 
 def _run_attack(
@@ -132,49 +139,25 @@ def _run_attack(
     report: Callable[[str], None],
 ) -> list[str]:
     """Writes the missing rows of one victim or clean model and of its repairs; returns what failed."""
-    experiment, path = workspace.experiment, workspace.folder / RESULTS
-    label, attack = (entry.label, entry.attack) if entry else ("none", None)
-    done = {row["defense"] for row in read_rows(path) if (row["attack"], row["seed"]) == (label, seed)}
-    missing = [defense for defense in experiment.defenses if defense.applies(attack) and defense.label not in done]
-    if not missing and "none" in done:
+    path = workspace.folder / RESULTS
+    absent = missing(workspace.experiment, entry, seed, read_rows(path))
+    if not absent:
         return []
-
-    def add(row: Row) -> None:
+    model = load_cell_model(workspace, entry, seed)
+    failed = []
+    for defense in absent:
+        try:
+            row = make_row(workspace, entry, model, defense, context)
+        except UserError as error:
+            if defense is None:
+                raise
+            failed.append(f"{defense.label} on {label_of(entry)}-{seed}: {error}")
+            report(failed[-1])
+            continue
         append_row(path, row)
         report(format_row(row))
         stop_if_asked()
-
-    clean_model = _clean_model(workspace, seed) if attack and attack.needs_clean_model else None
-    model = prepare_model(workspace, entry, seed, clean_model)
-    if "none" not in done:
-        add(_model_row(workspace, entry, model, _analyze(experiment, context, model)))
-    failed = []
-    for defense in missing:
-        try:
-            add(_repair_row(workspace, entry, model, defense, _repair(workspace, entry, model, defense, context)))
-        except UserError as error:
-            failed.append(f"{defense.label} on {label}-{seed}: {error}")
-            report(failed[-1])
     return failed
-
-
-def _clean_model(workspace: Workspace, seed: int) -> Variables:
-    """The variables of the clean model of a seed, trained unless it is stored."""
-    make_model(workspace, None, seed)
-    return load_stored(workspace, None, seed).variables
-
-
-def _analysis_context(workspace: Workspace, seed: int) -> AnalysisContext:
-    """What the analyses of one seed share."""
-    task = workspace.task
-    return AnalysisContext(
-        workspace.classifier,
-        task,
-        workspace.experiment.training(None),
-        key_for=lambda purpose: streams(seed, purpose)["analysis"],
-        load_clean=lambda: task.train.take(clean_subset(workspace, seed)),
-        load_clean_model=lambda: _clean_model(workspace, seed),
-    )
 
 
 def _check(workspace: Workspace) -> None:
@@ -237,156 +220,3 @@ def _claim(experiment: Experiment, out: Path) -> None:
             for part in ("seeds", "analyses"):
                 described[part] = list(dict.fromkeys([*earlier[part], *described[part]]))
     write_text(path, json.dumps(described, indent=1))
-
-
-class Repaired(NamedTuple):
-    """A repair with its cost and its evaluation.
-
-    Attributes:
-        defense: with the settings that it was run with.
-        repair: what it returned.
-        scores: of the repaired model.
-        images: how many it received.
-        seconds: without compilation.
-        compile_seconds: of compilation.
-        analyses: what the analyses found in the repaired model.
-    """
-
-    defense: Defense
-    repair: Repair
-    scores: Scores
-    images: int
-    seconds: float
-    compile_seconds: float
-    analyses: dict[str, Finding]
-
-
-def _repair(
-    workspace: Workspace,
-    entry: AttackEntry | None,
-    model: TrainedModel,
-    defense_entry: DefenseEntry,
-    context: AnalysisContext,
-) -> Repaired:
-    """Runs a defense on a model and evaluates the repair.
-
-    Raises:
-        UserError: where the defense fails, or leaves weights that are not finite.
-    """
-    task = workspace.task
-    defense: Any = defense_entry.defense
-    data: Dataset = model.training_set
-    if defense.needs == "clean":
-        data = context.clean
-    elif defense.needs == "nothing":
-        data = task.train.take(slice(0))
-    changes: dict[str, Any] = {}
-    if defense_entry.known_target and entry:
-        changes["target"] = entry.attack.target
-    if defense.mirrors and defense.flip is None:
-        changes["flip"] = task.flip
-    defense = dataclasses.replace(defense, **changes)
-
-    key = streams(model.seed, defense.name)["defense"]
-    with Stopwatch() as watch:
-        repair = defense.repair(key, workspace.classifier, model.variables, data)
-        jax.block_until_ready(repair.variables)
-    name = f"{defense_entry.label} on {model.label}-{model.seed}"
-    scores = judge(workspace, model, repair.variables, name)
-    found = _analyze(workspace.experiment, context, model, repair.variables) if repair.changed else {}
-    return Repaired(defense, repair, scores, len(data), watch.seconds, watch.compile_seconds, found)
-
-
-def _analyze(
-    experiment: Experiment, context: AnalysisContext, model: TrainedModel, repaired: Variables | None = None
-) -> dict[str, Finding]:
-    """What the experiment's analyses find in a model, or in its repair."""
-    subject = Subject(
-        variables=model.variables if repaired is None else repaired,
-        original=None if repaired is None else model.variables,
-        training_set=model.training_set,
-        poisoned=model.poisoned,
-        trigger=model.trigger,
-        label_map=model.label_map,
-    )
-    found = {name: ANALYSES[name].compute(context, subject) for name in experiment.analyses}
-    return {name: finding for name, finding in found.items() if finding is not None}
-
-
-def _repair_row(
-    workspace: Workspace, entry: AttackEntry | None, model: TrainedModel, defense_entry: DefenseEntry, done: Repaired
-) -> Row:
-    """The row of a repair."""
-    repair, defense = done.repair, done.defense
-    info = {"changed": repair.changed, **repair.info}
-    if repair.why is not None:
-        info["why"] = repair.why
-    if repair.scan is not None:
-        info["scan"] = repair.scan
-    if repair.kept is not None:
-        info["purified_poisoned"] = int(np.isin(repair.kept, model.poisoned).sum())
-    return {
-        **_shared_fields(workspace, entry, model),
-        "defense": defense_entry.label,
-        "method": defense.name,
-        "clean_ratio": workspace.experiment.clean_ratio if defense.needs == "clean" else 0.0,
-        "data_used": defense.needs,
-        "n_used": done.images,
-        **rates(model.scores, done.scores),
-        "target": repair.target,
-        "seconds": round(done.seconds, 3),
-        "compile_seconds": round(done.compile_seconds, 3),
-        **environment(),
-        "config": {
-            "attack": dataclasses.asdict(entry.attack) if entry else None,
-            "defense": dataclasses.asdict(defense),
-        },
-        "info": info,
-        **({"analyses": done.analyses} if workspace.experiment.analyses else {}),
-    }
-
-
-def _model_row(
-    workspace: Workspace, entry: AttackEntry | None, model: TrainedModel, analyses: dict[str, Finding]
-) -> Row:
-    """The row of a victim or a clean model itself."""
-    experiment = workspace.experiment
-    return {
-        **_shared_fields(workspace, entry, model),
-        "defense": "none",
-        "method": "none",
-        "clean_ratio": 0.0,
-        "data_used": "nothing",
-        "n_used": 0,
-        **rates(model.scores, model.scores),
-        "target": None,
-        "seconds": round(model.seconds, 3),
-        "compile_seconds": round(model.compile_seconds, 3),
-        **environment(),
-        "config": {
-            "attack": dataclasses.asdict(entry.attack) if entry else None,
-            "victim": dataclasses.asdict(experiment.training(entry)),
-        },
-        "info": {
-            "changed": False,
-            "trained_on": len(model.training_set),
-            "poisoned": len(model.poisoned),
-            **model.info,
-        },
-        **({"analyses": analyses} if experiment.analyses else {}),
-    }
-
-
-def _shared_fields(workspace: Workspace, entry: AttackEntry | None, model: TrainedModel) -> Row:
-    """The fields that the rows of a model and of its repairs share."""
-    network, labels = workspace.experiment.model, np.asarray(workspace.task.test.labels)
-    options = [f"{name}={value}" for name, value in network.options.items()]
-    return {
-        "experiment": workspace.experiment.name,
-        "dataset": workspace.task.name,
-        "model": "-".join([f"{network.name}-{network.width}", *options]),
-        "attack": model.label,
-        "poison_rate": entry.attack.rate if entry else 0.0,
-        "seed": model.seed,
-        "near_chance": is_near_chance(round(model.scores.acc * len(labels)), labels, workspace.task.num_classes),
-    }

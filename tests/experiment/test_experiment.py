@@ -50,7 +50,7 @@ from backdoor_jax.training import train
 CONTRACT = (
     "experiment", "dataset", "model", "attack", "poison_rate", "defense", "method", "clean_ratio", "data_used",
     "n_used", "seed", "acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before",
-    "near_chance", "target", "seconds", "compile_seconds", "device", "versions", "config", "info",
+    "near_chance", "target", "seconds", "compile_seconds", "device", "versions", "commit", "config", "info",
 )  # fmt: skip
 """Fields of a row, which documentation and reports rely on."""
 RATES = ("acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before")
