@@ -90,7 +90,8 @@ def slurm_workers(profile: Path, folder: Path) -> Iterator[Client]:
     from dask_jobqueue import SLURMCluster  # Its import looks for schedulers of jobs.
 
     folder.mkdir(parents=True, exist_ok=True)
-    given = {"processes": 1, "security": True, "shared_temp_directory": str(folder.resolve())} | arguments
+    given: dict[str, Any] = {"processes": 1, "security": True, "shared_temp_directory": str(folder.resolve())}
+    given |= arguments
     given["scheduler_options"] = {"dashboard": False, **given.get("scheduler_options", {})}
     try:
         cluster = SLURMCluster(**given)
