@@ -16,7 +16,7 @@ The names below are those one usually needs. The rest are in `backdoor_jax.attac
 
 from backdoor_jax import attacks, data, defenses, detectors, metrics, models, training
 from backdoor_jax.attacks import ATTACKS, BadNets, Blended, Victim
-from backdoor_jax.data import Dataset, Task, digits, load, make_dataset
+from backdoor_jax.data import Dataset, Task, digits, load, make_dataset, signs
 from backdoor_jax.defenses import D3, DEFENSES, PADFT, TAC, FineTune, Repair, SuperFineTune, scan
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop import load_torch, save_torch
@@ -66,6 +66,7 @@ __all__ = [
     "save_model",
     "save_torch",
     "scan",
+    "signs",
     "train",
     "training",
 ]

@@ -236,7 +236,7 @@ def _add_model_options(command: argparse.ArgumentParser, data_required: bool = T
     command.add_argument(
         "--data",
         required=data_required,
-        help="clean images: FILE.npz, a folder of class folders, digits or tfds:NAME",
+        help="clean images: FILE.npz, a folder of class folders, signs, digits or tfds:NAME",
     )
     command.add_argument(
         "--model",

@@ -6,11 +6,14 @@ does not start a formula.
 
 import base64
 import io
+import math
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -51,3 +54,63 @@ def use_logarithmic_scale(axes: Axes) -> None:
 def legend_beside(axes: Axes, **options: object) -> None:
     """Puts the legend to the right of the axes."""
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, **options)
+
+
+PLACES = np.array(
+    [
+        (reach * math.cos(angle), reach * math.sin(angle))
+        for reach in (9, 15, 22, 30, 40, 52, 66, 82, 100)
+        for angle in (math.tau * (turn + 0.5) / 16 for turn in range(16))
+    ]
+)
+"""Where labels may be, in points (1/72 inch) from what they label, from near to far."""
+
+
+def label_points(axes: Axes, points: list[tuple[float, float]], labels: list[str], colors: list[str]) -> None:
+    """Writes a label near each point, where it covers neither another label nor a point, with a line to the point.
+
+    Places are tried from near to far; where none is free, the one that covers least is taken.
+
+    Args:
+        axes: where the points are drawn; its limits are fixed by this.
+        points: ``(x, y)`` of each, in the axes' data.
+        labels: one for each.
+        colors: one for each.
+    """
+    if not points:
+        return
+    figure: Any = axes.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    unit = figure.dpi / 72
+    places, at = PLACES * unit, axes.transData.transform(points)
+    taken = np.concatenate([at - 5 * unit, at + 5 * unit], axis=1)
+    frame = np.asarray(axes.bbox.extents)[None]
+    for (x, y), point, label, color in zip(at, points, labels, colors, strict=True):
+        written = axes.text(0, 0, label, fontsize=7)
+        size = written.get_window_extent(renderer)
+        written.remove()
+        middles = np.array([x, y]) + places + np.sign(places) * (size.width / 2, 0)
+        half = np.array([size.width, size.height]) / 2
+        boxes = np.concatenate([middles - half, middles + half], axis=1)
+        outside: np.ndarray = size.width * size.height - _shared_areas(boxes, frame).sum(1)
+        best = int(np.argmin(np.round(outside + _shared_areas(boxes, taken).sum(1))))
+        taken = np.concatenate([taken, boxes[best : best + 1]])
+        axes.annotate(
+            label,
+            point,
+            xytext=tuple(PLACES[best]),
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+            ha="left" if PLACES[best, 0] > 0 else "right",
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 3},
+        )
+
+
+def _shared_areas(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The area that each of ``(N, 4)`` boxes shares with each of ``(M, 4)``; a box is its left, low, right, high."""
+    low = np.maximum(some[:, None, :2], others[None, :, :2])
+    high = np.minimum(some[:, None, 2:], others[None, :, 2:])
+    return np.prod(np.maximum(high - low, 0), axis=-1)

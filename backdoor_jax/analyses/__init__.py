@@ -2,6 +2,8 @@
 
 An experiment names analyses, and a row holds what they find under ``analyses``, as plain values:
 
+- ``verdict``, of victims and clean models: what the default detector says of them;
+- ``answers``, of victims and repairs: the classes that they give to a few test images, clean and triggered;
 - ``landscape``, of repairs (D3): losses and rates on the line from the victim to the repaired model and beyond, and how
   far the head has moved;
 - ``latents``, of victims and repairs (D3): latents of test images, clean and triggered, in 2-D;
@@ -14,15 +16,26 @@ An experiment names analyses, and a row holds what they find under ``analyses``,
 Each is an object that computes and draws; which images it looks at, and how many, is our choice.
 """
 
+from backdoor_jax.analyses.answers import Answers
 from backdoor_jax.analyses.base import Analysis, AnalysisContext, Subject
 from backdoor_jax.analyses.landscape import Landscape
 from backdoor_jax.analyses.latents import Latents
 from backdoor_jax.analyses.membership import MembershipInference
 from backdoor_jax.analyses.neurons import Neurons
 from backdoor_jax.analyses.reinjection import Reinjection
+from backdoor_jax.analyses.verdict import DetectorVerdict
 
 ANALYSES: dict[str, Analysis] = {
-    analysis.name: analysis for analysis in (Landscape(), Latents(), Neurons(), MembershipInference(), Reinjection())
+    analysis.name: analysis
+    for analysis in (
+        DetectorVerdict(),
+        Answers(),
+        Landscape(),
+        Latents(),
+        Neurons(),
+        MembershipInference(),
+        Reinjection(),
+    )
 }
 """The analyses by the names that configurations use, in the order in which a page shows them."""
 
@@ -30,6 +43,8 @@ __all__ = [
     "ANALYSES",
     "Analysis",
     "AnalysisContext",
+    "Answers",
+    "DetectorVerdict",
     "Landscape",
     "Latents",
     "MembershipInference",

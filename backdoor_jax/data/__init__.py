@@ -11,7 +11,7 @@ from backdoor_jax.data.dataset import (
     make_dataset,
 )
 from backdoor_jax.data.labeled import Labeled, load_labeled
-from backdoor_jax.data.loading import digits, load, npz_task
+from backdoor_jax.data.loading import digits, load, npz_task, signs
 from backdoor_jax.data.poisoning import (
     LabelMap,
     Poisoned,
@@ -57,5 +57,6 @@ __all__ = [
     "random_crop",
     "random_flip",
     "rotate",
+    "signs",
     "triggered",
 ]

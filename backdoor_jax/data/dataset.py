@@ -52,6 +52,7 @@ class Task:
         normalization: the name of the input normalization, from `backdoor_jax.models.NORMALIZATIONS`.
         flip: whether a mirrored image keeps its class, so that training may mirror images.
         left_out: images from the same source as `train` that nothing trains on, where only some of them are used.
+        class_names: names of the classes, where the source has some.
     """
 
     name: str
@@ -61,14 +62,16 @@ class Task:
     normalization: str = "none"
     flip: bool = False
     left_out: Dataset | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class Splits(NamedTuple):
-    """Images to train on, images to evaluate on, and the number of classes C."""
+    """Images to train on, images to evaluate on, the number of classes C and, where they have some, their names."""
 
     train: Dataset
     test: Dataset
     num_classes: int
+    class_names: tuple[str, ...] | None = None
 
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -112,7 +115,9 @@ class DatasetSpec:
         Raises:
             UserError: where it is not there or cannot be read.
         """
-        return Task(self.name, *self.read(), self.name if self.normalization else "none", self.flip)
+        train, test, num_classes, class_names = self.read()
+        normalization = self.name if self.normalization else "none"
+        return Task(self.name, train, test, num_classes, normalization, self.flip, class_names=class_names)
 
 
 def make_dataset(

@@ -53,7 +53,7 @@ def load_labeled(
       ``class_names``, if it has them. Other usual names are in `PARTS`; `as_images` and `as_labels` convert other
       layouts.
     - A folder with one folder for each class; see `read_folder`.
-    - ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
+    - ``signs``, ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
 
     Args:
         source: one of these.
@@ -79,7 +79,7 @@ def load_labeled(
                 f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes"
             )
         require_channels(task.train, channels, source)
-        return Labeled(task.train, task.test)
+        return Labeled(task.train, task.test, task.class_names)
     if os.path.isdir(path):
         found = read_folder(path, channels, num_classes=num_classes, size=size, class_names=class_names)
         data = make_dataset(found.images, found.labels, num_classes, str(path))

@@ -7,12 +7,18 @@ Normalizations are the published benchmark's. To add a data set, add its record 
     (True, ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)))
 """
 
+import dataclasses
+import functools
+
+import jax
 import numpy as np
 
 from backdoor_jax.data.dataset import DatasetSpec, Splits, make_dataset
 from backdoor_jax.data.official import GTSRB, Archive, Cifar, TinyImageNet
+from backdoor_jax.data.traffic_signs import SIGNS, draw_signs
 
 DIGITS_TRAIN = 1400
+SIGNS_TRAIN, SIGNS_TEST = 6000, 2000
 
 
 class Digits(DatasetSpec):
@@ -36,7 +42,35 @@ class Digits(DatasetSpec):
         return Splits(train, test, 10)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signs(DatasetSpec):
+    """Synthetic traffic signs, drawn from a key; 6,000 images are for training, 2,000 for testing.
+
+    Attributes:
+        key: a `jax.random` key; ``jax.random.key(0)`` by default.
+    """
+
+    key: jax.Array | None = None
+
+    def read(self) -> Splits:
+        """The images and labels."""
+        key = jax.random.key(0) if self.key is None else self.key
+        images, labels = _drawn_signs(tuple(np.asarray(jax.random.key_data(key)).ravel().tolist()))
+        train, test = (
+            make_dataset(images[part], labels[part], len(SIGNS), "signs")
+            for part in (slice(SIGNS_TRAIN), slice(SIGNS_TRAIN, None))
+        )
+        return Splits(train, test, len(SIGNS), tuple(sign.name for sign in SIGNS))
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn_signs(words: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels from the words of a key, drawn once a process."""
+    return draw_signs(np.random.default_rng(words), SIGNS_TRAIN + SIGNS_TEST)
+
+
 SPECS: tuple[DatasetSpec, ...] = (
+    Signs(name="signs", summary="synthetic traffic signs, 32x32, 16 classes, drawn in seconds"),
     Digits(name="digits", summary="scikit-learn's 1,797 handwritten digits, embedded"),
     Cifar(
         name="cifar10",

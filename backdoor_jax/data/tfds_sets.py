@@ -67,7 +67,8 @@ class TFDSSet(DatasetSpec):
         try:
             builder = self.builder()
             arrays = _decoded(self.source, builder)
-            classes = builder.info.features["label"].num_classes
+            label = builder.info.features["label"]
+            classes, names = label.num_classes, tuple(label.names)
         except UserError:
             raise
         except Exception as error:  # TFDS raises many kinds; the user needs its message, not its stack.
@@ -76,7 +77,7 @@ class TFDSSet(DatasetSpec):
             make_dataset(arrays[f"{split}_images"], arrays[f"{split}_labels"], classes, f"{self.source} {split}")
             for split in SPLITS
         )
-        return Splits(train, test, classes)
+        return Splits(train, test, classes, names)
 
 
 def _command(name: str) -> str:

@@ -19,7 +19,8 @@ class DataConfig(Config):
     """The data.
 
     Attributes:
-        source: ``digits``, a ``.npz`` file, a folder of class folders, or ``tfds:NAME``; see `backdoor_jax.data.load`.
+        source: ``signs``, ``digits``, a ``.npz`` file, a folder of class folders, or ``tfds:NAME``; see
+            `backdoor_jax.data.load`.
         image_size: of a folder: side in pixels to which images are resized; by default they need one size.
         train_size: number of training images to keep, drawn once; all by default.
         test_size: number of test images to keep, drawn once; all by default.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from backdoor_jax.analyses.answers import shown_images
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.attacks import Attack, AttackContext, Victim
 from backdoor_jax.data import Dataset, LabelMap, Poisoned, Task, Trigger, clean_indices, load
@@ -134,7 +135,7 @@ def prepare_model(
     make_model(workspace, entry, seed, clean_model)
     stored = load_stored(workspace, entry, seed, clean_model)
     if stored.trigger is not None:
-        save_example(workspace.folder, stored.label, workspace.task.test.images[:1], stored.trigger)
+        save_examples(workspace.folder, stored.label, shown_images(workspace.task.test), stored.trigger)
     return TrainedModel(**vars(stored), scores=judge(workspace, stored))
 
 
@@ -300,11 +301,12 @@ def load_poisoned(path: Path, clean: Dataset) -> Poisoned:
         return Poisoned(data, arrays["indices"])
 
 
-def save_example(folder: Path, label: str, image: jax.Array, trigger: Trigger) -> None:
-    """Writes one test image, clean and triggered, for the report, unless it is there."""
+def save_examples(folder: Path, label: str, shown: Dataset, trigger: Trigger) -> None:
+    """Writes test images, clean and triggered, and their labels for the report, unless they are there."""
     path = folder / "examples" / f"{label}.npz"
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        np.savez(temporary, clean=np.asarray(image[0]), triggered=np.asarray(trigger(image)[0]))
+        triggered = np.asarray(trigger(shown.images))
+        np.savez(temporary, clean=np.asarray(shown.images), triggered=triggered, labels=np.asarray(shown.labels))

@@ -44,6 +44,7 @@ MODELS: dict[str, Architecture] = {
     "preact_resnet18": Architecture(
         PreActResNet18, "PreAct-ResNet18 as in the published benchmark; width 64 is the full network"
     ),
+    "resnet10": _resnet(10, partial(ResNet, blocks=(1, 1, 1, 1))),
     "resnet18": _resnet(18, ResNet),
     "resnet34": _resnet(34, partial(ResNet, blocks=(3, 4, 6, 3))),
     "resnet50": _resnet(50, partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),

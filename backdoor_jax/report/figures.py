@@ -10,51 +10,47 @@ from matplotlib.figure import Figure
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.defenses import DEFENSES, GradientDefense
 from backdoor_jax.detectors import Evidence
-from backdoor_jax.drawing import COLORS, MARKERS, legend_beside, use_logarithmic_scale
+from backdoor_jax.drawing import COLORS, MARKERS, label_points, legend_beside, use_logarithmic_scale
 from backdoor_jax.reading import parsing
 from backdoor_jax.report.table import Row, summarize
 
 
 def scatter(rows: list[Row]) -> Figure:
-    """ACC against ASR with bars of one standard deviation.
-
-    There is one color for each defense, with a black edge once colors repeat, and one marker for each attack.
-    """
+    """ACC against ASR with bars of one standard deviation: a color and a marker for each attack, each point labeled."""
     summaries = [s for s in summarize(rows) if s.asr is not None]
-    defenses = list(dict.fromkeys(s.defense for s in summaries))
     attacks = list(dict.fromkeys(s.attack for s in summaries))
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
-
-    def style(defense: str) -> dict[str, Any]:
-        repeated, number = divmod(defenses.index(defense), len(COLORS))
-        return {"color": COLORS[number], **({"markeredgecolor": "black", "markeredgewidth": 1.5} if repeated else {})}
-
+    points, labels, colors = [], [], []
     for summary in summaries:
         assert summary.acc is not None and summary.asr is not None
+        number = attacks.index(summary.attack)
+        points.append((100 * summary.acc[0], 100 * summary.asr[0]))
+        labels.append("no defense" if summary.defense == "none" else summary.defense)
+        colors.append(COLORS[number % len(COLORS)])
         axes.errorbar(
-            100 * summary.acc[0],
-            100 * summary.asr[0],
+            *points[-1],
             xerr=100 * (summary.acc[1] or 0),
             yerr=100 * (summary.asr[1] or 0),
-            marker=MARKERS[attacks.index(summary.attack) % len(MARKERS)],
-            markersize=8,
+            marker=MARKERS[number % len(MARKERS)],
+            color=colors[-1],
+            markersize=7,
             alpha=0.85,
             linewidth=1,
-            **style(summary.defense),
         )
-    for defense in defenses:
-        axes.plot([], [], "o", label=defense, **style(defense))
-    for attack in attacks:
-        axes.plot([], [], MARKERS[attacks.index(attack) % len(MARKERS)], color="gray", mfc="none", label=f"on {attack}")
+    for number, attack in enumerate(attacks):
+        marker, color = MARKERS[number % len(MARKERS)], COLORS[number % len(COLORS)]
+        axes.plot([], [], marker, color=color, label=attack)
     axes.set(
         xlabel="ACC %: clean test images classified correctly",
         ylabel="ASR %: triggered images classified as the target",
-        ylim=(-4, 104),
+        ylim=(-6, 106),
     )
+    axes.margins(x=0.12)
     axes.set_title("Good repairs are at the lower right")
     axes.grid(alpha=0.3)
     legend_beside(axes)
+    label_points(axes, points, labels, colors)
     return figure
 
 
@@ -77,9 +73,7 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
     for panels, path in zip(by_column, examples, strict=False):
         arrays = read_npz(path, "an example of a trigger")
         with parsing(path, "is no example of a trigger", "remove it to make it again"):
-            clean, triggered = np.stack([arrays["clean"], arrays["triggered"]]).astype(int)
-            if clean.ndim != 3:
-                raise ValueError(f"it has shape {clean.shape}")
+            clean, triggered = first_example(arrays)
         difference = triggered - clean
         gain = 127 / max(np.abs(difference).max(), 1)
         titles = (path.stem, "triggered", f"difference × {gain:.1f}, gray is zero")
@@ -88,6 +82,20 @@ def triggers(folder: Path, side_by_side: int = 1) -> Figure | None:
             axes.set_title(title, fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def first_example(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The first image of a file of examples, clean and triggered, ``(2, H, W, channels)``.
+
+    Raises:
+        ValueError: where the arrays are something else.
+    """
+    both = np.stack([arrays["clean"], arrays["triggered"]]).astype(int)
+    if both.ndim == 4:  # Files of earlier versions hold one image.
+        both = both[:, None]
+    if both.ndim != 5 or not both.shape[1]:
+        raise ValueError(f"it has shape {both.shape}")
+    return both[:, 0]
 
 
 def perturbations(rows: list[Row]) -> list[tuple[str, Figure]]:

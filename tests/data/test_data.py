@@ -211,7 +211,7 @@ def test_a_damaged_or_foreign_npz_file_is_refused(tmp_path: Path, kind: str) -> 
 def test_a_missing_file_and_an_unknown_source_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent.npz: no such file; give a .npz with train_images"):
         load("absent.npz", root=tmp_path)
-    with pytest.raises(UserError, match="unknown data 'cifar'; give 'digits'"):
+    with pytest.raises(UserError, match="unknown data 'cifar'; give 'signs', 'digits'"):
         load("cifar")
 
 
