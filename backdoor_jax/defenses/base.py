@@ -49,6 +49,7 @@ class Defense(Config):
     Class attributes:
         name: what registries, configurations and results call it.
         summary: one line about it.
+        limits: where it fails, or what it costs, for the reader of a failure: a sentence without a period.
         needs: ``clean`` images, the poisoned ``training_set``, or ``nothing``: it then receives an empty data set,
             which only shows the shape of an image.
         mirrors: whether it augments by mirroring; it then has a field ``flip``, which an experiment sets to what the
@@ -60,6 +61,7 @@ class Defense(Config):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    limits: ClassVar[str] = ""
     needs: ClassVar[Needs] = "clean"
     mirrors: ClassVar[bool] = False
     targeted: ClassVar[bool] = False

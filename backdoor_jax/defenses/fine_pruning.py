@@ -64,6 +64,7 @@ class FinePruning(SGDDefense):
 
     name: ClassVar[str] = "fine_pruning"
     summary: ClassVar[str] = "prune what clean images leave dormant, then fine-tune"
+    limits: ClassVar[str] = "it removes neurons that clean images leave dormant; wide triggers use the others"
 
     tolerance: Positive = 0.1
     share: Share = 0.01

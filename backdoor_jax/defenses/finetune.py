@@ -31,6 +31,7 @@ class FineTune(SGDDefense):
 
     name: ClassVar[str] = "finetune"
     summary: ClassVar[str] = "fine-tune all weights on clean images, the baseline"
+    limits: ClassVar[str] = "it has no reason to leave the backdoor, which costs nothing on clean images"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gtsrb": {"steps": 800}}
 
     def repair(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:

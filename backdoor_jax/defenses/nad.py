@@ -65,6 +65,7 @@ class NAD(SGDDefense):
 
     name: ClassVar[str] = "nad"
     summary: ClassVar[str] = "distill the attention of a fine-tuned copy into the victim"
+    limits: ClassVar[str] = "its teacher is a fine-tuned victim, which may still have the backdoor"
 
     steps: Count = 100
     teacher_steps: Count = 100

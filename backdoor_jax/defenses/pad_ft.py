@@ -135,6 +135,7 @@ class PADFT(PAD):
 
     name: ClassVar[str] = "pad_ft"
     summary: ClassVar[str] = "purify, clip activations, tune the classifier"
+    limits: ClassVar[str] = "it trusts the images that the victim finds easiest, and poisoned images are easy"
     mirrors: ClassVar[bool] = True
 
     views: Count = 4

@@ -53,6 +53,7 @@ class SuperFineTune(SGDDefense):
 
     name: ClassVar[str] = "super_finetune"
     summary: ClassVar[str] = "fine-tune under a triangular learning rate, high peaks first"
+    limits: ClassVar[str] = "its peaks must throw the network out of its valley, and few images may not bring it back"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "guide": {
             "steps": 1176, "batch_size": 256, "learning_rate": 3e-4, "peak1": 0.1, "peak2": 1e-3, "first_phase": 0.5,

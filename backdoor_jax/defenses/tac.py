@@ -62,6 +62,7 @@ class TAC(SGDDefense):
 
     name: ClassVar[str] = "tac"
     summary: ClassVar[str] = "find each class's latent perturbation, repair the outlier"
+    limits: ClassVar[str] = "it unlearns one change of the latents, and triggers that change each image otherwise stay"
     targeted: ClassVar[bool] = True
 
     target: Literal["detected", "smallest"] | Whole = "detected"
