@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,12 @@ from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
 from backdoor_jax.models.torch_module import TorchNetwork
 from backdoor_jax.trials import better_input, try_inputs
+
+if TYPE_CHECKING:
+    from backdoor_jax.zoo import ZooVictim
+
+ZOO = "zoo:"
+"""What a checkpoint starts with that is a name in `backdoor_jax.zoo`."""
 
 NEEDED_PACKAGES = {**dict.fromkeys(TORCH_SUFFIXES, "torch"), EXPORT_SUFFIX: "flatbuffers"}
 """The package that writing a file needs, by its suffix."""
@@ -165,7 +171,8 @@ def load_suspect(
     """Reads a model and labeled images, and evaluates the model on them.
 
     Args:
-        checkpoint: the model; see `backdoor_jax.load_model`.
+        checkpoint: the model; see `backdoor_jax.load_model`, or ``zoo:`` and a name in `backdoor_jax.zoo`, whose
+            trigger is then that of the zoo.
         data: clean labeled images; see `backdoor_jax.data.load_labeled`.
         test: images to evaluate on, in one of the same forms; by default the test images that come with `data`, or
             else `data` itself, which then does not show what a repair costs.
@@ -192,6 +199,9 @@ def load_suspect(
             "a trigger and its target class go together; give both (--triggered, --patch or --blend, and --target)"
         )
     opened = _open(checkpoint, model, key, stem, normalization, mean, std, classes)
+    victim = opened.victim
+    if triggered is None and victim and victim.label_map and victim.label_map.kind == "all_to_one":
+        triggered, target = lambda shape: victim.trigger, victim.label_map.target
     labeled = images.load(data, opened.num_classes, opened.channels)
     classifier, variables = opened.network(labeled.data.images)
     name = str(checkpoint)
@@ -310,6 +320,7 @@ class _Opened(NamedTuple):
     num_classes: int
     channels: int
     network: Callable[[jax.Array], tuple[Classifier, Variables]]
+    victim: "ZooVictim | None" = None
 
 
 def _open(
@@ -322,8 +333,14 @@ def _open(
     std: tuple[float, ...] | None,
     classes: int | None,
 ) -> _Opened:
-    """Reads a model of this package's or a PyTorch module; see `load_suspect`."""
-    if model is None or not names_module(model):
+    """Reads a model of this package's, of the zoo, or a PyTorch module; see `load_suspect`."""
+    if str(checkpoint).startswith(ZOO):
+        from backdoor_jax import zoo
+
+        victim = zoo.load(str(checkpoint).removeprefix(ZOO))
+        parts = victim.classifier, victim.variables
+        opened = _Opened(parts[0].num_classes, len(parts[0].mean), lambda images: parts, victim)
+    elif model is None or not names_module(model):
         found = load_model(checkpoint, model, key=key, stem=stem, normalization=normalization, mean=mean, std=std)
         opened = _Opened(found[0].num_classes, len(found[0].mean), lambda images: found)
     else:
