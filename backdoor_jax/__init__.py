@@ -10,9 +10,12 @@
 True
 
 The names below are those one usually needs. The rest are in `backdoor_jax.attacks`, `backdoor_jax.defenses`,
-`backdoor_jax.detectors`, `backdoor_jax.metrics`, `backdoor_jax.models`, `backdoor_jax.data` and
-`backdoor_jax.training`.
+`backdoor_jax.detectors`, `backdoor_jax.metrics`, `backdoor_jax.models`, `backdoor_jax.data`,
+`backdoor_jax.training` and `backdoor_jax.zoo`.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from backdoor_jax import attacks, data, defenses, detectors, metrics, models, training
 from backdoor_jax.attacks import ATTACKS, BadNets, Blended, Victim
@@ -26,6 +29,9 @@ from backdoor_jax.metrics import evaluate, mm_bd, predict
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
 from backdoor_jax.version import __version__
+
+if TYPE_CHECKING:
+    from backdoor_jax import zoo
 
 __all__ = [
     "ATTACKS",
@@ -69,4 +75,12 @@ __all__ = [
     "signs",
     "train",
     "training",
+    "zoo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the zoo on first use: it needs what experiments need, which takes longer than all the rest."""
+    if name == "zoo":
+        return importlib.import_module("backdoor_jax.zoo")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -232,7 +232,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model_options(command: argparse.ArgumentParser, data_required: bool = True) -> None:
     """Adds the options of a command on your own model."""
-    command.add_argument("--checkpoint", required=True, metavar="IN", help="FILE.safetensors, FILE.pt, or a folder")
+    command.add_argument(
+        "--checkpoint", required=True, metavar="IN", help="FILE.safetensors, FILE.pt, a folder, or zoo:NAME"
+    )
     command.add_argument(
         "--data",
         required=data_required,

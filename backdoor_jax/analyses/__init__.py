@@ -11,7 +11,9 @@ An experiment names analyses, and a row holds what they find under ``analyses``,
   scores of CLP and ANP;
 - ``membership``, of all models (super-fine-tuning): three attacks that tell whether an image was trained on;
 - ``reinjection`` (super-fine-tuning): a backdoor injected again into repaired models, a clean model and an untrained
-  one.
+  one;
+- ``reactivation``, of repairs: attack success after retuning on 5 poisoned of 1,000 images, and under a perturbed
+  trigger, beside that of a clean model.
 
 Each is an object that computes and draws; which images it looks at, and how many, is our choice.
 """
@@ -22,6 +24,7 @@ from backdoor_jax.analyses.landscape import Landscape
 from backdoor_jax.analyses.latents import Latents
 from backdoor_jax.analyses.membership import MembershipInference
 from backdoor_jax.analyses.neurons import Neurons
+from backdoor_jax.analyses.reactivation import Reactivation
 from backdoor_jax.analyses.reinjection import Reinjection
 from backdoor_jax.analyses.verdict import DetectorVerdict
 
@@ -35,6 +38,7 @@ ANALYSES: dict[str, Analysis] = {
         Neurons(),
         MembershipInference(),
         Reinjection(),
+        Reactivation(),
     )
 }
 """The analyses by the names that configurations use, in the order in which a page shows them."""
@@ -49,6 +53,7 @@ __all__ = [
     "Latents",
     "MembershipInference",
     "Neurons",
+    "Reactivation",
     "Reinjection",
     "Subject",
 ]

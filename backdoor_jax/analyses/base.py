@@ -38,6 +38,7 @@ class AnalysisContext:
         key_for: a `jax.random` key for each purpose.
         load_clean: returns the defender's images.
         load_clean_model: returns the variables of the clean model of this seed.
+        kept: what analyses keep for the next model, under their names.
     """
 
     classifier: Classifier
@@ -46,6 +47,7 @@ class AnalysisContext:
     key_for: Callable[[str], jax.Array]
     load_clean: Callable[[], Dataset]
     load_clean_model: Callable[[], Variables]
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def clean(self) -> Dataset:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax import zoo
 from backdoor_jax.app.trials import better_input, try_inputs
 from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, load_labeled
 from backdoor_jax.detectors import HEALTHY
@@ -25,13 +26,17 @@ from backdoor_jax.interop.torch_models import bounds_of, load_module, names_modu
 from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict, success_rates
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
 
+ZOO = "zoo:"
+"""What the path of a model starts with that is a name in `backdoor_jax.zoo`."""
+
 
 class _Opened(NamedTuple):
-    """A model in a file, of which a module's network follows from the shape of its images."""
+    """A model, of which a module's network follows from the shape of its images; the zoo's comes with a trigger."""
 
     num_classes: int
     channels: int
     network: Callable[[jax.Array], tuple[Classifier, Variables]]
+    victim: zoo.ZooVictim | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class ModelFile:
     """A model in a file, and what a PyTorch file does not tell of it.
 
     Attributes:
-        path: the file or folder; see `backdoor_jax.load_model`.
+        path: the file or folder; see `backdoor_jax.load_model`. Or ``zoo:`` and a name in `backdoor_jax.zoo`.
         model: the network's name, or the module as ``torchvision:NAME``, ``timm:NAME`` or ``FILE.py:FUNCTION``.
         key: of a file that holds several models: which.
         stem: of a ResNet: a name in `backdoor_jax.models.STEMS`.
@@ -69,7 +74,11 @@ class ModelFile:
         Raises:
             UserError: for a file that cannot be used.
         """
-        if self.model is None or not names_module(self.model):
+        if self.name.startswith(ZOO):
+            victim = zoo.load(self.name.removeprefix(ZOO))
+            parts = victim.classifier, victim.variables
+            opened = _Opened(parts[0].num_classes, len(parts[0].mean), lambda images: parts, victim)
+        elif self.model is None or not names_module(self.model):
             found = load_model(
                 self.path,
                 self.model,
@@ -192,7 +201,7 @@ def load_suspect(
     """Reads a model and labeled images, and evaluates the model on them.
 
     Args:
-        file: the model.
+        file: the model; one of the zoo comes with its trigger.
         data: clean labeled images; see `backdoor_jax.data.load_labeled`.
         test: images to evaluate on, in one of the same forms; by default the test images that come with `data`, or
             else `data` itself, which then does not show what a repair costs.
@@ -211,6 +220,10 @@ def load_suspect(
             "a trigger and its target class go together; give both (--triggered, --patch or --blend, and --target)"
         )
     opened = file.open()
+    victim = opened.victim
+    if triggered is None and victim and victim.trigger and victim.label_map and victim.label_map.kind == "all_to_one":
+        planted: Trigger = victim.trigger
+        triggered, target = lambda shape: planted, victim.label_map.target
     labeled = images.load(data, opened.num_classes, opened.channels)
     classifier, variables = opened.network(labeled.data.images)
     name = file.name

@@ -8,6 +8,7 @@ run again on another, where a training resumes at its last checkpoint.
 import contextlib
 import functools
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,9 +87,10 @@ def submit_cells(client: "Client", place: Place, rows: list[Row]) -> "dict[Futur
     """Submits what is missing, seed by seed: each model, then its row and those of its repairs."""
     experiment = place.experiment
     tasks: dict[Future, Position] = {}
+    run = secrets.token_hex(4)  # A cluster may remember the tasks of an earlier run.
 
     def submit(kind: str, name: str, column: str, function: Callable[..., Any], *words: Any) -> "Future":
-        task = client.submit(function, place, *words, key=f"{kind} {name} {column}", pure=False)
+        task = client.submit(function, place, *words, key=f"{kind} {name} {column} {run}", pure=False)
         tasks[task] = (name, column)
         return task
 

@@ -62,7 +62,7 @@ def run_experiment(
         >>> import tempfile
         >>> from backdoor_jax.attacks import BadNets
         >>> from backdoor_jax.defenses import FineTune
-        >>> from backdoor_jax.experiment import DataConfig, ModelConfig
+        >>> from backdoor_jax.experiment import DataConfig, DefenseEntry, ModelConfig
         >>> from backdoor_jax.training import TrainConfig
         >>> experiment = Experiment(
         ...     "tiny",

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 import yaml
 from distributed import Client, Nanny, Scheduler, SpecCluster, WorkerPlugin
 from distributed.security import Security
@@ -29,6 +30,8 @@ from backdoor_jax.reading import read_text
 
 CONNECTING = 30
 """Seconds that a scheduler has to answer."""
+RESTARTING = {"distributed.deploy.lost-worker-timeout": "10 minutes"}
+"""How long a killed worker has to start again before Dask gives it up; on a busy machine the usual 15 s are too few."""
 
 
 @contextmanager
@@ -68,6 +71,7 @@ def local_workers(count: int) -> Iterator[Client]:
             "options": {"host": "127.0.0.1", "port": 0, "protocol": "tls", "security": security, "dashboard": False},
         }
         with (
+            dask.config.set(RESTARTING),
             SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
             Client(cluster) as client,
         ):

@@ -12,6 +12,7 @@ from backdoor_jax.metrics.accuracy import (
 from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd
 from backdoor_jax.metrics.landscape import Line, Moved, along, embedding, moved
 from backdoor_jax.metrics.latent import Agreement, Change, agreement, triggered_change
+from backdoor_jax.metrics.reactivation import NearbyTrigger, SearchConfig, search_nearby, unlearn
 from backdoor_jax.metrics.sequela import (
     Membership,
     ReinjectConfig,
@@ -31,8 +32,10 @@ __all__ = [
     "MarginConfig",
     "Membership",
     "Moved",
+    "NearbyTrigger",
     "ReinjectConfig",
     "Scores",
+    "SearchConfig",
     "agreement",
     "along",
     "chance_level",
@@ -49,8 +52,10 @@ __all__ = [
     "moved",
     "predict",
     "reinject",
+    "search_nearby",
     "shadow_model",
     "shadow_signal",
     "success_rates",
     "triggered_change",
+    "unlearn",
 ]

@@ -27,7 +27,7 @@ from backdoor_jax import (
     load,
     load_model,
 )
-from backdoor_jax.analyses import ANALYSES, Neurons, Reinjection, Subject, landscape, membership
+from backdoor_jax.analyses import ANALYSES, Neurons, Reactivation, Reinjection, Subject, landscape, membership
 from backdoor_jax.analyses.base import mean_over_seeds
 from backdoor_jax.analyses.neurons import latent_norm
 from backdoor_jax.config_files import parse_experiment
@@ -45,7 +45,7 @@ from backdoor_jax.experiment import (
     run_experiment,
     streams,
 )
-from backdoor_jax.metrics import ReinjectConfig
+from backdoor_jax.metrics import ReinjectConfig, SearchConfig
 from backdoor_jax.metrics.latent import cosine
 from backdoor_jax.models import Variables
 from backdoor_jax.report import render
@@ -65,6 +65,12 @@ EXPERIMENT = Experiment(
     TrainConfig(epochs=2, batch_size=20, crop=0),
     clean_ratio=0.5,
     analyses=EVERY,
+)
+
+REACTIVATION = Reactivation(
+    images=100,
+    retuning=ReinjectConfig((0.1,), (2,), batch_size=50, learning_rate=0.05),
+    search=SearchConfig(radius=40, steps=40, step_size=4, batch_size=50, epochs=2),
 )
 
 Table = dict[tuple[str, str], dict[str, Any]]
@@ -93,6 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ANALYSES, "neurons", Neurons(mask_steps=3))
         patch.setitem(ANALYSES, "reinjection", Reinjection(config=ReinjectConfig((0.1,), (1, 2), batch_size=32)))
+        patch.setitem(ANALYSES, "reactivation", REACTIVATION)
         patch.setattr(landscape, "along", along := Mock(wraps=landscape.along))
         run_experiment(EXPERIMENT, out, report=lambda line: None)
     table = {(row["attack"], row["defense"]): row for row in read_rows(out / "results.jsonl")}
@@ -101,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def test_settings_take_the_names_of_all_analyses_and_no_others() -> None:
-    assert EVERY == ("landscape", "latents", "neurons", "membership", "reinjection")
+    assert EVERY == ("landscape", "latents", "neurons", "membership", "reinjection", "reactivation")
     document = {"name": "x", "attacks": [{"name": "badnets"}], "defenses": [], "analyses": ["landscape"]}
     assert parse_experiment(document).analyses == ("landscape",)
     with pytest.raises(UserError, match=r"analyses.*landscape"):
@@ -112,7 +119,7 @@ def test_settings_take_the_names_of_all_analyses_and_no_others() -> None:
 
 def test_each_analysis_is_computed_for_the_models_to_which_it_applies(finished: Finished) -> None:
     held = {model: set(row["analyses"]) for model, row in finished.table.items()}
-    both = {"latents", "membership", "reinjection"}
+    both = {"latents", "membership", "reinjection", "reactivation"}
     assert held["badnets", "none"] == {*both, "neurons"}
     assert held["badnets", "finetune"] == {*both, "landscape"}
     assert held["badnets", "mm_bm"] == both  # A repair with bounds is not on a line with the victim.
@@ -332,3 +339,18 @@ def test_figures_show_the_findings(finished: Finished) -> None:
     ]
     curves_drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in curves.lines if len(line.get_xdata())]
     assert curves_drawn == [([row["steps"] for row in line], [100 * row["asr"] for row in line]) for line in lines]
+
+
+def test_reactivation_compares_each_repair_with_the_clean_model_under_one_search(finished: Finished) -> None:
+    clean, finetuned, bounded = (
+        finished.table["badnets", defense]["analyses"]["reactivation"] for defense in ("none", "finetune", "mm_bm")
+    )
+    assert [found["start"] for found in (clean, finetuned, bounded)] == ["clean", "repaired", "repaired"]
+    assert clean["surrogate"] == finetuned["surrogate"] == bounded["surrogate"]
+    row = finished.table["badnets", "finetune"]
+    assert finetuned["trigger"] == pytest.approx(row["asr"], abs=1e-6) and finetuned["images"] == 100
+    assert all(0 <= clean[name] <= 1 for name in ("trigger", "retuned", "retuned_acc", "nearby", "alone"))
+    figure = REACTIVATION.draw(list(finished.table.values()))
+    assert figure is not None
+    heights = [bar.get_height() for bar in figure.axes[0].patches if isinstance(bar, Rectangle)]
+    assert heights[:3] == pytest.approx([100 * found["trigger"] for found in (clean, finetuned, bounded)])
