@@ -193,11 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     defend = commands.add_parser(
         "defend",
         help="repair your own model",
-        usage="backdoor-jax defend --checkpoint IN --data CLEAN --defense NAME --out OUT [options] [key=value ...]",
+        usage="backdoor-jax defend --checkpoint IN --data CLEAN [--defense NAME] --out OUT [options] [key=value ...]",
         description="key=value changes a setting of the defense, such as steps=500",
     )
     _add_model_options(defend)
-    defend.add_argument("--defense", required=True, metavar="NAME", help="see list")
+    defend.add_argument(
+        "--defense", default="auto", metavar="NAME", help="see list (default: auto, the default repair)"
+    )
     defend.add_argument("--preset", metavar="NAME", help="named settings of the defense")
     defend.add_argument("--test", metavar="DATA", help="images to evaluate on (default: test images of --data, or all)")
     defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defense that needs it")
@@ -427,6 +429,8 @@ def _defend(parsed: argparse.Namespace) -> int:
     repair, name = result.repair, defense.name
     if repair.target is not None:
         print(f"{name}: repaired class {repair.target}")
+    elif repair.changed and repair.scan is not None:
+        print(f"{name}: the scan names no class ({repair.scan['verdict']})")
     if not repair.changed:
         print(f"{name}: changed nothing ({repair.why or 'nothing to repair'})")
     else:

@@ -17,7 +17,7 @@ value and an unknown name are one line each.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import yaml
 
 from backdoor_jax.attacks import ATTACKS
 from backdoor_jax.config import Config, _expected
-from backdoor_jax.defenses import DEFENSES, Defense
+from backdoor_jax.defenses import AUTO, DEFENSES, Defense, find_defense
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Experiment, ModelConfig
 from backdoor_jax.reading import DEEPEST, file_size
@@ -208,8 +208,7 @@ def make_defense(name: str, preset: str | None = None, overrides: Sequence[str] 
         >>> make_defense("d3", "paper", ["steps=5"]).penalty
         10.0
     """
-    if name not in DEFENSES:
-        raise UserError(f"unknown defense {name!r}; known are {', '.join(DEFENSES)}")
+    find_defense(name)
     return check_defense(name, preset, parse_overrides(overrides), name)
 
 
@@ -219,7 +218,7 @@ def check_defense(name: str, preset: Any, settings: dict[str, Any], where: str) 
     Raises:
         UserError: for an unknown preset, or a setting that cannot be used.
     """
-    defense = DEFENSES[name]
+    defense = find_defense(name)
     if preset is not None:
         if not isinstance(preset, str):
             raise UserError(f"{where}: preset {preset!r} must be a name")
@@ -275,15 +274,15 @@ def _attack(entry: Any, where: str, victim: TrainConfig) -> AttackEntry:
 
 
 def _defense(entry: Any, where: str) -> DefenseEntry:
-    name, label, settings = _named(entry, where, DEFENSES)
+    name, label, settings = _named(entry, where, (AUTO, *DEFENSES))
     known_target = settings.pop("known_target", False)
-    if not isinstance(known_target, bool) or (known_target and not DEFENSES[name].targeted):
+    if not isinstance(known_target, bool) or (known_target and not find_defense(name).targeted):
         raise UserError(f"{where}: known_target must be true or false, and true only for a method with a target")
     defense = check_defense(name, settings.pop("preset", None), settings, where)
     return DefenseEntry(label, defense, known_target)
 
 
-def _named(entry: Any, where: str, known: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def _named(entry: Any, where: str, known: Iterable[str]) -> tuple[str, str, dict[str, Any]]:
     """Name, label and settings of an entry."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{where}: expected a name and settings, such as {{name: {next(iter(known))}}}")
