@@ -8,7 +8,7 @@ A backdoor may live in channels that are dormant on clean images. Two stages:
    the clean accuracy stays close to the victim's:
 
    .. math:: k^* = \max\bigl\{k :\ |\mathrm{acc}_j - \mathrm{acc}_0| < \tau\,\mathrm{acc}_0\ \ \forall j \le k\bigr\},
-       \qquad j, k \in \{0, s, 2s, \dots\} .
+       \qquad j, k \in \{0, s, 2s, \ldots\} .
 
    A latent is pruned by zeroing its row of the head's kernel, which has the same effect on the linear head as a latent
    of zero.
