@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma = ,
 
-.PHONY: demo test fast lint install torch clean
+.PHONY: demo test fast lint docs dist install torch clean
 
 demo: install
 	$(BIN)/backdoor-jax demo
@@ -35,6 +35,22 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site in docs/_build/html. Warnings are errors; notebooks are run.
+docs:
+	@$(MAKE) --no-print-directory EXTRAS=docs install torch
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -q -W --keep-going docs docs/_build/html
+
+# Wheel and source archive in dist/, each installed into an environment of its own and tried.
+dist: install
+	$(PIP) build
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	for archive in dist/*; do \
+	  rm -rf build/smoke && $(PYTHON) -m venv build/smoke && \
+	  build/smoke/bin/python -m pip install --quiet --no-compile $$archive && \
+	  (cd build && smoke/bin/backdoor-jax list >/dev/null && smoke/bin/python ../benchmarks/smoke.py) || exit 1; \
+	done
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -46,4 +62,4 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/api *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

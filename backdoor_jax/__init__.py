@@ -18,14 +18,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from backdoor_jax import attacks, data, defenses, detectors, metrics, models, training
-from backdoor_jax.attacks import ATTACKS, BadNets, Blended, Victim
+from backdoor_jax.attacks import ATTACKS, BadNets, Blended
 from backdoor_jax.data import Dataset, Task, digits, load, make_dataset, signs
 from backdoor_jax.defenses import D3, DEFENSES, PADFT, TAC, FineTune, Repair, SuperFineTune, scan
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop import load_torch, save_torch
 from backdoor_jax.interop.export import export_model
 from backdoor_jax.interop.native import load_model, save_model
-from backdoor_jax.metrics import evaluate, mm_bd, predict
+from backdoor_jax.metrics import evaluate, predict
 from backdoor_jax.models import MODELS, Classifier, build_classifier
 from backdoor_jax.training import TrainConfig, train
 from backdoor_jax.version import __version__
@@ -51,7 +51,6 @@ __all__ = [
     "Task",
     "TrainConfig",
     "UserError",
-    "Victim",
     "__version__",
     "attacks",
     "build_classifier",
@@ -66,7 +65,6 @@ __all__ = [
     "load_torch",
     "make_dataset",
     "metrics",
-    "mm_bd",
     "models",
     "predict",
     "save_model",

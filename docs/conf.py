@@ -59,27 +59,32 @@ myst_url_schemes = {
     "http": None,
     "https": None,
     "mailto": None,
-    "file": {"url": "repository/{{path}}#{{fragment}}"},
+    "file": {"url": "{{path}}#{{fragment}}"},
 }
 
 nb_execution_mode = "force"
-nb_execution_timeout = 300
+nb_execution_in_temp = True
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 
 
 def _publish_files(app: Any, name: str, source: list[str]) -> None:
     """Links that leave the folder of pages lead to copies of the repository's files."""
-    del name
+    page = Path(app.env.doc2path(name))
+    up = "../" * name.count("/")
 
     def publish(found: re.Match[str]) -> str:
-        path = found[1]
-        target = Path(app.outdir) / "repository" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / path, target)
-        return f"](file:{path}"
+        target = (page.parent / found[1]).resolve()
+        if target.is_relative_to(app.srcdir):
+            return found[0]
+        path = target.relative_to(ROOT)
+        copy = Path(app.outdir) / "repository" / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(target, copy)
+        return f"](file:{up}repository/{path}"
 
-    source[0] = re.sub(r"\]\(\.\./([^)#\s]+)", publish, source[0])
+    source[0] = re.sub(r"\]\((\.\./[^)#\s]+)", publish, source[0])
 
 
 def _write_reference(app: Any) -> None:

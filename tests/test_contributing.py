@@ -116,3 +116,8 @@ def test_following_contributing_adds_one_of_each_to_a_copy_of_the_package(tmp_pa
     assert len(rows) == 4
     listed = done.stdout
     assert all(name in listed for name in ("head_tune", "stripe", "other_cnn", "stripes"))
+
+
+def test_the_root_stays_a_short_list() -> None:
+    assert len(backdoor_jax.__all__) <= 40
+    assert all(hasattr(backdoor_jax, name) for name in backdoor_jax.__all__)

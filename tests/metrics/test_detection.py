@@ -19,12 +19,11 @@ from backdoor_jax import (
     build_classifier,
     digits,
     evaluate,
-    mm_bd,
     train,
 )
 from backdoor_jax.attacks import AttackContext
 from backdoor_jax.data import LabelMap
-from backdoor_jax.metrics import MarginConfig, largest_margin, maximum_margins
+from backdoor_jax.metrics import MarginConfig, largest_margin, maximum_margins, mm_bd
 from backdoor_jax.metrics.detection import _ascend
 from backdoor_jax.models import Variables
 
