@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     defend = commands.add_parser(
         "defend",
         help="repair your own model",
-        usage="backdoor-jax defend --checkpoint IN --data CLEAN [--defense NAME] --out OUT [options] [key=value ...]",
+        usage="backdoor-jax defend --checkpoint IN --data CLEAN [--defense NAME] [--out OUT] [options] [key=value ...]",
         description="key=value changes a setting of the defense, such as steps=500",
     )
     _add_model_options(defend)
@@ -211,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         help="write no repair that loses more accuracy, of 1, without --force; exit with 1 (default: 0.05)",
     )
     defend.add_argument("--seed", type=int, default=0, help="of the defense (default: 0)")
-    defend.add_argument("--out", required=True, help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax)")
+    defend.add_argument(
+        "--out", help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax) (default: NAME-repaired)"
+    )
     defend.set_defaults(command=_defend)
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
@@ -410,7 +412,7 @@ def _images(parsed: argparse.Namespace) -> "Images":
 
 
 def _defend(parsed: argparse.Namespace) -> int:
-    from backdoor_jax.app import change_line, loading_line, repair_model
+    from backdoor_jax.app import change_line, loading_line, repair_model, repaired_path
     from backdoor_jax.config_files import make_defense
 
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
@@ -419,7 +421,7 @@ def _defend(parsed: argparse.Namespace) -> int:
     result = repair_model(
         suspect,
         defense,
-        parsed.out,
+        parsed.out or repaired_path(parsed.checkpoint),
         training_set=parsed.training_set,
         seed=parsed.seed,
         force=parsed.force,

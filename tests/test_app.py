@@ -22,7 +22,7 @@ from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifi
 from backdoor_jax.app import ModelFile, load_suspect, repair_model, require_better_than_chance, scan_model
 from backdoor_jax.cli import main, parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
-from backdoor_jax.defenses import CLP
+from backdoor_jax.defenses import CLP, Midway
 from backdoor_jax.detectors import DETECTORS
 from backdoor_jax.models import Variables
 
@@ -166,6 +166,23 @@ def test_every_format_is_written_and_replaced_only_with_force(
         assert np.argmax(program.call(images), -1).tolist() == labels.tolist()
     else:
         assert load_model(out)[0] == load_model(place / "model")[0]
+
+
+@pytest.mark.parametrize(("target", "said"), [(2, "repaired class 2"), (None, "the scan names no class (few)")])
+def test_without_a_name_the_default_repair_runs_and_is_written_beside(
+    target: int | None, said: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repair(self: Midway, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        return Repair(variables, target=target, scan={"verdict": "few"})
+
+    monkeypatch.setattr(Midway, "repair", repair)
+    monkeypatch.chdir(tmp_path)
+    code, output, error = call(
+        "defend", "--checkpoint", place / "model.safetensors", "--data", place / "clean.npz", "steps=1"
+    )
+    assert (code, error) == (0, "")
+    assert f"midway: {said}" in output
+    assert load_model(Path("model-repaired.safetensors"))[0] == load_model(place / "model")[0]
 
 
 def test_a_defense_that_needs_nothing_receives_no_image(

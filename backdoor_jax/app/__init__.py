@@ -13,6 +13,7 @@ from backdoor_jax.app.loading import (
     load_unseen,
     require_better_than_chance,
 )
+from backdoor_jax.app.outputs import repaired_path
 from backdoor_jax.app.repairing import MAX_DROP, RepairResult, change_line, loading_line, repair_model
 from backdoor_jax.app.scanning import ScanResult, list_suspicious, scan_model
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_unseen",
     "loading_line",
     "repair_model",
+    "repaired_path",
     "require_better_than_chance",
     "scan_model",
 ]

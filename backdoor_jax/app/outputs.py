@@ -14,6 +14,19 @@ MODEL_SUFFIXES = (".safetensors", *NEEDED_PACKAGES)
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
+def repaired_path(checkpoint: Path) -> Path:
+    """Where a repaired model goes by default: in the current folder, as the kind of file that it came from.
+
+    Example:
+        >>> repaired_path(Path("models/suspect.pt")).name, repaired_path(Path("models/suspect.tar")).name
+        ('suspect-repaired.pt', 'suspect-repaired.safetensors')
+    """
+    if checkpoint.is_dir():
+        return Path(f"{checkpoint.name}-repaired")
+    suffix = checkpoint.suffix if checkpoint.suffix in (".safetensors", *TORCH_SUFFIXES) else ".safetensors"
+    return Path(f"{checkpoint.stem}-repaired{suffix}")
+
+
 def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
     """Refuses an output path that is taken, or where nothing can be written.
 
