@@ -22,8 +22,8 @@ def row(**changes: Any) -> leaderboard.Measured:
     values = {
         "experiment": "x", "dataset": "digits", "model": "small_cnn-2", "attack": "badnets", "seed": 0, "defense": "d3",
         "clean_ratio": 0.1, "data_used": "clean", "acc": 0.9, "asr": 0.02, "ra": 0.8, "der": 0.9,
-        "acc_before": 0.95, "asr_before": 0.98, "ra_before": 0.0, "seconds": 2.0, "config": {"defense": {"steps": 2}},
-        "device": "cpu", "versions": {"backdoor_jax": "1"}, "commit": "abc",
+        "acc_before": 0.95, "asr_before": 0.98, "ra_before": 0.0, "seconds": 2.0,
+        "config": {"defense": {"steps": 2}}, "device": "cpu", "versions": {"backdoor_jax": "1"}, "commit": "abc",
     }  # fmt: skip
     return leaderboard.Measured(values | changes, "benchmarks/results/x/results.jsonl", 1)
 
@@ -39,8 +39,8 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
 
 def test_every_figure_leads_to_rows_and_every_row_to_its_line() -> None:
     for name, pattern in (
-        ("leaderboard.md", r"\]\((\.\./[^)]+)#L(\d+)\)"),
-        ("leaderboard.html", r'"(\.\./[^"]+)#L(\d+)"'),
+        ("md", r"\]\((\.\./[^)]+)#L(\d+)\)"),
+        ("html", r'"(\.\./[^"]+)#L(\d+)"'),
     ):
         text = (ROOT / "docs" / f"leaderboard.{name}").read_text(encoding="utf-8")
         links = re.findall(pattern, text)

@@ -57,7 +57,7 @@ def test_models_load_with_their_recorded_rates_trigger_and_recipe(folder: Path) 
         "name": "badnets",
         **json.loads(json.dumps(dataclasses.asdict(BadNets(target=1, rate=0.2)))),
     }
-    assert len(victim.poisoned) == 120 and 1 not in np.asarray(task.train.labels)[victim.poisoned]
+    assert len(victim.poisoned) == 120
     assert (clean.trigger, clean.label_map, clean.recipe["attack"]) == (None, None, None) and not len(clean.poisoned)
 
 

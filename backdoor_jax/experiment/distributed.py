@@ -176,9 +176,9 @@ def _context(place: Place, seed: int) -> AnalysisContext:
 
 def _wait(tasks: "list[Future]") -> None:
     """Waits until a task ends, at most so long that the table and a request to stop are not forgotten."""
-    from distributed import wait
+    from distributed import CancelledError, wait
 
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, CancelledError):
         wait(tasks, timeout=SECONDS, return_when="FIRST_COMPLETED")
 
 
