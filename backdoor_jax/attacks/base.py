@@ -86,7 +86,7 @@ class Victim(NamedTuple):
     info: dict[str, Any]
 
 
-CHECKED = {"trigger", "fit_trigger", "poison_data", "poison", "train_victim_in"}
+CHECKED = {"fit_trigger", "poison_data", "poison", "train_victim_in"}
 """The methods of an attack that check their arguments, also where a subclass overrides them."""
 
 

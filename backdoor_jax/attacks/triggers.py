@@ -111,7 +111,6 @@ def picture_patch(
     return PatchTrigger(jnp.asarray(pattern), jnp.asarray(mask))
 
 
-@typed
 def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """A colored pattern of soft blobs from 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
 

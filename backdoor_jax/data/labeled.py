@@ -1,6 +1,7 @@
 """Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,6 @@ PARTS = {
     "test_": (("test_images", "test_labels"), ("x_test", "y_test"), ("X_test", "y_test"), ("val_images", "val_labels")),
 }
 """The names of images and labels in a ``.npz``: of all of them, those to work with, and those to evaluate on."""
-
-
-LONGEST_SHOWN = 200
-"""Characters of a class's or a file's name; control characters, which could write to the terminal, are escaped."""
 
 
 class Labeled(NamedTuple):
@@ -91,8 +88,7 @@ def load_labeled(
     if os.path.isdir(path):
         found = read_folder(path, channels, num_classes=num_classes, size=size, class_names=class_names)
         data = make_dataset(found.images, found.labels, num_classes, str(path))
-        shown = (tuple(printable(name, LONGEST_SHOWN) for name in names) for names in (found.classes, found.files))
-        return Labeled(data, None, *shown, tuple(printable(note, LONGEST) for note in found.notes))
+        return Labeled(data, None, _shown(found.classes), _shown(found.files), _shown(found.notes))
     if class_names is not None:
         raise UserError(f"{path}: class names are for a folder of class folders; leave them out")
     if path.suffix != ".npz":
@@ -116,11 +112,15 @@ def load_labeled(
             f"{path}: lacks images and labels; it must hold these, or train_images and train_labels, or x_train and "
             f"y_train; it holds {', '.join(arrays) or 'nothing'}"
         )
-    named = tuple(printable(str(name), LONGEST_SHOWN) for name in np.ravel(arrays.get("class_names", []))) or None
+    named = _shown(np.ravel(arrays["class_names"])) if "class_names" in arrays else None
     if named is not None and len(named) != num_classes:
         raise UserError(f"{path}: has {len(named)} class_names, the model {num_classes} classes; give one for each")
-    shown = tuple(printable(note, LONGEST) for note in notes)
-    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, shown)
+    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, _shown(notes))
+
+
+def _shown(names: Iterable[object]) -> tuple[str, ...]:
+    """Names and notes as they are printed: what is in a file does not write to the terminal."""
+    return tuple(printable(str(name), LONGEST) for name in names)
 
 
 def require_channels(data: Dataset, channels: int, where: str) -> None:
