@@ -18,6 +18,7 @@ from backdoor_jax.reading import (
     parsing,
     require_budget,
     require_names,
+    zip_members,
 )
 
 SAFETENSORS_TYPES = {
@@ -51,11 +52,8 @@ def read_npz(path: Path, holding: str) -> dict[str, np.ndarray]:
         parsing(path, "cannot be read as a plain .npz", "write it with numpy.savez"),
         zipfile.ZipFile(path) as archive,
     ):
-        members = archive.infolist()
-        require_names([member.filename for member in members], path)
-        require_budget(sum(member.file_size for member in members), size, path)
         arrays = {}
-        for member in members:
+        for member in zip_members(archive, path, size):
             with archive.open(member) as file:
                 arrays[member.filename.removesuffix(".npy")] = _read_array(file, member.file_size)
         return arrays

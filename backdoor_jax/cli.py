@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from backdoor_jax.errors import LONGEST, UserError, first_line, printable
 from backdoor_jax.stopping import Stopped, stopping_at_safe_points
@@ -27,8 +27,22 @@ if TYPE_CHECKING:
     from backdoor_jax.analyses.base import Row
     from backdoor_jax.app import Images, ModelFile, ScanResult, Suspect
 
-SEEDS = 2**32
-"""Seeds are below; others make no key of `jax.random`."""
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "healthy": (0, 1),
+    "max_drop": (0, 1),
+    "list_images": (1, 10**6),
+    "classes": (2, 2**16),
+}
+"""The least and the largest value of options; other seeds make no key of `jax.random`."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and ends the command."""
+        raise SystemExit(_fail(f"{message}; see {self.prog} --help"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,14 +88,16 @@ def _run_command(parsed: argparse.Namespace) -> int:
 
 
 def _check_options(parsed: argparse.Namespace) -> None:
-    """Refuses empty text and impossible seeds, before anything is read, and makes paths of the texts that are some."""
+    """Refuses empty text and numbers out of range, before anything is read, and makes paths of texts that are some."""
     for name, value in vars(parsed).items():
         if value == "":
             raise UserError(f"{name.replace('_', '-')} is empty; give it a value, or leave it out")
         if name in ("config", "checkpoint", "out", "slurm") and value is not None:
             setattr(parsed, name, Path(value))
-    if not 0 <= getattr(parsed, "seed", 0) < SEEDS:
-        raise UserError(f"seed is {parsed.seed}, expected 0 to {SEEDS - 1}")
+        if name in RANGES and value is not None:
+            least, largest = RANGES[name]
+            if not least <= value <= largest:
+                raise UserError(f"{name.replace('_', '-')} is {value}, expected {least} to {largest}")
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -160,13 +176,13 @@ def _set_up_jax(distributes: bool) -> None:
         config.update("jax_platforms", "cpu")
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # The latter for a platform that was not installed.
         raise UserError(f"JAX finds no device ({first_line(error)}); unset JAX_PLATFORMS, or set it to cpu") from error
     use_program_cache()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="backdoor-jax", description="Detects and removes backdoors in image classifiers, and measures how well."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -513,13 +529,14 @@ def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
     """Prints the values of all classes, the verdict and what to do next."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     evidence, verdict = result.evidence, result.verdict
     names = suspect.class_names or [""] * len(evidence.values)
     table = Table("class", "name", evidence.quantity, title=f"{evidence.detector}, every class")
     for number, (name, value) in enumerate(zip(names, evidence.values, strict=True)):
         shown = f"{value:.3g}" if math.isfinite(value) else "-"
-        table.add_row(str(number), name, shown, style="bold" if number == evidence.target else None)
+        table.add_row(str(number), Text(name), shown, style="bold" if number == evidence.target else None)
     Console(soft_wrap=True).print(table)
     p_value = "no p-value" if evidence.p_value is None else f"p = {evidence.p_value:.2g}"
     print(f"{suspect.name}: {verdict}")

@@ -102,7 +102,7 @@ class Config:
             try:
                 checked = adapter.validate_python(value.item() if isinstance(value, np.generic) else value, strict=True)
             except pydantic.ValidationError as errors:
-                self.require(False, name, _expected(errors))
+                self.require(False, name, expected_of(errors))
             self.require(not isinstance(checked, float) or math.isfinite(checked), name, "a finite number")
             object.__setattr__(self, name, checked)
 
@@ -132,7 +132,7 @@ class Config:
         return tuple(filter(traced, names)), tuple(name for name in names if not traced(name))
 
 
-def _expected(errors: pydantic.ValidationError) -> str:
+def expected_of(errors: pydantic.ValidationError) -> str:
     """What pydantic says a value should be, as the end of a sentence."""
     expected = errors.errors()[0]["msg"].removeprefix("Input should be ")
     return f"a value {expected}" if expected.startswith(("greater", "less")) else expected

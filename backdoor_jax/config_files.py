@@ -26,7 +26,7 @@ import pydantic
 import yaml
 
 from backdoor_jax.attacks import ATTACKS
-from backdoor_jax.config import Config, _expected
+from backdoor_jax.config import Config, expected_of
 from backdoor_jax.defenses import AUTO, DEFENSES, Defense, find_defense
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Experiment, ModelConfig
@@ -251,7 +251,7 @@ def check(kind: type[Config], values: Any, where: str) -> Any:
             kind._adapters()[name].validate_python(value, strict=True)
         except pydantic.ValidationError as errors:
             dot = "." if ": " in where else ": "
-            raise UserError(f"{where}{dot}{name} is {values[name]!r}, expected {_expected(errors)}") from errors
+            raise UserError(f"{where}{dot}{name} is {values[name]!r}, expected {expected_of(errors)}") from errors
     try:
         return kind(**given)
     except UserError as error:

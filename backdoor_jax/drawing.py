@@ -7,6 +7,7 @@ does not start a formula.
 import base64
 import io
 import math
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
 matplotlib.rcParams["text.parse_math"] = False
+# A name in other letters than the font's is drawn as boxes; tables have it in full.
+warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
 
 
 def save_figure(figure: Figure, out: Path | BinaryIO) -> None:

@@ -44,6 +44,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
         [('a.txt', 'new')]
     """
+    path = behind_link(path)
     settle(path)
     partial = beside(path, "partial", path.suffix)
     try:
@@ -71,6 +72,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()], (Path(folder) / "model" / "a.txt").read_text()
         (['model'], 'new')
     """
+    path = behind_link(path)
     settle(path)
     partial, old = beside(path, "partial"), beside(path, "old")
     partial.mkdir()
@@ -82,6 +84,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _settle_old(old, path)
+
+
+def behind_link(path: Path) -> Path:
+    """The file or folder that a link leads to, which is replaced rather than the link; other paths as they are."""
+    return path.resolve() if path.is_symlink() else path
 
 
 _LEFTOVER = re.compile(

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,38 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f}" if count < 10**15 else "over 10^9"
 
 
+def zip_members(archive: zipfile.ZipFile, path: Path | str, size: int) -> list[zipfile.ZipInfo]:
+    """The members of a zip file, stored or deflated as in those of NumPy and PyTorch, within the budget.
+
+    Others name in a few bytes how much memory their decoder allocates.
+
+    Args:
+        archive: the zip file.
+        path: where it is, for errors.
+        size: its bytes.
+
+    Raises:
+        ValueError: for another compression.
+        UserError: for contents beyond the budget, and too many or too long names.
+    """
+    members = archive.infolist()
+    require_names([member.filename for member in members], path)
+    require_budget(sum(member.file_size for member in members), size, path)
+    require_deflated(archive)
+    return members
+
+
+def require_deflated(archive: zipfile.ZipFile) -> None:
+    """Refuses a zip file with members that are neither stored nor deflated.
+
+    Raises:
+        ValueError: for another compression.
+    """
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename} is compressed by method {member.compress_type}, expected deflate")
+
+
 def require_names(names: Sequence[str], path: Path | str) -> None:
     """Refuses too many or too long names inside a file.
 
@@ -145,7 +178,9 @@ def element_count(shape: Sequence[int]) -> int:
         (6, 1000000000)
     """
     if len(shape) > DEEPEST or not all(type(length) is int and length >= 0 for length in shape):
-        raise ValueError(f"{list(shape)[:DEEPEST]} is no shape")
+        # What is no length may be nested tuples that share parts, whose text is exponentially long.
+        lengths = ", ".join(str(length) if type(length) is int else type(length).__name__ for length in shape[:DEEPEST])
+        raise ValueError(f"({lengths}) is no shape")
     count = 1
     for length in shape:
         count *= max(length, 1)

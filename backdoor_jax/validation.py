@@ -3,36 +3,32 @@
     @checked
     def evaluate(classifier, variables, test, ...): ...
 
-Names mean the same everywhere in the package, so that the name says what to check: ``key`` and ``keys``,
-``classifier``, ``variables``, ``images``, ``trigger``, ``config``, ``context``, and data sets under the names in
-`DATA`. A function that has no classifier, such as `backdoor_jax.training.fit`, also takes data of other rows. Functions
-that run inside compiled code, such as losses, are not decorated.
+Names mean the same everywhere in the package, so that the name says what to check: ``keys``, ``classifier``,
+``images``, ``trigger``, a model's variables under the names in `VARIABLES`, and data sets under those in `DATA`. A
+function that has no classifier, such as `backdoor_jax.training.fit`, also takes data of other rows. All other arguments
+are checked as `backdoor_jax.arguments` says, which is also the door of functions without any of these. Functions that
+run inside compiled code, such as losses, are not decorated.
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.compiling import standard_rules
-from backdoor_jax.config import is_number, is_whole
+from backdoor_jax.arguments import Arguments, Result, door, kind_of, require_keys, require_typed
 from backdoor_jax.data import Dataset
-from backdoor_jax.errors import NonFiniteError, UserError, printable
+from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier
-from backdoor_jax.reading import as_path
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 DATA = ("data", "test", "train", "triggered")
 """The names of arguments that are data sets."""
-TYPED = ("config", "context", "label_map", "scan")
-"""The names of arguments that must be of the type in the signature."""
+VARIABLES = ("variables", "start", "end", "before", "after")
+"""The names of arguments that are a model's variables."""
 COMPUTED = ("params", "batch_stats", "bounds")
 """The collections that a network computes with; others may hold counters and the like."""
 
@@ -52,7 +48,7 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         Traceback (most recent call last):
         backdoor_jax.errors.UserError: draw: key is a int, expected a single key; give jax.random.key(0)
     """
-    return _door(function, classes=True)
+    return door(function, partial(_check, classes=True))
 
 
 def checked_encoder(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -64,123 +60,48 @@ def checked_encoder(function: Callable[Arguments, Result]) -> Callable[Arguments
         Traceback (most recent call last):
         backdoor_jax.errors.UserError: pretrain: classifier is a str; make one with build_classifier
     """
-    return _door(function, classes=False)
+    return door(function, partial(_check, classes=False))
 
 
-def _door(function: Callable[Arguments, Result], classes: bool) -> Callable[Arguments, Result]:
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def door(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        bound = signature.bind(*args, **kwargs)
-        name = getattr(bound.arguments.get("self"), "name", function.__name__)
-        if "variables" in bound.arguments:
-            bound.arguments["variables"] = as_dictionaries(bound.arguments["variables"])
-        with standard_rules():
-            _check(name, dict(bound.arguments), signature, classes)
-            return function(*bound.args, **bound.kwargs)
-
-    return door
-
-
-def as_dictionaries(tree: Any) -> Any:
-    """A tree whose mappings are dictionaries, where some are not, such as Flax's `FrozenDict`.
-
-    Example:
-        >>> from flax.core import freeze
-        >>> type(as_dictionaries({"params": freeze({"kernel": 1})})["params"]).__name__
-        'dict'
-    """
-    if not isinstance(tree, Mapping):
-        return tree
-    inner = {name: as_dictionaries(value) for name, value in tree.items()}
-    same = type(tree) is dict and all(inner[name] is value for name, value in tree.items())
-    return tree if same else inner
-
-
-def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature, classes: bool) -> None:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(list(given.values()))):
-        raise UserError(f"{function} runs compiled programs itself; call it outside jit, vmap and grad")
+def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature, *, classes: bool) -> None:
     classifier = given.get("classifier")
     if "classifier" in given:
         require_classifier(classifier, f"{function}: classifier")
     method = given.get("self")
     for name, value in given.items():
         where = f"{function}: {name}"
-        if name == "key":
-            require_key(value, where)
-        elif name == "keys":
-            require_keys(value, where)
-        elif name == "variables":
-            require_variables(value, str(given.get("name", where)))
-        elif name in DATA and value is None and signature.parameters[name].default is None:
+        optional = name in signature.parameters and signature.parameters[name].default is None
+        if name in ("self", "classifier") or (value is None and optional):
             continue
+        if name == "keys":
+            require_keys(value, where)
+        elif name in VARIABLES:
+            require_variables(value, str(given.get("name", where)))
         elif name in DATA and "keys" in given:
             require_runs(value, classifier, len(given["keys"]), where)
         elif name in DATA and "classifier" not in given:
             require_rows(value, where)
         elif name in DATA:
-            empty = getattr(method, "needs", None) == "nothing"
+            empty = getattr(method, "needs", None) == "nothing" or not getattr(method, "needs_images", True)
             require_dataset(value, classifier, where, classes=classes, empty=empty)
         elif name == "step" and not callable(value):
-            raise UserError(f"{where} is a {_kind(value)}, expected a function of state, batch and key")
+            raise UserError(f"{where} is a {kind_of(value)}, expected a function of state, batch and key")
         elif name in ("state", "states") and not hasattr(value, "step"):
-            raise UserError(f"{where} is a {_kind(value)}, expected what a step's init made of variables")
+            raise UserError(f"{where} is a {kind_of(value)}, expected what a step's init made of variables")
         elif name == "images":
             require_images(value, classifier, where)
             if not len(value):
                 raise UserError(f"{where} are none; give some")
-        elif name == "path":
-            as_path(value, where)
-        elif name == "trigger" and value is not None:
+        elif name == "trigger":
             require_trigger(value, where)
-        elif name in TYPED and not isinstance(value, kind := signature.parameters[name].annotation):
-            expected = getattr(kind, "__name__", str(kind)).rpartition(".")[-1]
-            raise UserError(f"{where} is a {_kind(value)}, expected a {expected}")
         elif name in signature.parameters:
-            require_plain(value, signature.parameters[name].annotation, where)
+            require_typed(name, value, signature.parameters[name], where)
 
 
 def _maker(network: object) -> str:
     """What makes a classifier of a network."""
     module = any(base.__module__.startswith("torch.nn") for base in type(network).__mro__)
     return "Classifier.from_torch(module, images)" if module else "build_classifier"
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-def require_plain(value: object, kind: object, where: str) -> None:
-    """Refuses what is not of a plain type: a finite number, a whole number, or the shape of an image.
-
-    Args:
-        value: what was given.
-        kind: the type in the signature; others than these are not checked.
-        where: what errors call it.
-
-    Raises:
-        UserError: for another value; True is no number.
-
-    Example:
-        >>> require_plain("1", float, "scan: margin")
-        Traceback (most recent call last):
-        backdoor_jax.errors.UserError: scan: margin is '1', expected a finite number
-    """
-    if kind is float:
-        holds, expected = is_number(value), "a finite number"
-    elif kind is int:
-        holds, expected = is_whole(value), "a whole number"
-    elif kind == tuple[int, int, int]:
-        shape = value if isinstance(value, Sequence) else ()
-        holds, expected = (
-            len(shape) == 3 and all(is_whole(side) and side > 0 for side in shape),
-            "height, width, channels",
-        )
-    else:
-        return
-    if not holds:
-        raise UserError(f"{where} is {printable(repr(value), 100)}, expected {expected}")
 
 
 def require_classifier(classifier: object, where: str) -> None:
@@ -190,35 +111,7 @@ def require_classifier(classifier: object, where: str) -> None:
         UserError: for another value.
     """
     if not isinstance(classifier, Classifier):
-        raise UserError(f"{where} is a {_kind(classifier)}; make one with {_maker(classifier)}")
-
-
-def require_key(key: object, where: str) -> None:
-    """Refuses anything but a single random key.
-
-    Raises:
-        UserError: for another value.
-    """
-    if _key_shape(key) != ():
-        raise UserError(f"{where} is a {_kind(key)}, expected a single key; give jax.random.key(0)")
-
-
-def require_keys(keys: object, where: str) -> None:
-    """Refuses anything but random keys along one axis, or in a sequence.
-
-    Raises:
-        UserError: for another value.
-    """
-    shapes = [_key_shape(key) for key in keys] if isinstance(keys, Sequence) else [(_key_shape(keys) or (0, 0))[1:]]
-    if not shapes or any(shape != () for shape in shapes):
-        raise UserError(f"{where} are a {_kind(keys)}, expected one key for each run; give jax.random.split(key, runs)")
-
-
-def _key_shape(key: object) -> tuple[int, ...] | None:
-    """The shape of an array of random keys; None for anything else."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key.shape
-    return key.shape[:-1] if isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape[-1:] == (2,) else None
+        raise UserError(f"{where} is a {kind_of(classifier)}; make one with {_maker(classifier)}")
 
 
 def require_variables(variables: object, where: str) -> None:
@@ -230,7 +123,7 @@ def require_variables(variables: object, where: str) -> None:
         NonFiniteError: for values that are not finite.
     """
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise UserError(f"{where} is a {_kind(variables)}, expected a dictionary with params; see Classifier.init")
+        raise UserError(f"{where} is a {kind_of(variables)}, expected a dictionary with params; see Classifier.init")
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         {part: variables[part] for part in variables if part in COMPUTED}
     ):
@@ -238,7 +131,7 @@ def require_variables(variables: object, where: str) -> None:
         name = "/".join(names)
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
-            found = _kind(leaf) if dtype is None else dtype
+            found = kind_of(leaf) if dtype is None else dtype
             raise UserError(f"{where}: {name} is {found}, expected an array of float32; cast it")
         values = np.asarray(leaf)
         if not np.isfinite(values).all():
@@ -262,7 +155,7 @@ def require_images(images: object, classifier: Classifier | None, where: str) ->
     if dtype != np.uint8:
         if type(images).__module__ == "torch":
             raise UserError(f"{where} is a PyTorch tensor, expected a uint8 array; give tensor.numpy(), channels last")
-        found = _kind(images) if dtype is None else dtype
+        found = kind_of(images) if dtype is None else dtype
         raise UserError(
             f"{where} is {found}, expected uint8 from 0 to 255; multiply values in [0, 1] by 255 and cast with "
             ".astype('uint8')"
@@ -289,7 +182,7 @@ def require_dataset(
         UserError: for anything else.
     """
     if not isinstance(data, Dataset):
-        raise UserError(f"{where} is a {_kind(data)}, expected a Dataset; make one with make_dataset(images, labels)")
+        raise UserError(f"{where} is a {kind_of(data)}, expected a Dataset; make one with make_dataset(images, labels)")
     require_images(data.images, classifier, f"{where}.images")
     labels = np.asarray(data.labels)
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != data.images.shape[:1]:
@@ -318,7 +211,7 @@ def require_rows(data: object, where: str) -> None:
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if not dataclasses.is_dataclass(data) or len(lengths) != 1 or lengths <= {(), (0,)}:
         raise UserError(
-            f"{where} is a {_kind(data)} of lengths {sorted(lengths)}, expected a Dataset or another data class of "
+            f"{where} is a {kind_of(data)} of lengths {sorted(lengths)}, expected a Dataset or another data class of "
             "equally many rows"
         )
 
@@ -331,14 +224,14 @@ def require_runs(data: object, classifier: Classifier | None, runs: int, where: 
     """
     if classifier is not None:
         if not isinstance(data, Sequence):
-            raise UserError(f"{where} is a {_kind(data)}, expected a list of one Dataset for each key")
+            raise UserError(f"{where} is a {kind_of(data)}, expected a list of one Dataset for each key")
         for number, own in enumerate(data):
             require_dataset(own, classifier, f"{where}[{number}]")
         return
     leaves = jax.tree.leaves(data)
     if not dataclasses.is_dataclass(data) or any(np.shape(leaf)[:1] != (runs,) for leaf in leaves):
         raise UserError(
-            f"{where} is a {_kind(data)}, expected one data set for each of {runs} runs; see training.stack"
+            f"{where} is a {kind_of(data)}, expected one data set for each of {runs} runs; see training.stack"
         )
     for number in range(runs):
         require_rows(jax.tree.map(lambda leaf, number=number: leaf[number], data), f"{where}[{number}]")
@@ -351,7 +244,7 @@ def require_trigger(trigger: object, where: str) -> None:
         UserError: for what cannot be called, or holds such numbers.
     """
     if not callable(trigger):
-        raise UserError(f"{where} is a {_kind(trigger)}, expected a function of uint8 images")
+        raise UserError(f"{where} is a {kind_of(trigger)}, expected a function of uint8 images")
     for leaf in jax.tree.leaves(trigger):
         if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating) and not np.isfinite(leaf).all():
             raise UserError(f"{where} holds numbers that are not finite; make the trigger again")

@@ -19,7 +19,7 @@ from backdoor_jax import zoo
 from backdoor_jax.app.trials import better_input, try_inputs
 from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, load_labeled
 from backdoor_jax.detectors import HEALTHY
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.interop.native import load_model
 from backdoor_jax.interop.torch_files import read, unwrap
 from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
@@ -65,8 +65,8 @@ class ModelFile:
 
     @property
     def name(self) -> str:
-        """What errors and figures call the model."""
-        return str(self.path)
+        """What is printed and written in figures for the model."""
+        return printable(str(self.path), LONGEST)
 
     def open(self) -> _Opened:
         """Reads the model.

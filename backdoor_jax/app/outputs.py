@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from backdoor_jax.errors import UserError
-from backdoor_jax.files import beside
+from backdoor_jax.files import behind_link, beside
 from backdoor_jax.interop.export import SUFFIX as EXPORT_SUFFIX
 from backdoor_jax.interop.native import DESCRIPTION, TORCH_SUFFIXES
 
@@ -39,6 +39,7 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
         UserError: where something is there and may not be replaced, the suffix is unknown or needs a package, or no
             file can be written there.
     """
+    out = behind_link(out)
     if out.suffix[1:2].isalpha() and out.suffix not in known:
         raise UserError(
             f"{out}: unknown suffix {out.suffix!r}; give .safetensors, .pt, {EXPORT_SUFFIX}, or a folder without one"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.errors import UserError
 from backdoor_jax.reading import file_size, image_pixels
 
@@ -73,6 +74,7 @@ class AdditiveTrigger:
         return to_uint8(images.astype(jnp.float32) + self.pattern)
 
 
+@typed
 def picture_patch(
     path: str, shape: tuple[int, int, int], position: tuple[int, int] | None, where: str = "patch"
 ) -> PatchTrigger:

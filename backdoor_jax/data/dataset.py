@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import one_program
 from backdoor_jax.config import MOST_CLASSES, is_whole
 from backdoor_jax.errors import UserError
@@ -29,9 +30,23 @@ class Dataset:
         return self.labels.shape[0]
 
     def take(self, indices: jax.Array | np.ndarray | slice) -> "Dataset":
-        """The images and labels at ``indices``, in that order."""
-        if isinstance(indices, slice) or indices.dtype == bool:
+        """The images and labels at ``indices``, in that order.
+
+        Raises:
+            UserError: for indices of no image; inside compiled code JAX takes the nearest one instead.
+        """
+        if isinstance(indices, slice):
             return Dataset(self.images[indices], self.labels[indices])
+        if not isinstance(indices, np.ndarray | jax.Array) or indices.ndim != 1:
+            raise UserError("take: indices are no array (N,); give whole numbers, as in numpy.arange(10), or a slice")
+        if indices.dtype == bool and len(indices) == len(self):
+            return Dataset(self.images[indices], self.labels[indices])
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise UserError(f"take: indices are {indices.dtype}, expected whole numbers, or a bool for each image")
+        if not isinstance(indices, jax.core.Tracer) and len(indices):
+            least, largest = int(indices.min()), int(indices.max())
+            if least < -len(self) or largest >= len(self):
+                raise UserError(f"take: indices run from {least} to {largest}, expected those of {len(self)} images")
         return _taken(self, indices)
 
 
@@ -146,7 +161,7 @@ def make_dataset(
             f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; multiply values in [0, 1] by 255 and "
             "cast with .astype('uint8')"
         )
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:3]:
         raise UserError(
             f"{where}: images have shape {images.shape}, expected (N, height, width, 1 or 3); "
             "transpose(0, 2, 3, 1) where channels come first"
@@ -168,6 +183,7 @@ def make_dataset(
     return Dataset(jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
 
 
+@typed
 def clean_indices(
     key: jax.Array, labels: jax.Array | np.ndarray, ratio: float, num_classes: int, stratified: bool = False
 ) -> np.ndarray:

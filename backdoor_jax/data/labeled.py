@@ -1,15 +1,19 @@
 """Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
+from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.data.dataset import Dataset, make_dataset
 from backdoor_jax.data.folders import read_folder, resized
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.reading import as_path
 
 PARTS = {
@@ -26,8 +30,8 @@ class Labeled(NamedTuple):
     Attributes:
         data: the images to work with.
         test: separate images to evaluate on, where the source has some.
-        class_names: names of the classes, where the source has some.
-        files: of the images in `data`, where they come from a folder.
+        class_names: names of the classes, where the source has some, as they are printed.
+        files: of the images in `data`, where they come from a folder, as they are printed.
         notes: what was passed over or converted, one line each.
     """
 
@@ -38,6 +42,7 @@ class Labeled(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@typed
 def load_labeled(
     source: str,
     num_classes: int,
@@ -83,7 +88,7 @@ def load_labeled(
     if os.path.isdir(path):
         found = read_folder(path, channels, num_classes=num_classes, size=size, class_names=class_names)
         data = make_dataset(found.images, found.labels, num_classes, str(path))
-        return Labeled(data, None, found.classes, found.files, found.notes)
+        return Labeled(data, None, _shown(found.classes), _shown(found.files), _shown(found.notes))
     if class_names is not None:
         raise UserError(f"{path}: class names are for a folder of class folders; leave them out")
     if path.suffix != ".npz":
@@ -107,10 +112,15 @@ def load_labeled(
             f"{path}: lacks images and labels; it must hold these, or train_images and train_labels, or x_train and "
             f"y_train; it holds {', '.join(arrays) or 'nothing'}"
         )
-    named = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+    named = _shown(np.ravel(arrays["class_names"])) if "class_names" in arrays else None
     if named is not None and len(named) != num_classes:
         raise UserError(f"{path}: has {len(named)} class_names, the model {num_classes} classes; give one for each")
-    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, tuple(notes))
+    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, _shown(notes))
+
+
+def _shown(names: Iterable[object]) -> tuple[str, ...]:
+    """Names and notes as they are printed: what is in a file does not write to the terminal."""
+    return tuple(printable(str(name), LONGEST) for name in names)
 
 
 def require_channels(data: Dataset, channels: int, where: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.data.dataset import Dataset, Task, make_dataset
 from backdoor_jax.data.folders import read_folder
@@ -18,6 +19,7 @@ from backdoor_jax.reading import as_path
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
+@typed
 def load(
     source: str,
     train_size: int | None = None,
@@ -110,6 +112,7 @@ TEST_SHARE = 0.2
 """The share of a folder without splits that is drawn to evaluate on."""
 
 
+@typed
 def folder_task(path: Path, image_size: int | None = None, seed: int = 0) -> Task:
     """Reads a folder of class folders, or one with ``train`` and ``test`` (or ``val``) in which these lie.
 
@@ -142,6 +145,7 @@ def folder_task(path: Path, image_size: int | None = None, seed: int = 0) -> Tas
     return Task(path.name, train_data, test_data, classes, class_names=known.classes)
 
 
+@typed
 def npz_task(path: Path) -> Task:
     """Reads ``train_images, train_labels, test_images, test_labels`` from a plain ``.npz``.
 
@@ -167,9 +171,10 @@ def npz_task(path: Path) -> Task:
             arrays[key] for key in ("train_labels", "test_labels") if np.issubdtype(arrays[key].dtype, np.integer)
         ]
         classes = int(max((part.max(initial=0) for part in labels), default=0)) + 1
-    for key in ("normalization", "flip"):
-        if arrays.get(key, np.array(False)).ndim:
-            raise UserError(f"{path}: {key} has shape {arrays[key].shape}, expected a single value")
+    for key, kind, expected in (("normalization", "U", "a name"), ("flip", "b", "True or False")):
+        if key in arrays and (arrays[key].ndim or arrays[key].dtype.kind != kind):
+            found = arrays[key]
+            raise UserError(f"{path}: {key} is {found.dtype} of shape {found.shape}, expected {expected}")
     train, test = (
         make_dataset(arrays[f"{part}_images"], arrays[f"{part}_labels"], classes, f"{path} {part}")
         for part in ("train", "test")

@@ -35,7 +35,7 @@ from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_write
 from backdoor_jax.pickles import PlainUnpickler
 from backdoor_jax.progress import progress_bar
-from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
+from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget, require_deflated
 from backdoor_jax.stopping import stop_if_asked
 
 Example = tuple[Any, int]
@@ -67,7 +67,9 @@ class Archive:
         size = file_size(path, fix)
         with parsing(path, "cannot be read as the official archive", fix), contextlib.ExitStack() as closing:
             if path.suffix == ".zip":
-                yield closing.enter_context(zipfile.ZipFile(path))
+                archive = closing.enter_context(zipfile.ZipFile(path))
+                require_deflated(archive)
+                yield archive
             else:
                 stream: Any = BoundedReader(closing.enter_context(gzip.open(path)), path, size)
                 yield closing.enter_context(tarfile.open(fileobj=stream, mode="r|"))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import one_program
 from backdoor_jax.config import is_whole
 from backdoor_jax.data.dataset import Dataset
@@ -106,6 +107,7 @@ class Poisoned(NamedTuple):
     indices: np.ndarray
 
 
+@typed
 def poison_count(rate: float, images: int) -> int:
     """How many of the training images a rate poisons.
 
@@ -124,6 +126,7 @@ def poison_count(rate: float, images: int) -> int:
     return count
 
 
+@typed
 def draw_poisoned(key: jax.Array, rate: float, images: int, candidates: np.ndarray | None = None) -> np.ndarray:
     """Draws which images to poison: round(rate * images) candidates, uniformly without replacement.
 
@@ -139,6 +142,7 @@ def draw_poisoned(key: jax.Array, rate: float, images: int, candidates: np.ndarr
     return np.sort(candidates[order[: poison_count(rate, images)]])
 
 
+@typed
 def poison(
     key: jax.Array,
     data: Dataset,

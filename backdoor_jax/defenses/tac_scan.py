@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.defenses.tac_program import Perturbations, class_logits, class_perturbations, sample_norms
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
@@ -105,6 +106,7 @@ class Scan(NamedTuple):
         }
 
 
+@typed
 def smallest_outlier(values: np.ndarray) -> Outlier:
     r"""One-sided Grubbs test of the smallest value.
 

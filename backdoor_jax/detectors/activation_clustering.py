@@ -10,11 +10,14 @@ Clusters start from the two signs of the first component, so nothing is random.
 
 import numpy as np
 
+from backdoor_jax.arguments import typed
+
 DIMENSIONS = 10
 """Published."""
 ROUNDS = 100
 
 
+@typed
 def activation_clustering(latent: np.ndarray) -> np.ndarray:
     """The score of each image of one class, above zero in the smaller cluster, the larger the more suspicious.
 

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.config import Config
 from backdoor_jax.data import Dataset
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.validation import checked
 
 Outcome = Literal["backdoored", "no sign of a backdoor", "cannot tell"]
 ALPHA = 0.05
@@ -75,6 +77,12 @@ class Detector(Config):
     summary: ClassVar[str]
     needs_images: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes every detector check what its `examine` receives."""
+        super().__init_subclass__(**kwargs)
+        if "examine" in vars(cls):
+            cls.examine = checked(cls.examine)  # type: ignore[method-assign]
+
     def examine(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:
         """Collects evidence about a model.
 
@@ -119,6 +127,7 @@ class Verdict:
         return self.outcome + (f": {self.why}" if self.why else "")
 
 
+@typed
 def judge(
     evidence: Evidence,
     *,

@@ -38,7 +38,6 @@ from backdoor_jax.detectors.base import Detector, Evidence
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import cross_entropy, latents
-from backdoor_jax.validation import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,6 @@ class LossAscent(Detector):
     clip: Positive = 20.0
     accuracy: Fraction = 0.2
 
-    @checked
     def examine(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:
         """Unlearns the clean images and reads off the class that is left.
 

@@ -10,7 +10,10 @@ The paper removes the images of the largest scores, one and a half times as many
 
 import numpy as np
 
+from backdoor_jax.arguments import typed
 
+
+@typed
 def spectral_signatures(latent: np.ndarray) -> np.ndarray:
     """The score of each image of one class, the larger the more suspicious.
 

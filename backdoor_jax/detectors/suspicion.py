@@ -19,6 +19,7 @@ from backdoor_jax.detectors.spectral_signatures import spectral_signatures
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import latents
+from backdoor_jax.validation import checked
 
 SUSPICIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "spectral_signatures": spectral_signatures,
@@ -27,6 +28,7 @@ SUSPICIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """Scores of the images of one class from its latents, by name."""
 
 
+@checked
 def suspicious(
     classifier: Classifier,
     variables: Variables,

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.config import Classes, Positive, Whole, Width
-from backdoor_jax.errors import NonFiniteError, UserError, first_line
+from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_folder, atomic_write, settle, write_text
 from backdoor_jax.interop.checkpoints import load_tree, save_tree
 from backdoor_jax.interop.file_kinds import kind_of
@@ -33,7 +34,6 @@ from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Stem, Variables, VisionTransformer, build_classifier, describe
 from backdoor_jax.reading import (
     DEEPEST,
-    as_path,
     element_count,
     parse_json,
     parsing,
@@ -41,7 +41,7 @@ from backdoor_jax.reading import (
     require_budget,
     require_names,
 )
-from backdoor_jax.validation import require_classifier
+from backdoor_jax.validation import checked
 from backdoor_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -49,8 +49,11 @@ FORMAT = 1
 HEADER = "backdoor_jax"
 """The entry of a safetensors header that holds the description."""
 DESCRIPTION = "model.json"
+COLLECTIONS = ("params", "batch_stats")
+"""What is read of Flax's variables in a ``.msgpack``."""
 
 
+@checked
 def save_model(path: Path | str, classifier: Classifier, variables: Variables) -> None:
     """Writes a model, completely or not at all, and replaces what was there.
 
@@ -60,8 +63,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         variables: its variables, bounds included; a tree of dictionaries.
 
     Raises:
-        UserError: where it cannot be written to that path, or not in that format, or its variables are not the
-            classifier's.
+        UserError: where it cannot be written to that path, or not in that format, a folder holds something else, or
+            its variables are not the classifier's.
         NonFiniteError: for weights or statistics that are not finite.
 
     Example:
@@ -76,9 +79,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
     """
     from safetensors import SafetensorError
 
-    path = as_path(path, "save_model: path")
-    require_classifier(classifier, "save_model: classifier")
-    _require_usable(classifier, variables, path)
+    path = Path(path)
+    _require_fit(classifier, variables, describe(classifier) is not None, path)
     try:
         if path.suffix in TORCH_SUFFIXES:
             save_torch(path, classifier, variables)
@@ -92,6 +94,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
             with atomic_write(path) as partial:
                 save_file(arrays, partial, {HEADER: json.dumps(described)})
             return
+        if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION).is_file():
+            raise UserError(f"{path}: is a folder that holds no model; give another path")
         with atomic_folder(path) as partial:
             save_tree(partial / "variables", variables)
             describe_folder(partial, classifier, variables)
@@ -109,6 +113,7 @@ def describe_folder(path: Path, classifier: Classifier, variables: Variables) ->
     write_text(path / DESCRIPTION, json.dumps(described, indent=1))
 
 
+@typed
 def load_model(
     path: Path | str,
     model: str | None = None,
@@ -138,7 +143,7 @@ def load_model(
     Raises:
         UserError: where there is no such file, or it is damaged, holds another model or was written by another program.
     """
-    path = as_path(path, "load_model: path")
+    path = Path(path)
     settle(path)
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such model; give a file .safetensors or .pt, or a folder with {DESCRIPTION}")
@@ -282,11 +287,9 @@ def _read_msgpack(path: Path, classifier: Classifier | None) -> tuple[Classifier
         )
     with parsing(path, "not a complete msgpack file of Flax", "copy or save it again"):
         tree = msgpack_restore(path.read_bytes())
-        if not isinstance(tree, Mapping):
-            raise ValueError("it holds no dictionary")
-        tree = tree if "params" in tree else {"params": tree}
-        kept = {name: tree[name] for name in ("params", "batch_stats") if name in tree}
-        variables = jax.tree.map(jnp.asarray, kept)
+        tree = tree if not isinstance(tree, Mapping) or "params" in tree else {"params": tree}
+        arrays = _leaves(tree)
+        variables = _nest({_text(names): jnp.asarray(array) for names, array in arrays if names[0] in COLLECTIONS})
     _require_fit(classifier, variables, False, path)
     return classifier, variables
 
@@ -336,16 +339,6 @@ def _require_fit(classifier: Classifier, variables: Variables, described: bool, 
         raise UserError(
             f"{path}: its variables are not those of the network it names ({difference}); save this network's own"
         )
-
-
-def _require_usable(classifier: Classifier, variables: Variables, path: Path) -> None:
-    """Refuses to write what could not be read again, and what is not finite."""
-    if not isinstance(variables, Mapping):
-        raise UserError(f"save_model: variables are a {type(variables).__name__}, expected a dictionary with params")
-    for names, leaf in _leaves(variables):
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
-            raise NonFiniteError(f"{path}: {'/'.join(names)} is not finite; the training diverged")
-    _require_fit(classifier, variables, describe(classifier) is not None, path)
 
 
 def _leaves(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

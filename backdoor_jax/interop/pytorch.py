@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.errors import UserError
 from backdoor_jax.files import atomic_write
 from backdoor_jax.interop.torch_files import BOUNDS, as_array, import_torch, read, unwrap
@@ -59,6 +60,7 @@ SIZES: dict[int, Stem] = {3: "small", 7: "imagenet"}
 """The stem that is assumed, by the size of the first convolution."""
 
 
+@typed
 def load_torch(
     source: Path | str | Mapping[str, Any],
     model: str,
@@ -195,6 +197,7 @@ def require_counterpart(classifier: Classifier) -> None:
         )
 
 
+@checked
 def torch_state(classifier: Classifier, variables: Variables) -> dict[str, np.ndarray]:
     """The variables under PyTorch's names and in its layouts, without bounds.
 

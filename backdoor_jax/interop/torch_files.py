@@ -20,7 +20,7 @@ from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.file_kinds import kind_of
 from backdoor_jax.pickles import PickledCode, PlainUnpickler, Skipped
-from backdoor_jax.reading import element_count, file_size, require_budget, require_names
+from backdoor_jax.reading import element_count, file_size, require_budget, require_names, zip_members
 
 BOUNDS = "bounds"
 
@@ -242,9 +242,7 @@ def _with_arrays(tree: Any, path: Path, size: int) -> Any:
 def _read_zip(path: Path, size: int) -> Any:
     """The contents of a file as PyTorch has written them since 1.6."""
     with zipfile.ZipFile(path) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        require_names(list(members), path)
-        require_budget(sum(member.file_size for member in members.values()), size, path)
+        members = {member.filename: member for member in zip_members(archive, path, size)}
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it has no data.pkl")

@@ -59,6 +59,10 @@ def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: i
         UserError: for a module that cannot be made, or the tensors of another one.
     """
     module = _make(model, num_classes)
+    if not hasattr(module, "state_dict"):
+        raise UserError(
+            f"--model {model}: makes a {type(module).__name__}, expected a torch.nn.Module; return the network"
+        )
     if num_classes is None and (found := _classes_of(module, state)) is not None:
         module = _make(model, found)
     _load(module, state, model, where)
@@ -93,7 +97,7 @@ def _make(model: str, num_classes: int | None) -> Any:
         return function(**{key: value for key, value in given.items() if key in takes})
     except UserError:
         raise
-    except Exception as error:  # The user's own code, or a library's, which raise anything.
+    except (Exception, SystemExit) as error:  # The user's own code, or a library's, which raise anything.
         raise UserError(f"--model {model}: cannot be made ({type(error).__name__}: {first_line(error)})") from error
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import jit
 from backdoor_jax.config import is_number
 from backdoor_jax.data import Dataset, LabelMap, Trigger, apply_trigger, is_plain, triggered
@@ -76,6 +77,7 @@ def predict(
     return np.asarray(predictions)
 
 
+@typed
 def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelMap) -> tuple[float, float]:
     """ASR and RA of predictions on triggered images.
 
@@ -126,7 +128,7 @@ def evaluate(
         triggered: images that carry the trigger already, under their true labels, instead of a trigger.
 
     Raises:
-        UserError: for a trigger and triggered images.
+        UserError: for a trigger and triggered images, and for either without a label map.
         NonFiniteError: where weights or logits are not finite.
 
     Example:
@@ -135,17 +137,24 @@ def evaluate(
         >>> evaluate(classifier, classifier.init(jax.random.key(0), test.images), test).acc < 0.5
         True
     """
-    labels = np.asarray(test.labels)
-    acc = float(np.mean(predict(classifier, variables, test.images, name=name) == labels))
     if trigger is not None and triggered is not None:
         raise UserError("a trigger and triggered images are two ways to say the same; give one of them")
-    if (trigger is None and triggered is None) or label_map is None:
+    attacked = trigger is not None or triggered is not None
+    if attacked and label_map is None:
+        raise UserError(
+            "evaluate: label_map is missing, so the trigger has no target; give attack.label_map(num_classes) or "
+            "LabelMap('all_to_one', num_classes, target)"
+        )
+    labels = np.asarray(test.labels)
+    acc = float(np.mean(predict(classifier, variables, test.images, name=name) == labels))
+    if not attacked or label_map is None:
         return Scores(acc)
     shown = test if triggered is None else triggered
     found = predict(classifier, variables, shown.images, trigger, name)
     return Scores(acc, *success_rates(found, np.asarray(shown.labels), label_map))
 
 
+@typed
 def chance_level(labels: np.ndarray, num_classes: int) -> float:
     """The accuracy of guessing: 1/C, or the share of the most frequent class where that is larger.
 
@@ -156,6 +165,7 @@ def chance_level(labels: np.ndarray, num_classes: int) -> float:
     return max(1 / num_classes, float(np.bincount(labels).max()) / len(labels))
 
 
+@typed
 def is_near_chance(correct: int, labels: np.ndarray, num_classes: int) -> bool:
     """Whether a model is hardly better than guessing.
 

@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.config import Config, Count, LearningRate, NonNegative
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
@@ -153,6 +154,7 @@ def maximum_margins(
     return found
 
 
+@typed
 def largest_margin(margins: np.ndarray) -> Detection:
     """Tests whether the largest of C margins is an outlier.
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.data import Dataset, LabelMap, Trigger, triggered
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.metrics.latent import cosine
@@ -157,6 +158,7 @@ def interpolate(start: Variables, end: Variables, position: float) -> Variables:
     return jax.tree_util.tree_map_with_path(combine, start, end)
 
 
+@checked
 def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
     """Measures how far the parameter array at a path has moved.
 
@@ -185,6 +187,7 @@ def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
     return Moved(difference, distance / norm if norm else float(distance > 0), cosine(one.ravel(), other.ravel()))
 
 
+@typed
 def embedding(*latents: jax.Array | np.ndarray, method: Literal["pca", "tsne"] = "pca") -> list[np.ndarray]:
     """Brings sets of latents to two dimensions, all of them together.
 

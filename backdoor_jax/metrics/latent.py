@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.data import Trigger, triggered
 from backdoor_jax.errors import UserError
 from backdoor_jax.models import Classifier, Variables
@@ -87,6 +88,7 @@ def cosine(first: np.ndarray, second: np.ndarray) -> float:
     return float(first @ second / norms) if norms else 0.0
 
 
+@typed
 def agreement(scores: np.ndarray, change: np.ndarray, k: int) -> Agreement:
     """Compares scores of neurons with their change.
 

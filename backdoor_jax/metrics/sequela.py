@@ -41,6 +41,7 @@ import numpy as np
 from annotated_types import MinLen
 from jax.tree_util import Partial
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.config import Config, Count, Decay, LearningRate, Momentum, Share, Whole
 from backdoor_jax.data import Augment, Dataset, LabelMap, Trigger, poison
 from backdoor_jax.errors import UserError
@@ -138,6 +139,7 @@ def _resampled(key: jax.Array, members: jax.Array, others: jax.Array, resamples:
     return _all(members, others), jax.lax.map(one, jax.random.split(key, resamples), batch_size=50)
 
 
+@typed
 def membership(
     key: jax.Array, members: jax.Array, others: jax.Array, *, resamples: int = 1000, level: float = 0.95
 ) -> Membership:

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.config import MOST_CLASSES
 from backdoor_jax.errors import UserError
 from backdoor_jax.models.classifier import NORMALIZATIONS, Classifier, Variables
@@ -59,6 +60,7 @@ MODELS: dict[str, Architecture] = {
 }
 
 
+@typed
 def build_classifier(
     model: str,
     num_classes: int,
@@ -111,6 +113,7 @@ def _whole(value: object, lowest: int, highest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
 
 
+@typed
 def describe(classifier: Classifier) -> dict[str, Any] | None:
     """The ``model``, ``width`` and ``options`` for which `build_classifier` makes a classifier's network.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -14,7 +14,7 @@ from flax import nnx
 from flax.errors import FlaxError
 
 from backdoor_jax.compiling import standard_rules
-from backdoor_jax.config import is_whole
+from backdoor_jax.config import is_number, is_whole
 from backdoor_jax.data import DATASETS, Normalization
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models.network import (
@@ -79,8 +79,10 @@ class Classifier:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
         if not is_whole(self.num_classes) or self.num_classes < 1:
             raise UserError(f"Classifier.num_classes is {self.num_classes!r}, expected a whole number, such as 10")
-        finite = np.isfinite([*self.mean, *self.std]).all()
-        if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0 or not finite:
+        mean, std = (part if isinstance(part, Sequence) else () for part in (self.mean, self.std))
+        numbers = (*mean, *std)
+        finite = all(map(is_number, numbers)) and max(map(abs, numbers), default=0) < np.finfo(np.float32).max
+        if not finite or not len(mean) == len(std) > 0 or min(std) < np.finfo(np.float32).tiny:
             raise UserError(
                 f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair of "
                 "finite numbers for each channel"

@@ -111,7 +111,7 @@ def test_clean_indices_depend_on_the_key(key: jax.Array) -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
 def test_a_ratio_outside_its_range_is_refused(key: jax.Array, ratio: float) -> None:
-    with pytest.raises(UserError, match="expected a share in"):
+    with pytest.raises(UserError, match=r"expected a (share in|finite number)"):
         clean_indices(key, np.zeros(10, int), ratio, 1)
 
 
@@ -427,7 +427,7 @@ def test_a_positive_rate_that_poisons_nothing_is_refused(key: jax.Array, tiny_da
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
 def test_a_poisoning_rate_outside_its_range_is_refused(key: jax.Array, tiny_data: Dataset, rate: float) -> None:
-    with pytest.raises(UserError, match=r"poisoning rate is .*such as 0\.1"):
+    with pytest.raises(UserError, match=r"rate is .*(such as 0\.1|a finite number)"):
         poison(key, tiny_data, invert, LabelMap("all_to_one", 3), rate)
 
 
