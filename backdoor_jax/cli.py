@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="backdoor-jax", description="Detects and removes backdoors in image classifiers, and measures how well."
     )
     shtab.add_argument_to(parser, help="print a completion script for a shell")
-    parser.set_defaults(command=None)
+    parser.set_defaults(command=None, quiet=False, json=False)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     demo = commands.add_parser(
