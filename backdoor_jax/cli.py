@@ -6,17 +6,22 @@ import dataclasses
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+import shtab
+
 from backdoor_jax.errors import LONGEST, UserError, first_line, printable
+from backdoor_jax.progress import hidden_bars
 from backdoor_jax.stopping import Stopped, stopping_at_safe_points
 
 if TYPE_CHECKING:
@@ -25,8 +30,19 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from backdoor_jax.analyses.base import Row
-    from backdoor_jax.app import Images, ModelFile, ScanResult, Suspect
+    from backdoor_jax.app import Images, ModelFile, RepairResult, ScanResult, Suspect
 
+FIRST_STEPS = """\
+backdoor-jax detects and removes backdoors in image classifiers. Start with one of these:
+
+  backdoor-jax demo                                      see it work, on models that it trains itself
+  backdoor-jax scan --checkpoint MODEL --data IMAGES     does a model look backdoored, and towards which class
+  backdoor-jax defend --checkpoint MODEL --data IMAGES   repair it
+  backdoor-jax list                                      attacks, defenses, detectors, models and data sets
+
+MODEL is FILE.safetensors, FILE.pt or a folder; IMAGES are clean, in FILE.npz or a folder for each class.
+`backdoor-jax COMMAND --help` has all options; `backdoor-jax --print-completion bash` prints a completion script.
+"""
 RANGES = {
     "seed": (0, 2**32 - 1),
     "healthy": (0, 1),
@@ -58,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command is None and not rest:
+        with _safe_output():
+            print(FIRST_STEPS, end="")
+        return 0
     if rest and (
         parsed.command not in (_run, _defend) or any(text.startswith("-") or "=" not in text for text in rest)
     ):
@@ -70,10 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_command(parsed: argparse.Namespace) -> int:
     """Runs a parsed command, and turns every error into one line and an exit code."""
     try:
-        with stopping_at_safe_points():
+        with stopping_at_safe_points(), _quiet_libraries():
             _check_options(parsed)
             _set_up_jax(distributes=_cluster_option(parsed) is not None)
-            code: int | None = parsed.command(parsed)
+            with hidden_bars() if parsed.quiet or parsed.json else contextlib.nullcontext():
+                code: int | None = parsed.command(parsed)
     except UserError as error:
         return _fail(str(error))
     except Stopped as stopped:
@@ -155,6 +176,21 @@ def _safe_output() -> Iterator[None]:
             setattr(sys, name, stream)
 
 
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keeps the notes that libraries write for their own developers from the user's terminal."""
+    logger = logging.getLogger("absl")  # Of Orbax and TensorFlow Datasets too.
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for library in ("orbax", "flax", "tensorflow_datasets", "jaxopt"):
+                warnings.filterwarnings("ignore", module=rf"{library}\b")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _set_up_jax(distributes: bool) -> None:
     """Sets JAX to its default rules, whatever the environment says, and finds out whether it has a device.
 
@@ -185,10 +221,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="backdoor-jax", description="Detects and removes backdoors in image classifiers, and measures how well."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shtab.add_argument_to(parser, help="print a completion script for a shell")
+    parser.set_defaults(command=None, quiet=False, json=False)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="six defenses on the embedded digits: a table and a page, a few minutes")
+    demo = commands.add_parser(
+        "demo", help="finds and removes backdoors in models that it trains itself: a table and a page, three minutes"
+    )
     demo.add_argument("--out", default="demo", help="folder for results (default: demo)")
+    demo.add_argument("--seed", type=int, default=0, help="of the models (default: 0)")
+    _add_output_options(demo)
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser(
@@ -204,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--workers", type=int, metavar="N", help="work in N processes, each on one core or GPU")
     where.add_argument("--scheduler", metavar="ADDRESS", help="or on the workers of a Dask scheduler")
     where.add_argument("--slurm", metavar="PROFILE.yaml", help="or in SLURM jobs; see docs/scaling.md")
+    _add_output_options(run)
     run.set_defaults(command=_run)
 
     defend = commands.add_parser(
@@ -230,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     defend.add_argument(
         "--out", help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax) (default: NAME-repaired)"
     )
+    _add_output_options(defend)
     defend.set_defaults(command=_defend)
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
@@ -239,15 +283,22 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--training-set", metavar="DATA", help="the training set, for --list-images")
     scan.add_argument("--list-images", type=int, metavar="N", help="the N images of the suspicious class to look at")
     scan.add_argument("--by", metavar="METHOD", default="spectral_signatures", help="or activation_clustering")
-    scan.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    _add_output_options(scan)
     scan.add_argument("--out", help="the figure (default: the checkpoint's name and .scan.png)")
     scan.set_defaults(command=_scan, test=None)
 
     listing = commands.add_parser(
         "list", help="the attacks, defenses, detectors, scenarios, models and data sets, one line each"
     )
+    _add_output_options(listing)
     listing.set_defaults(command=_list)
     return parser
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options for how much a command prints."""
+    command.add_argument("--quiet", action="store_true", help="print the result only: no progress, no notes")
+    command.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
 def _add_model_options(command: argparse.ArgumentParser, data_required: bool = True) -> None:
@@ -433,7 +484,8 @@ def _defend(parsed: argparse.Namespace) -> int:
 
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
     suspect = _load_suspect(parsed)
-    _print_accuracy(suspect)
+    if not (parsed.quiet or parsed.json):
+        _print_accuracy(suspect)
     result = repair_model(
         suspect,
         defense,
@@ -445,6 +497,10 @@ def _defend(parsed: argparse.Namespace) -> int:
         training_images=_images(parsed),
     )
     repair, name = result.repair, defense.name
+    drop = suspect.accuracy - result.accuracy
+    if parsed.json:
+        print(_repair_as_json(suspect, name, result))
+        return 1 if drop > parsed.max_drop else 0
     if repair.target is not None:
         print(f"{name}: repaired class {repair.target}")
     elif repair.changed and repair.scan is not None:
@@ -463,13 +519,35 @@ def _defend(parsed: argparse.Namespace) -> int:
         print(f"{name}: {triggered}, {100 * before:.1f} % before")
     if not result.held_out:
         print(f"{name}: these are the images it repaired with; give others (--test) to see what the repair costs")
-    drop = suspect.accuracy - result.accuracy
     if drop > parsed.max_drop:
         what = "not written, unless with --force" if result.out is None else "written because of --force"
         print(f"{name}: warning: it lost {100 * drop:.1f} % of accuracy, more than --max-drop allows; {what}")
     if result.out is not None:
         print(f"{result.out}: written; load it by {loading_line(suspect, repair, result.out)}")
     return 1 if drop > parsed.max_drop else 0
+
+
+def _repair_as_json(suspect: "Suspect", defense: str, result: "RepairResult") -> str:
+    """A repair as JSON."""
+    repair = result.repair
+    return json.dumps(
+        {
+            "model": suspect.name,
+            "notes": suspect.notes,
+            "defense": defense,
+            "changed": repair.changed,
+            "why": repair.why,
+            "target": repair.target,
+            "accuracy_before": suspect.accuracy,
+            "accuracy": result.accuracy,
+            "success_rate_before": suspect.success_rate(suspect.variables),
+            "success_rate": suspect.success_rate(repair.variables),
+            "held_out": result.held_out,
+            "out": None if result.out is None else str(result.out),
+        },
+        indent=2,
+        allow_nan=False,
+    )
 
 
 def _scan(parsed: argparse.Namespace) -> None:
@@ -487,7 +565,7 @@ def _scan(parsed: argparse.Namespace) -> None:
         suspect = load_unseen(_model_file(parsed), size)
     else:
         suspect = _load_suspect(parsed)
-    if not parsed.json and len(suspect.test):
+    if not (parsed.quiet or parsed.json) and len(suspect.test):
         _print_accuracy(suspect)
     figure = parsed.out or Path(f"{parsed.checkpoint.name}.scan.png")
     result = scan_model(suspect, figure, DETECTORS[parsed.detector](), seed=parsed.seed, force=parsed.force)
@@ -546,12 +624,12 @@ def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
 
 def _demo(parsed: argparse.Namespace) -> None:
     with resources.as_file(resources.files("backdoor_jax") / "demo.yaml") as config:
-        _experiment(config, parsed.out, ())
+        _experiment(parsed, config, parsed.out, (f"seeds=[{parsed.seed}]",))
 
 
 def _run(parsed: argparse.Namespace) -> None:
     out = parsed.out or Path("runs") / parsed.config.stem
-    _experiment(parsed.config, out, parsed.overrides, _cluster(parsed, out))
+    _experiment(parsed, parsed.config, out, parsed.overrides, _cluster(parsed, out))
 
 
 def _cluster_option(parsed: argparse.Namespace) -> str | None:
@@ -578,6 +656,7 @@ def _cluster(parsed: argparse.Namespace, out: Path) -> "AbstractContextManager[C
 
 
 def _experiment(
+    parsed: argparse.Namespace,
     config: Path,
     out: Path,
     overrides: tuple[str, ...],
@@ -587,19 +666,26 @@ def _experiment(
     from backdoor_jax.config_files import load_experiment
     from backdoor_jax.errors import FailedRepairs
     from backdoor_jax.experiment import RESULT, in_order, read_rows, run_experiment
-    from backdoor_jax.report import write_page
+    from backdoor_jax.report import lead, summarize, write_page
+
+    def report(line: str) -> None:
+        if not (parsed.quiet or parsed.json):
+            print(line, flush=True)
 
     experiment, failed = load_experiment(config, overrides), None
     with cluster as client:
         try:
-            run_experiment(experiment, out, report=lambda line: print(line, flush=True), client=client)
+            run_experiment(experiment, out, report=report, client=client)
         except FailedRepairs as error:
             failed = error
     rows = in_order(read_rows(out / "results.jsonl", RESULT), experiment)
     page = write_page(rows, out) if rows else None
-    print_table(rows)
-    if page:
-        print(f"{page}: open it in a browser")
+    if parsed.json:
+        results = [summary._asdict() for summary in summarize(rows)]
+        print(json.dumps({"answer": lead(rows), "results": results, "page": str(page)}, indent=2))
+    else:
+        print_table(rows)
+        print("\n".join([*lead(rows), f"{page}: open it in a browser"]))
     if failed:
         raise failed
 
@@ -627,7 +713,6 @@ def print_table(rows: "list[Row]") -> None:
 
 
 def _list(parsed: argparse.Namespace) -> None:
-    del parsed
     from rich.console import Console
     from rich.table import Table
 
@@ -649,6 +734,9 @@ def _list(parsed: argparse.Namespace) -> None:
         "models": [(name, model.summary) for name, model in MODELS.items()],
         "data": list(SOURCES.items()),
     }
+    if parsed.json:
+        print(json.dumps({title: dict(entries) for title, entries in sections.items()}, indent=2))
+        return
     console = Console(soft_wrap=True)
     for title, entries in sections.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)

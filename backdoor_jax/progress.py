@@ -1,7 +1,25 @@
-"""Progress bars: on a terminal, and nothing anywhere else."""
+"""Progress bars: on a terminal, unless they are hidden, and nothing anywhere else."""
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
+
+_hidden = contextvars.ContextVar("hidden", default=False)
+
+
+@contextlib.contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Shows no bar for the length of a block.
+
+    Example:
+        >>> with hidden_bars(), progress_bar("training", 10) as advance:
+        ...     advance(5)
+    """
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 @contextlib.contextmanager
@@ -24,7 +42,7 @@ def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if _hidden.get() or not console.is_terminal:
         yield lambda count, note="": None
         return
     from rich import progress

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +112,61 @@ def test_a_complete_experiment_run_again_prints_only_the_table(
     assert (finished.out / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_a_run_prints_its_result_only_where_it_is_asked_to(
+    finished: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str
+) -> None:
+    arguments = ["run", str(finished.config), "--out", str(tmp_path / "out"), "defenses=[]", option]
+    assert main(arguments) == 0
+    output, error = capsys.readouterr()
+    assert "badnets-0" not in output
+    assert not error
+    if option == "--json":
+        found = json.loads(output)
+        assert found["answer"] == []
+        assert [(result["attack"], result["defense"]) for result in found["results"]] == [
+            ("badnets", "none"),
+            ("none", "none"),
+        ]
+        assert found["page"] == str(tmp_path / "out" / "report.html")
+    else:
+        assert "What each defense did" in output
+
+
+def test_without_arguments_the_command_says_what_to_do_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"backdoor-jax {command}" in printed for command in ("demo", "scan", "defend", "list"))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_completion_script_knows_commands_and_options(capsys: pytest.CaptureFixture[str], shell: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", shell])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("demo", "defend", "--checkpoint", "--detector"))
+
+
+def test_list_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["defenses"].keys() == DEFENSES.keys()
+    assert "signs" in found["data"]
+
+
+def test_notes_of_libraries_do_not_reach_the_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(parsed: object) -> None:
+        logging.getLogger("absl").warning("a note of Orbax")
+        warnings.warn_explicit("a note of Flax", UserWarning, "x.py", 1, module="flax.core")
+
+    monkeypatch.setattr("backdoor_jax.cli._list", noisy)
+    assert main(["list"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "nowhere.yaml: no such file" in error_of(capsys, "run", tmp_path / "nowhere.yaml")
 
@@ -154,7 +211,6 @@ def test_a_folder_that_cannot_be_created_is_one_line(
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["fly"],
         ["run"],
         ["run", "x.yaml", "--bogus"],

@@ -26,6 +26,21 @@ def test_the_examples_of_the_page_on_extending_run(capsys: pytest.CaptureFixture
     assert printed.strip().endswith("(3, 80)")
 
 
+@pytest.mark.slow
+def test_the_quickstart_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Words as they are; rates within six points, because versions of JAX round differently."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, shown = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)[0]
+    assert code in (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    assert shown in (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    number = r"\d\.\d+"
+    assert re.sub(number, "0", printed) == re.sub(number, "0", shown)
+    rates, expected = ([float(rate) for rate in re.findall(number, part)] for part in (printed, shown))
+    assert rates == pytest.approx(expected, abs=0.06)
+
+
 def test_a_network_of_torchvision_is_repaired_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch modules: pip install 'backdoor_jax[torch]'")
     models = torchvision_models()

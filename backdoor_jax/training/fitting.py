@@ -225,6 +225,7 @@ def _loop(
             state = saved.latest(state)
         done = int(np.max(state.step)) // epoch_steps
         tell = closing.enter_context(progress_bar(name, epochs * epoch_steps, done * epoch_steps))
+        tell(0, "compiling")
         for number in range(done, epochs):
             state, info = advance(state)
             info = jax.device_get(info)
