@@ -63,8 +63,8 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
         variables: its variables, bounds included; a tree of dictionaries.
 
     Raises:
-        UserError: where it cannot be written to that path, or not in that format, a folder holds something else, or
-            its variables are not the classifier's.
+        UserError: where it cannot be written to that path, or not in that format, or its variables are not the
+            classifier's.
         NonFiniteError: for weights or statistics that are not finite.
 
     Example:
@@ -94,8 +94,6 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
             with atomic_write(path) as partial:
                 save_file(arrays, partial, {HEADER: json.dumps(described)})
             return
-        if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION).is_file():
-            raise UserError(f"{path}: is a folder that holds no model; give another path")
         with atomic_folder(path) as partial:
             save_tree(partial / "variables", variables)
             describe_folder(partial, classifier, variables)
