@@ -93,11 +93,11 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def npz() -> bytes:
+def npz(**changes: Any) -> bytes:
     file = io.BytesIO()
     part: dict[str, Any] = {"train_images": pixels(6, 4, 4, 3), "train_labels": np.arange(6) % 3}
     part |= {"test_images": pixels(3, 4, 4, 3), "test_labels": np.arange(3), "class_names": np.array(["a", "b", "c"])}
-    np.savez_compressed(file, **part, flip=True, normalization="cifar10")
+    np.savez_compressed(file, **{**part, "flip": True, "normalization": "cifar10", **changes})
     return file.getvalue()
 
 
@@ -427,6 +427,20 @@ def other_tensor(kind: str) -> bytes:
     return file.getvalue()
 
 
+def shared_shape() -> bytes:
+    """A file of weights with a shape of nested tuples that share their parts: written out, it has 2 ** 60 entries."""
+    nested = b"(I1\nI2\nt" + b"".join(b"p%d\n0(g%d\ng%d\nt" % (n, n, n) for n in range(60))
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuI1\ntQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I0\n" + nested + b"(tI00\nNtR"
+    return zip_of({"a/data.pkl": b"\x80\x02}X\x01\0\0\0a" + tensor + b"s.", "a/data/0": bytes(4)})
+
+
+def msgpack_of(tree: Any) -> bytes:
+    from flax.serialization import msgpack_serialize
+
+    return msgpack_serialize(tree)
+
+
 def encrypted() -> bytes:
     """An archive whose members say that they are encrypted."""
     content = bytearray(npz())
@@ -459,6 +473,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "largest label": ("npz", lambda: labels_npz(2**31 - 1), "classes"),
     "label of 2^62": ("npz", lambda: labels_npz(2**62), "classes"),
     "stride 0": ("pt", strided, "40000.0 MB"),
+    "shape that shares parts": ("pt", shared_shape, "(tuple, tuple) is no shape"),
     **{
         f"{kind} tensor": ("pt", functools.partial(other_tensor, kind), expected)
         for kind, expected in {
@@ -470,8 +485,19 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         }.items()
     },
     "encrypted npz": ("npz", encrypted, "plain .npz"),
-    "npz in bzip2": ("npz", lambda: zip_of({"a.npy": npy()}, zipfile.ZIP_BZIP2), "test_images"),
-    "npz in LZMA": ("npz", lambda: zip_of({"a.npy": npy()}, zipfile.ZIP_LZMA), "test_images"),
+    "npz in bzip2": ("npz", lambda: zip_of({"a.npy": npy()}, zipfile.ZIP_BZIP2), "method 12, expected deflate"),
+    "npz in LZMA": ("npz", lambda: zip_of({"a.npy": npy()}, zipfile.ZIP_LZMA), "method 14, expected deflate"),
+    "pt in LZMA": ("pt", lambda: zip_of({"a/data.pkl": b"N."}, zipfile.ZIP_LZMA), "method 14, expected deflate"),
+    "flip in text": ("npz", lambda: npz(flip="no"), "flip is <U2 of shape (), expected True or False"),
+    "normalization 3": ("npz", lambda: npz(normalization=3), "normalization is int64 of shape (), expected a name"),
+    **{
+        f"msgpack of {name}": ("msgpack", lambda tree=tree: msgpack_of(tree), "a.msgpack")  # type: ignore[misc]
+        for name, tree in {
+            "a list": {"params": [1]},
+            "None": {"params": None},
+            "no array": {"params": {"a": None}},
+        }.items()
+    },
     "npz in method 99": ("npz", lambda: npz().replace(b"\x08\x00", b"\x63\x00"), "plain .npz"),
     "deflated pt": ("pt", lambda: zip_of({"a/data.pkl": ZEROS}), "at most 67.1 MB are read"),
     "hidden axis": (
@@ -527,6 +553,21 @@ def test_only_regular_files_are_read(name: str, what: str, tmp_path: Path) -> No
         path = tmp_path / ("a" * 5000 + path.suffix)
     line = refusal(lambda: read(path))
     assert line or (name == "rows" and what in ("nothing", "NUL", "5,000 characters"))
+
+
+def test_names_of_classes_do_not_write_to_the_terminal(tmp_path: Path) -> None:
+    names = np.array(["\x1b]0;title\x07", "a\nb", "c" * 10_000])
+    images = {"images": pixels(3, 4, 4, 3), "labels": np.arange(3)}
+    np.savez(tmp_path / "a.npz", **images, class_names=names)
+    np.savez(tmp_path / "b.npz", **images, class_names=np.array("a"))
+    for number, name in enumerate(names[:2]):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(pixels(4, 4, 3)).save(tmp_path / "images" / name / f"{number}\x1b[31m.png")
+    found = load_labeled(str(tmp_path / "a.npz"), 3).class_names or ()
+    folder = load_labeled(str(tmp_path / "images"), 2)
+    for name in (*found, *(folder.class_names or ()), *(folder.files or ())):
+        assert name.isprintable() and len(name) <= LONGEST
+    assert "has 1 class_names, the model 3" in refusal(lambda: load_labeled(str(tmp_path / "b.npz"), 3))
 
 
 def test_names_inside_files_are_escaped_and_shortened(tmp_path: Path) -> None:

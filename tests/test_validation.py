@@ -1,6 +1,8 @@
 """Public functions refuse arguments that cannot be used, in one line; NaN reaches the check on every backend."""
 
+import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,24 @@ import backdoor_jax as bj
 from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError
 from backdoor_jax.attacks import AttackContext
 from backdoor_jax.config_files import make_defense, parse_experiment
-from backdoor_jax.data import LabelMap
-from backdoor_jax.metrics import Scores, defense_effectiveness, embedding, maximum_margins, triggered_change
-from backdoor_jax.models import Variables, build_classifier
+from backdoor_jax.data import LabelMap, clean_indices, draw_poisoned, load_labeled, poison, poison_count
+from backdoor_jax.defenses import smallest_outlier
+from backdoor_jax.detectors import suspicious
+from backdoor_jax.metrics import (
+    Scores,
+    agreement,
+    along,
+    chance_level,
+    defense_effectiveness,
+    embedding,
+    is_near_chance,
+    largest_margin,
+    maximum_margins,
+    moved,
+    success_rates,
+    triggered_change,
+)
+from backdoor_jax.models import Variables, build_classifier, describe
 from backdoor_jax.models.layers import ReLU, max_pool
 from backdoor_jax.models.rectifier import relu
 from backdoor_jax.training import SGD, GradientStep, fit, fit_many, latents, stack, supervised_loss, train_many
@@ -388,6 +405,113 @@ def test_a_trigger_may_be_any_function_of_uint8_images() -> None:
     assert with_trigger(lambda x: x) == with_trigger(Partial(lambda x: x))
     assert with_trigger(in_numpy) == with_trigger(Partial(lambda x: jnp.minimum(x, 200)))
     assert not triggered_change(CLASSIFIER, variables(), DATA.images, lambda x: x).mean.any()
+
+
+# Functions without a network
+
+RATES = np.linspace(0.1, 0.9, 9)
+CLASSES = np.arange(9) % 3
+START = variables()
+PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "clean_indices": (clean_indices, {"key": KEY, "labels": CLASSES, "ratio": 0.5, "num_classes": 3}),
+    "draw_poisoned": (draw_poisoned, {"key": KEY, "rate": 0.5, "images": 9, "candidates": CLASSES}),
+    "poison_count": (poison_count, {"rate": 0.5, "images": 9}),
+    "poison": (poison, {"key": KEY, "data": DATA, "trigger": lambda x: x, "labels": LABELS, "rate": 0.5}),
+    "load": (bj.load, {"source": "digits", "train_size": 9, "test_size": 9, "seed": 0, "image_size": None}),
+    "load_labeled": (load_labeled, {"source": "digits", "num_classes": 10, "channels": 3, "size": None}),
+    "success_rates": (success_rates, {"predictions": CLASSES, "labels": CLASSES, "label_map": LABELS}),
+    "chance_level": (chance_level, {"labels": CLASSES, "num_classes": 3}),
+    "is_near_chance": (is_near_chance, {"correct": 5, "labels": CLASSES, "num_classes": 3}),
+    "agreement": (agreement, {"scores": RATES, "change": RATES, "k": 2}),
+    "largest_margin": (largest_margin, {"margins": RATES}),
+    "smallest_outlier": (smallest_outlier, {"values": RATES}),
+    "moved": (moved, {"before": START, "after": START, "path": ("linear", "kernel")}),
+    "build_classifier": (build_classifier, {"model": "small_cnn", "num_classes": 3, "width": 2, "dtype": "float32"}),
+    "describe": (describe, {"classifier": CLASSIFIER}),
+    "take": (DATA.take, {"indices": np.arange(3)}),
+    "suspicious": (
+        suspicious,
+        {"classifier": CLASSIFIER, "variables": START, "training_set": DATA, "target": 0, "method": "x"},
+    ),
+    "load_model": (bj.load_model, {"path": "x", "model": None, "classifier": None, "key": None, "mean": None}),
+}
+JUNK: dict[str, Any] = {
+    "True": True,
+    "-1": -1,
+    "NaN": math.nan,
+    "text": "x",
+    "list": [],
+    "dict": {},
+    "object": object(),
+    "type": bj.D3,
+    "function": lambda *_: None,
+    "floats": np.full(9, np.nan),
+    "no rows": np.zeros((0, 8, 8, 3), np.uint8),
+    "no axes": np.array(1.0),
+    "texts": np.array(["a", "b"]),
+    "objects": np.array([None, 1], object),
+    "far": np.array([0, 10**9]),
+    "deleted": jnp.zeros(9),
+}
+JUNK["deleted"].delete()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_return_or_refuse_in_one_line(name: str) -> None:
+    call, arguments = PUBLIC[name]
+    for argument in arguments:
+        for junk in JUNK.values():
+            with contextlib.suppress(UserError):
+                call(**{**arguments, argument: junk})
+
+
+NONSENSE: dict[str, tuple[Callable[[], Any], str]] = {
+    "indices of no image": (lambda: DATA.take(np.array([0, 10**9])), "take: indices run from 0 to 1000000000"),
+    "float indices": (lambda: DATA.take(np.array([0.5])), "take: indices are float64, expected whole numbers"),
+    "bool labels": (lambda: success_rates(CLASSES, CLASSES > 0, LABELS), "success_rates: labels are bool (9,)"),
+    "classes NaN": (lambda: chance_level(CLASSES, wrong(math.nan)), "chance_level: num_classes is nan, expected a"),
+    "labels of a draw": (lambda: clean_indices(KEY, wrong(RATES), 0.5, 3), "clean_indices: labels are float64 (9,)"),
+    "flip in text": (
+        lambda: bj.train(KEY, CLASSIFIER, DATA, bj.TrainConfig(epochs=1), flip=wrong("no")),
+        "train: flip is 'no', expected a valid boolean",
+    ),
+    "loss of nothing": (
+        lambda: bj.train(KEY, CLASSIFIER, DATA, bj.TrainConfig(epochs=1), loss=wrong([])),
+        "train: loss is [], expected a function",
+    ),
+    "name of a number": (lambda: bj.predict(CLASSIFIER, variables(), DATA.images, name=wrong(3)), "name is 3, expec"),
+    "trigger without target": (lambda: bj.evaluate(CLASSIFIER, variables(), DATA, lambda x: x), "label_map is missing"),
+    "empty images": (lambda: bj.make_dataset(np.zeros((2, 0, 8, 3), np.uint8), np.arange(2)), "shape (2, 0, 8, 3)"),
+    "mean beyond float32": (lambda: Classifier(CLASSIFIER.network, 3, (1e300,) * 3), "finite numbers"),
+    "std beyond float32": (lambda: Classifier(CLASSIFIER.network, 3, std=(1e300,) * 3), "finite numbers"),
+    "mean in text": (lambda: Classifier(CLASSIFIER.network, 3, wrong("abc")), "finite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_refused(case: str) -> None:
+    call, expected = NONSENSE[case]
+    with pytest.raises(UserError, match=re.escape(expected)):
+        call()
+
+
+def test_a_line_between_models_of_nan_has_no_rates() -> None:
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables())
+    for models in ((broken, variables()), (variables(), broken)):
+        with pytest.raises(NonFiniteError, match="are not finite"):
+            along(CLASSIFIER, *models, DATA, lambda x: x, LABELS, (0.0, 1.0))
+
+
+def test_arrays_that_were_donated_are_named() -> None:
+    donated = jax.tree.map(lambda leaf: leaf + 0, variables())
+    jax.tree.map(lambda leaf: leaf.delete(), donated)
+    for call in (
+        lambda: bj.evaluate(CLASSIFIER, donated, DATA),
+        lambda: bj.FineTune(steps=1).repair(KEY, CLASSIFIER, donated, DATA),
+        lambda: bj.save_model("unwritten", CLASSIFIER, donated),
+    ):
+        with pytest.raises(UserError, match="variables holds an array that was deleted, such as one donated"):
+            call()
 
 
 # NaN

@@ -15,7 +15,7 @@ import numpy as np
 
 from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import jit
-from backdoor_jax.config import is_number
+from backdoor_jax.config import Count, Whole, is_number
 from backdoor_jax.data import Dataset, LabelMap, Trigger, apply_trigger, is_plain, triggered
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
@@ -89,12 +89,14 @@ def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelM
         label_map: the attacker's.
 
     Raises:
-        UserError: where no image counts.
+        UserError: where no image counts, or there is not one prediction for each label.
 
     Example:
         >>> success_rates(np.array([0, 0, 2]), np.array([0, 1, 2]), LabelMap("all_to_one", 3))
         (0.5, 0.5)
     """
+    if len(predictions) != len(labels):
+        raise UserError(f"success_rates: {len(predictions)} predictions for {len(labels)} labels; give one for each")
     targets = np.asarray(label_map(jnp.asarray(labels)))
     counted = targets != labels
     if not counted.any():
@@ -155,7 +157,7 @@ def evaluate(
 
 
 @typed
-def chance_level(labels: np.ndarray, num_classes: int) -> float:
+def chance_level(labels: np.ndarray, num_classes: Count) -> float:
     """The accuracy of guessing: 1/C, or the share of the most frequent class where that is larger.
 
     Example:
@@ -166,7 +168,7 @@ def chance_level(labels: np.ndarray, num_classes: int) -> float:
 
 
 @typed
-def is_near_chance(correct: int, labels: np.ndarray, num_classes: int) -> bool:
+def is_near_chance(correct: Whole, labels: np.ndarray, num_classes: Count) -> bool:
     """Whether a model is hardly better than guessing.
 
     Better is one that is correct for a tenth of the images that guessing misses as well, and for significantly more
