@@ -104,17 +104,19 @@ def ascend(
         logits, variables = classifier.logits({**variables, "params": params}, images, train=True)
         return jnp.mean(cross_entropy(logits, labels)), (variables, jnp.mean(jnp.argmax(logits, -1) == labels))
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+    keys = jax.random.split(key, config.steps)
+
+    def step(carry: Any) -> Any:
         variables, state, count, done = carry
-        rows = jax.random.randint(key, (batch,), 0, len(data))
+        rows = jax.random.randint(keys[count], (batch,), 0, len(data))
         taken = data.images[rows], data.labels[rows]
         gradient, (moved, accuracy) = jax.grad(loss, has_aux=True)(variables["params"], variables, *taken)
         updates, inner = optimizer.update(gradient, state, variables["params"])
         moved = {**moved, "params": optax.apply_updates(variables["params"], updates)}
         done |= accuracy <= config.accuracy
         variables, state = jax.tree.map(partial(jnp.where, done), (variables, state), (moved, inner))
-        return (variables, state, count + ~done, done), None
+        return variables, state, count + ~done, done
 
     start = variables, optimizer.init(variables["params"]), jnp.int32(0), jnp.bool(False)
-    (variables, _, count, _), _ = jax.lax.scan(step, start, jax.random.split(key, config.steps))
+    variables, _, count, _ = jax.lax.while_loop(lambda carry: (carry[2] < config.steps) & ~carry[3], step, start)
     return variables, count

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from backdoor_jax.compiling import jit
 from backdoor_jax.config import Count, NonNegative, Positive, Share
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses import smallest_outlier
@@ -139,7 +140,7 @@ def _trigger(raw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return mask, pattern
 
 
-@jax.jit
+@jit
 def invert_triggers(
     key: jax.Array, classifier: Classifier, variables: Variables, images: jax.Array, config: NeuralCleanse
 ) -> Trigger:
