@@ -15,7 +15,6 @@ on digits. `benchmarks/detection_page.py` makes tables and the figure from the r
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -30,31 +29,27 @@ QUICK_ATTACKS: dict[str, dict[str, Any]] = {"input_aware": {"mask_epochs": 3, "c
 SMALL = ("small_cnn", 16, 0.2)
 RESIDUAL = (("preact_resnet18", 8, 0.1), ("resnet18", 8, 0.1))
 """Name, width and learning rate."""
-QUICK_DETECTORS: dict[str, dict[str, Any]] = {
-    "mm_bd": {"starts": 5, "steps": 60, "rate": 0.05},
-    "neural_cleanse": {"rounds": 20, "round_steps": 5, "batch_size": 16, "patience": 1, "rate": 0.2},
-    "loss_ascent": {"steps": 100},
-}
-"""Less work than the detectors' own defaults."""
-PASSES = (60_000, 120_000)
-"""Images seen in a short and in a long training."""
 SIDE = 16
 TEST_IMAGES = 2000
 
 
 class Size(NamedTuple):
-    """How much of a data set a model is trained on: classes, and images without and with a long tail."""
+    """What a model is trained on: classes, images without and with a long tail, and images seen in a short training.
+
+    A long training sees twice as many.
+    """
 
     classes: int
     images: int
     long_tail: int
+    seen: int
 
 
 SIZES = {
-    "gtsrb_half": Size(24, 6000, 3000),
-    "cifar10": Size(10, 6000, 3000),
-    "cifar100_subset": Size(16, 1600, 600),
-    "digits": Size(10, 1000, 400),
+    "gtsrb_half": Size(24, 6000, 3000, 60_000),
+    "cifar10": Size(10, 6000, 3000, 60_000),
+    "cifar100_subset": Size(16, 1600, 600, 60_000),
+    "digits": Size(10, 1000, 500, 20_000),
 }
 
 
@@ -75,7 +70,7 @@ class Plan:
         number: of the model, which determines everything else.
         attack: its name; None for a clean model.
         target: in [0, 1), because the number of classes is the data set's.
-        passes: training images seen, each as often as it is drawn.
+        seen: training images seen, each as often as it is drawn.
         clean_share: of the training images, by number, that the defender has.
         reporting: whether the model reports, and chooses nothing.
     """
@@ -88,7 +83,7 @@ class Plan:
     attack: str | None
     target: float
     rate: float
-    passes: int
+    seen: int
     long_tail: bool
     clean_share: float
     reporting: bool
@@ -97,17 +92,18 @@ class Plan:
 def plan(number: int, sources: list[str]) -> Plan:
     """Model ``number``."""
     generator, pair = np.random.default_rng([24, number]), number // 2
+    data = sources[pair % len(sources)]
     architecture, width, rate = SMALL if number % 120 < 80 else RESIDUAL[pair % 2]
     return Plan(
         number=number,
-        data=sources[pair % len(sources)],
+        data=data,
         architecture=architecture,
         width=width,
         learning_rate=rate,
         attack=ATTACKS[pair // 2 % len(ATTACKS)] if number % 2 else None,
         target=float(generator.random()),
         rate=float(np.exp(generator.uniform(math.log(0.01), math.log(0.1)))),
-        passes=int(generator.choice(PASSES)),
+        seen=int(generator.choice([1, 2])) * SIZES[Path(data).stem].seen,
         long_tail=bool(generator.random() < 1 / 3),
         clean_share=float(generator.choice([0.05, 0.01])),
         reporting=bool((pair + pair // 6) % 2),
@@ -176,12 +172,12 @@ def run(arguments: argparse.Namespace) -> None:
         if number not in done:
             made = plan(number, sources)
             if arguments.tiny:
-                made = dataclasses.replace(made, architecture="small_cnn", width=2, passes=2000)
+                made = dataclasses.replace(made, architecture="small_cnn", width=2, seen=2000)
             row = one_model(made, tasks[made.data], arguments.out / f"{number}.safetensors")
             append_row(path, row)
-            shown = ", ".join(f"{name} {found['target']} {found['seconds']}s" for name, found in row["detectors"].items())
+            named = {name: found["target"] for name, found in row["detectors"].items()}
             rates = f"ACC {100 * row['acc']:.1f} ASR {100 * (row['asr'] or 0):.1f} target {row['target']}"
-            print(f"{number}: {made.attack or 'clean'} {rates}, {row['training_seconds']}s; {shown}", flush=True)
+            print(f"{number}: {made.attack or 'clean'}, {rates}; {named}", flush=True)
 
 
 def one_model(made: Plan, task: Any, path: Path) -> dict[str, Any]:
@@ -198,9 +194,7 @@ def one_model(made: Plan, task: Any, path: Path) -> dict[str, Any]:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(24), made.number), 5)
     data, test, size = small_task(made, task)
     classifier = build_classifier(made.architecture, size.classes, made.width, task.normalization)
-    training = TrainConfig(
-        epochs=round(made.passes / len(data)), batch_size=64, learning_rate=made.learning_rate, crop=2
-    )
+    training = TrainConfig(epochs=round(made.seen / len(data)), batch_size=64, learning_rate=made.learning_rate, crop=2)
     target, asr, share, found = int(made.target * size.classes), None, 1.0, {}
     started = time.process_time()
     if made.attack is None:
@@ -265,7 +259,7 @@ def examined(key: Any, classifier: Any, variables: Any, clean: Any) -> dict[str,
             if name in ("per_sample", "worst_case"):
                 evidence = scan_evidence(scanned, name)
             else:
-                evidence = make(**QUICK_DETECTORS.get(name, {})).examine(key, classifier, variables, clean)
+                evidence = make().examine(key, classifier, variables, clean)
         except NonFiniteError as error:
             rows[name] = {"target": None, "p_value": None, "trouble": str(error), "values": [], "seconds": 0.0}
             continue
@@ -278,93 +272,6 @@ def examined(key: Any, classifier: Any, variables: Any, clean: Any) -> dict[str,
             "seconds": round(seconds, 2),
         }
     return rows
-
-
-def suspicion(row: dict[str, Any], detector: str) -> float:
-    """How backdoored a detector finds a model, the larger the more."""
-    if detector == "combined":
-        return sum(suspicion(row, name) for name in COMBINED)
-    found = row["detectors"][detector]
-    if detector == "loss_ascent":
-        return max(found["values"], default=0.0)
-    return -math.log10(max(1.0 if found["p_value"] is None else found["p_value"], 1e-300))
-
-
-def area(poisoned: np.ndarray, clean: np.ndarray) -> float:
-    """Area under the ROC curve: the share of pairs in the right order, ties counting half.
-
-    >>> area(np.array([2.0, 3.0]), np.array([1.0, 2.0]))
-    0.875
-    """
-    return float(np.mean((poisoned[:, None] > clean) + 0.5 * (poisoned[:, None] == clean)))
-
-
-def interval(poisoned: np.ndarray, clean: np.ndarray) -> list[float]:
-    """The bootstrap's 95 % interval of the area."""
-    generator = np.random.default_rng(0)
-    drawn = [
-        area(generator.choice(poisoned, len(poisoned)), generator.choice(clean, len(clean))) for _ in range(BOOTSTRAPS)
-    ]
-    return np.quantile(drawn, [0.025, 0.975]).round(4).tolist()
-
-
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Areas, and rates at thresholds that the choosing half sets, for each detector on the reporting half.
-
-    The threshold is the smallest that flags at most 5 % of the choosing half's clean models. ``level`` is the share of
-    *all* clean models with p at most .05, which says whether a detector's own test keeps its level. Victims whose class
-    is all poison are counted apart, as ``fills_class``.
-    """
-    if not rows:
-        return {"models": 0, "detectors": {}}
-    summary = {}
-    for name in (*rows[0]["detectors"], "combined"):
-        score = {row["number"]: suspicion(row, name) for row in rows}
-
-        def of(poisoned: bool, reporting: bool | None, score: dict[int, float] = score, **same: Any) -> np.ndarray:
-            kept = [
-                score[row["number"]]
-                for row in rows
-                if (row["attack"] is not None) == poisoned
-                and reporting in (None, row["reporting"])
-                and not row["fills_class"]
-                and all(row[key] == value for key, value in same.items())
-            ]
-            return np.array(kept)
-
-        choosing, clean, poisoned = of(False, False), of(False, True), of(True, True)
-        found: dict[str, Any] = {"level": rate(of(False, None), -math.log10(FALSE_ALARMS))}
-        if len(choosing) and len(clean) and len(poisoned):
-            threshold = float(np.quantile(choosing, 1 - FALSE_ALARMS, method="higher"))
-            found |= {
-                "threshold": threshold,
-                "area": round(area(poisoned, clean), 4),
-                "area_interval": interval(poisoned, clean),
-                "true_positives": rate(poisoned, threshold, strict=True),
-                "false_positives": rate(clean, threshold, strict=True),
-                "fills_class": rate(
-                    np.array([score[row["number"]] for row in rows if row["fills_class"]]), threshold, strict=True
-                ),
-                "by_attack": {
-                    attack: rate(part, threshold, strict=True)
-                    for attack in ATTACKS
-                    if len(part := of(True, True, attack=attack))
-                },
-                "by_data": {
-                    data: round(area(part, other), 4)
-                    for data in dict.fromkeys(row["data"] for row in rows)
-                    if len(part := of(True, True, data=data)) and len(other := of(False, True, data=data))
-                },
-            }
-        summary[name] = found
-    return {"models": len(rows), "detectors": summary}
-
-
-def rate(scores: np.ndarray, threshold: float, strict: bool = False) -> float | None:
-    """Share of the scores at or above a threshold; above it where ``strict``."""
-    if not len(scores):
-        return None
-    return round(float(np.mean(scores > threshold if strict else scores >= threshold)), 4)
 
 
 if __name__ == "__main__":
