@@ -592,6 +592,7 @@ def _as_json(suspect: "Suspect", result: "ScanResult", images: list[str] | None)
             "notes": suspect.notes,
             "success_rate": suspect.success_rate(suspect.variables),
             "verdict": dataclasses.asdict(result.verdict),
+            "own_p_value": evidence.p_value,
             "quantity": evidence.quantity,
             "values": [value if math.isfinite(value) else None for value in evidence.values.tolist()],
             "details": evidence.details,
@@ -616,7 +617,7 @@ def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
         shown = f"{value:.3g}" if math.isfinite(value) else "-"
         table.add_row(str(number), Text(name), shown, style="bold" if number == evidence.target else None)
     Console(soft_wrap=True).print(table)
-    p_value = "no p-value" if evidence.p_value is None else f"p = {evidence.p_value:.2g}"
+    p_value = "no p-value" if verdict.p_value is None else f"p = {verdict.p_value:.2g}"
     print(f"{suspect.name}: {verdict}")
     print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")
     print(verdict.advice)

@@ -3,37 +3,60 @@
     python benchmarks/detection.py --data data/gtsrb_half.npz data/cifar10.npz data/cifar100_subset.npz \
         --models 120 --out runs/detection
 
-Model number N is drawn from its number alone: even ones are clean, odd ones backdoored; data sets, architectures and
-attacks take turns; target, poisoning rate (1 to 10 %), epochs and a long tail of 1:10 (a third of the models) are
-random. SIG poisons its own class up to that rate, and all of it where the class is smaller. The defender has 5 or 1 %
-of the training images, clean. Half of the models, by number, may choose thresholds, the other half reports. Writes
-OUT/population.jsonl, a row for each model, and OUT/summary.json. Re-running resumes; ``--tiny`` tries everything on
-digits.
+Model number N is drawn from its number alone: even ones are clean, odd ones backdoored; data sets, attacks and the two
+halves take turns. Of every 120 models, the first 80 are `small_cnn`, then come 20 PreAct-ResNet18 and 20 ResNet-18. So
+that a model takes seconds on one core, images are averaged to 16x16, and a task is a few classes of its data set, drawn
+for each model (see `SIZES`). Target, poisoning rate (1 to 10 %), the length of the training and a long tail of 1:10 (a
+third of the models) are random. SIG poisons its own class up to that rate, and all of it where the class is smaller.
+The defender has clean images that number 5 or 1 % of the training images. Half of the models may choose thresholds, the
+other half reports. Writes OUT/population.jsonl, a row for each model. Re-running resumes; ``--tiny`` tries everything
+on digits. `benchmarks/detection_page.py` makes tables and the figure from the rows.
 """
 
 import argparse
 import dataclasses
-import json
 import math
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measuring
 import numpy as np
 
 ATTACKS = ("badnets", "blended", "sig", "low_frequency", "wanet", "input_aware", "trojan_nn", "adap_blend")
-ARCHITECTURES = (("preact_resnet18", 8), ("resnet18", 8), ("small_cnn", 16))
-COMBINED = ("per_sample", "neural_cleanse")
-"""The detectors whose p-values are multiplied."""
-FALSE_ALARMS = 0.05
-BOOTSTRAPS = 2000
+QUICK_ATTACKS: dict[str, dict[str, Any]] = {"input_aware": {"mask_epochs": 3, "channels": 8, "depth": 2}}
+"""Smaller networks and fewer passes than the attacks' own defaults."""
+SMALL = ("small_cnn", 16, 0.2)
+RESIDUAL = (("preact_resnet18", 8, 0.1), ("resnet18", 8, 0.1))
+"""Name, width and learning rate."""
+SIDE = 16
+TEST_IMAGES = 2000
+
+
+class Size(NamedTuple):
+    """What a model is trained on: classes, images without and with a long tail, and images seen in a short training.
+
+    A long training sees twice as many.
+    """
+
+    classes: int
+    images: int
+    long_tail: int
+    seen: int
+
+
+SIZES = {
+    "gtsrb_half": Size(24, 6000, 3000, 60_000),
+    "cifar10": Size(10, 6000, 3000, 60_000),
+    "cifar100_subset": Size(16, 1600, 600, 60_000),
+    "digits": Size(10, 1000, 500, 20_000),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["digits"], help="data sets, as backdoor_jax.load takes them")
     parser.add_argument("--models", type=int, default=120, help="of the population (default: 120)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=(10, 20), metavar=("FROM", "TO"))
     parser.add_argument("--tiny", action="store_true", help="six models of digits in a minute, to try the script")
     parser.add_argument("--out", type=Path, required=True)
     measuring.command(parser, run)
@@ -46,6 +69,9 @@ class Plan:
     Attributes:
         number: of the model, which determines everything else.
         attack: its name; None for a clean model.
+        target: in [0, 1), because the number of classes is the data set's.
+        seen: training images seen, each as often as it is drawn.
+        clean_share: of the training images, by number, that the defender has.
         reporting: whether the model reports, and chooses nothing.
     """
 
@@ -53,31 +79,34 @@ class Plan:
     data: str
     architecture: str
     width: int
+    learning_rate: float
     attack: str | None
     target: float
     rate: float
-    epochs: int
+    seen: int
     long_tail: bool
     clean_share: float
     reporting: bool
 
 
-def plan(number: int, sources: list[str], epochs: tuple[int, int]) -> Plan:
-    """Model ``number``; ``target`` is in [0, 1) because the number of classes is not known yet."""
+def plan(number: int, sources: list[str]) -> Plan:
+    """Model ``number``."""
     generator, pair = np.random.default_rng([24, number]), number // 2
-    architecture, width = ARCHITECTURES[pair // len(sources) % len(ARCHITECTURES)]
+    data = sources[pair % len(sources)]
+    architecture, width, rate = SMALL if number % 120 < 80 else RESIDUAL[pair % 2]
     return Plan(
         number=number,
-        data=sources[pair % len(sources)],
+        data=data,
         architecture=architecture,
         width=width,
-        attack=ATTACKS[pair % len(ATTACKS)] if number % 2 else None,
+        learning_rate=rate,
+        attack=ATTACKS[pair // 2 % len(ATTACKS)] if number % 2 else None,
         target=float(generator.random()),
         rate=float(np.exp(generator.uniform(math.log(0.01), math.log(0.1)))),
-        epochs=int(generator.integers(epochs[0], epochs[1] + 1)),
+        seen=int(generator.choice([1, 2])) * SIZES[Path(data).stem].seen,
         long_tail=bool(generator.random() < 1 / 3),
         clean_share=float(generator.choice([0.05, 0.01])),
-        reporting=bool(pair // (len(sources) * len(ARCHITECTURES)) % 2),
+        reporting=bool((pair + pair // 6) % 2),
     )
 
 
@@ -96,199 +125,153 @@ def long_tail(generator: np.random.Generator, labels: np.ndarray, classes: int, 
     return np.sort(np.concatenate(kept))
 
 
+def halved(images: np.ndarray) -> np.ndarray:
+    """Uint8 images ``(N, H, W, channels)`` averaged over squares until they are `SIDE` pixels high.
+
+    >>> halved(np.full((1, 32, 32, 3), 7, np.uint8)).shape
+    (1, 16, 16, 3)
+    """
+    count, height, width, channels = images.shape
+    step = height // SIDE
+    squares = images.reshape(count, height // step, step, width // step, step, channels)
+    return squares.mean((2, 4)).round().astype(np.uint8)
+
+
+def small_task(made: Plan, task: Any) -> tuple[Any, Any, Size]:
+    """The training and test set of a model: some classes, renumbered, of some images, made small."""
+    from backdoor_jax import make_dataset
+
+    size = SIZES[Path(made.data).stem]
+    generator = np.random.default_rng([25, made.number])
+    chosen = generator.permutation(task.num_classes)[: size.classes]
+    renumbered = np.full(task.num_classes, -1)
+    renumbered[chosen] = np.arange(size.classes)
+
+    def part(data: Any, count: int, tail: bool) -> Any:
+        labels = renumbered[np.asarray(data.labels)]
+        kept = np.flatnonzero(labels >= 0)
+        if tail:
+            kept = kept[long_tail(generator, labels[kept], size.classes)]
+        kept = np.sort(generator.permutation(kept)[:count])
+        return make_dataset(halved(np.asarray(data.images)[kept]), labels[kept], size.classes)
+
+    count = size.long_tail if made.long_tail else size.images
+    return part(task.train, count, made.long_tail), part(task.test, TEST_IMAGES, False), size
+
+
 def run(arguments: argparse.Namespace) -> None:
     from backdoor_jax import load
     from backdoor_jax.experiment import append_row, read_rows
-    from backdoor_jax.files import write_text
 
     sources = ["digits"] if arguments.tiny else arguments.data
-    epochs = (2, 3) if arguments.tiny else tuple(arguments.epochs)
     tasks = {source: load(source) for source in sources}
     path = arguments.out / "population.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
     done = {row["number"] for row in read_rows(path)}
     for number in range(6 if arguments.tiny else arguments.models):
         if number not in done:
-            made = plan(number, sources, epochs)
+            made = plan(number, sources)
             if arguments.tiny:
-                made = dataclasses.replace(made, architecture="small_cnn", width=2)
-            row = one_model(made, tasks[made.data], arguments.tiny)
+                made = dataclasses.replace(made, architecture="small_cnn", width=2, seen=2000)
+            row = one_model(made, tasks[made.data], arguments.out / f"{number}.safetensors")
             append_row(path, row)
-            shown = ", ".join(f"{name} {found['p_value'] or 1:.2g}" for name, found in row["detectors"].items())
-            rates = f"ACC {100 * row['acc']:.1f} ASR {100 * (row['asr'] or 0):.1f}"
-            print(f"{number}: {made.attack or 'clean'} {rates}; p {shown}", flush=True)
-    summary = summarize(read_rows(path))
-    write_text(arguments.out / "summary.json", json.dumps(summary, indent=1))
-    for name, found in summary["detectors"].items():
-        print(name, json.dumps(found))
+            named = {name: found["target"] for name, found in row["detectors"].items()}
+            rates = f"ACC {100 * row['acc']:.1f} ASR {100 * (row['asr'] or 0):.1f} target {row['target']}"
+            print(f"{number}: {made.attack or 'clean'}, {rates}; {named}", flush=True)
 
 
-def one_model(made: Plan, task: Any, tiny: bool) -> dict[str, Any]:
-    """Trains a model of the population and runs every detector on it."""
+def one_model(made: Plan, task: Any, path: Path) -> dict[str, Any]:
+    """Trains a model of the population, saves it and runs every detector on it."""
     import jax
 
-    from backdoor_jax import build_classifier, evaluate, train
+    from backdoor_jax import build_classifier, evaluate, save_model, train
     from backdoor_jax.attacks import ATTACKS as REGISTRY
     from backdoor_jax.attacks import AttackContext
-    from backdoor_jax.data import clean_indices
-    from backdoor_jax.detectors import SUSPICIONS, suspicious
+    from backdoor_jax.detectors import SUSPICIONS
     from backdoor_jax.experiment.rows import environment
-    from backdoor_jax.training import Stopwatch, TrainConfig
+    from backdoor_jax.training import TrainConfig, latents
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(24), made.number), 5)
-    data, classes = task.train, task.num_classes
-    if made.long_tail:
-        data = data.take(long_tail(np.random.default_rng(made.number), np.asarray(data.labels), classes))
-    classifier = build_classifier(made.architecture, classes, made.width, task.normalization)
-    training = TrainConfig(epochs=made.epochs, batch_size=64, learning_rate=0.05, crop=data.images.shape[1] // 8)
-    target, asr, share, found = int(made.target * classes), None, 1.0, {}
-    with Stopwatch() as watch:
-        if made.attack is None:
-            variables = train(keys[0], classifier, data, training, flip=task.flip).variables
-            acc = evaluate(classifier, variables, task.test).acc
-        else:
-            share = float(np.mean(np.asarray(data.labels) == target))
-            poison = min(made.rate, share) if made.attack == "sig" else made.rate
-            attack = REGISTRY[made.attack](target=target, rate=poison)
-            clean_model = None
-            if attack.needs_clean_model:
-                clean_model = train(keys[1], classifier, data, training, flip=task.flip).variables
-            context = AttackContext(classifier, data, training, flip=task.flip, clean_model=clean_model)
-            victim = attack.train_victim_in(context, keys[2], keys[0])
-            variables = victim.variables
-            scores = evaluate(classifier, variables, task.test, victim.trigger, attack.label_map(classes))
-            acc, asr = scores.acc, scores.asr
-            poisoned = victim.poisoned.data
-            here = np.intersect1d(victim.poisoned.indices, np.flatnonzero(np.asarray(poisoned.labels) == target))
-            for method in SUSPICIONS:
-                order = suspicious(classifier, variables, poisoned, target=target, method=method)
-                found[method] = float(np.isin(order[: len(here)], here).mean()) if len(here) else None
-    clean = data.take(clean_indices(keys[3], data.labels, made.clean_share, classes))
+    data, test, size = small_task(made, task)
+    classifier = build_classifier(made.architecture, size.classes, made.width, task.normalization)
+    training = TrainConfig(epochs=round(made.seen / len(data)), batch_size=64, learning_rate=made.learning_rate, crop=2)
+    target, asr, share, found = int(made.target * size.classes), None, 1.0, {}
+    started = time.process_time()
+    if made.attack is None:
+        variables = train(keys[0], classifier, data, training, flip=task.flip).variables
+        acc = evaluate(classifier, variables, test).acc
+    else:
+        share = float(np.mean(np.asarray(data.labels) == target))
+        poison = min(made.rate, share) if made.attack == "sig" else made.rate
+        attack = REGISTRY[made.attack](target=target, rate=poison, **QUICK_ATTACKS.get(made.attack, {}))
+        clean_model = None
+        if attack.needs_clean_model:
+            clean_model = train(keys[1], classifier, data, training, flip=task.flip).variables
+        context = AttackContext(classifier, data, training, flip=task.flip, clean_model=clean_model)
+        victim = attack.train_victim_in(context, keys[2], keys[0])
+        variables = victim.variables
+        scores = evaluate(classifier, variables, test, victim.trigger, attack.label_map(size.classes))
+        acc, asr = scores.acc, scores.asr
+        there = np.flatnonzero(np.asarray(victim.poisoned.data.labels) == target)
+        poison_there = np.isin(there, victim.poisoned.indices)
+        if poison_there.any():
+            latent = np.asarray(latents(classifier, variables, victim.poisoned.data.images))[there]
+            for method, score in SUSPICIONS.items():
+                order = np.argsort(-score(latent), kind="stable")
+                found[method] = float(poison_there[order[: poison_there.sum()]].mean())
+    seconds = round(time.process_time() - started, 1)
+    save_model(path, classifier, variables)
+    count = round(made.clean_share * size.images)
+    clean = data.take(np.sort(np.asarray(jax.random.permutation(keys[3], len(data)))[:count]))
     return {
         **dataclasses.asdict(made),
-        "target": target,
-        "classes": classes,
+        "target": target if made.attack else None,
+        "classes": size.classes,
+        "images": len(data),
         "acc": acc,
         "asr": asr,
         "clean_images": len(clean),
-        "training_seconds": round(watch.seconds, 1),
+        "training_seconds": seconds,
         "fills_class": made.attack == "sig" and made.rate >= share,
         "precision": found,
-        "detectors": examined(keys[4], classifier, variables, clean, tiny),
+        "detectors": examined(keys[4], classifier, variables, clean),
         **environment(),
     }
 
 
-def examined(key: Any, classifier: Any, variables: Any, clean: Any, tiny: bool) -> dict[str, Any]:
-    """What each detector says of a model; an error of a detector that finds values that are not finite is a row too."""
-    from backdoor_jax.detectors import DETECTORS
-    from backdoor_jax.errors import NonFiniteError
-    from backdoor_jax.training import Stopwatch
+def examined(key: Any, classifier: Any, variables: Any, clean: Any) -> dict[str, Any]:
+    """What each detector says of a model; an error of a detector that finds values that are not finite is a row too.
 
-    quick = {"mm_bd": {"starts": 2, "steps": 5}, "neural_cleanse": {"rounds": 2}, "loss_ascent": {"steps": 5}}
+    The two statistics of the scan come from one scan, whose seconds count for both. Seconds are the processor's, with
+    compilation where a model is the first of its shapes.
+    """
+    from backdoor_jax import scan
+    from backdoor_jax.detectors import DETECTORS, scan_evidence
+    from backdoor_jax.errors import NonFiniteError
+
     rows: dict[str, Any] = {}
+    started = time.process_time()
+    scanned = scan(classifier, variables, clean.images)
+    scanning = time.process_time() - started
     for name, make in DETECTORS.items():
-        with Stopwatch() as watch:
-            try:
-                evidence = make(**quick.get(name, {}) if tiny else {}).examine(key, classifier, variables, clean)
-            except NonFiniteError as error:
-                rows[name] = {"target": None, "p_value": None, "trouble": str(error), "values": [], "seconds": 0.0}
-                continue
+        started = time.process_time()
+        try:
+            if name in ("per_sample", "worst_case"):
+                evidence = scan_evidence(scanned, name)
+            else:
+                evidence = make().examine(key, classifier, variables, clean)
+        except NonFiniteError as error:
+            rows[name] = {"target": None, "p_value": None, "trouble": str(error), "values": [], "seconds": 0.0}
+            continue
+        seconds = scanning if name in ("per_sample", "worst_case") else time.process_time() - started
         rows[name] = {
             "target": evidence.target,
             "p_value": evidence.p_value,
             "trouble": evidence.trouble,
             "values": [float(f"{value:.5g}") if math.isfinite(value) else None for value in evidence.values],
-            "seconds": round(watch.seconds, 2),
+            "seconds": round(seconds, 2),
         }
     return rows
-
-
-def suspicion(row: dict[str, Any], detector: str) -> float:
-    """How backdoored a detector finds a model, the larger the more."""
-    if detector == "combined":
-        return sum(suspicion(row, name) for name in COMBINED)
-    found = row["detectors"][detector]
-    if detector == "loss_ascent":
-        return max(found["values"], default=0.0)
-    return -math.log10(max(1.0 if found["p_value"] is None else found["p_value"], 1e-300))
-
-
-def area(poisoned: np.ndarray, clean: np.ndarray) -> float:
-    """Area under the ROC curve: the share of pairs in the right order, ties counting half.
-
-    >>> area(np.array([2.0, 3.0]), np.array([1.0, 2.0]))
-    0.875
-    """
-    return float(np.mean((poisoned[:, None] > clean) + 0.5 * (poisoned[:, None] == clean)))
-
-
-def interval(poisoned: np.ndarray, clean: np.ndarray) -> list[float]:
-    """The bootstrap's 95 % interval of the area."""
-    generator = np.random.default_rng(0)
-    drawn = [
-        area(generator.choice(poisoned, len(poisoned)), generator.choice(clean, len(clean))) for _ in range(BOOTSTRAPS)
-    ]
-    return np.quantile(drawn, [0.025, 0.975]).round(4).tolist()
-
-
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Areas, and rates at thresholds that the choosing half sets, for each detector on the reporting half.
-
-    The threshold is the smallest that flags at most 5 % of the choosing half's clean models. ``level`` is the share of
-    *all* clean models with p at most .05, which says whether a detector's own test keeps its level. Victims whose class
-    is all poison are counted apart, as ``fills_class``.
-    """
-    if not rows:
-        return {"models": 0, "detectors": {}}
-    summary = {}
-    for name in (*rows[0]["detectors"], "combined"):
-        score = {row["number"]: suspicion(row, name) for row in rows}
-
-        def of(poisoned: bool, reporting: bool | None, score: dict[int, float] = score, **same: Any) -> np.ndarray:
-            kept = [
-                score[row["number"]]
-                for row in rows
-                if (row["attack"] is not None) == poisoned
-                and reporting in (None, row["reporting"])
-                and not row["fills_class"]
-                and all(row[key] == value for key, value in same.items())
-            ]
-            return np.array(kept)
-
-        choosing, clean, poisoned = of(False, False), of(False, True), of(True, True)
-        found: dict[str, Any] = {"level": rate(of(False, None), -math.log10(FALSE_ALARMS))}
-        if len(choosing) and len(clean) and len(poisoned):
-            threshold = float(np.quantile(choosing, 1 - FALSE_ALARMS, method="higher"))
-            found |= {
-                "threshold": threshold,
-                "area": round(area(poisoned, clean), 4),
-                "area_interval": interval(poisoned, clean),
-                "true_positives": rate(poisoned, threshold, strict=True),
-                "false_positives": rate(clean, threshold, strict=True),
-                "fills_class": rate(
-                    np.array([score[row["number"]] for row in rows if row["fills_class"]]), threshold, strict=True
-                ),
-                "by_attack": {
-                    attack: rate(part, threshold, strict=True)
-                    for attack in ATTACKS
-                    if len(part := of(True, True, attack=attack))
-                },
-                "by_data": {
-                    data: round(area(part, other), 4)
-                    for data in dict.fromkeys(row["data"] for row in rows)
-                    if len(part := of(True, True, data=data)) and len(other := of(False, True, data=data))
-                },
-            }
-        summary[name] = found
-    return {"models": len(rows), "detectors": summary}
-
-
-def rate(scores: np.ndarray, threshold: float, strict: bool = False) -> float | None:
-    """Share of the scores at or above a threshold; above it where ``strict``."""
-    if not len(scores):
-        return None
-    return round(float(np.mean(scores > threshold if strict else scores >= threshold)), 4)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from backdoor_jax.arguments import typed
 from backdoor_jax.config import Config
 from backdoor_jax.data import Dataset
+from backdoor_jax.detectors.calibration import calibrated, clean_models
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.validation import checked
 
@@ -47,7 +48,8 @@ class Evidence:
         quantity: what the values are, for tables and figures.
         values: ``(C,)``, the quantity of each class; infinite where there is none.
         target: the most suspicious class.
-        p_value: the chance of a class as suspicious as this in a clean model, by the detector's test; None without one.
+        p_value: the chance of a class as suspicious as this in a clean model, by the detector's own test; None without
+            one. `judge` calibrates it.
         trouble: the reason why the values support no verdict, if there is one.
         details: further results in plain Python values.
         triggers: the triggers that the detector reconstructed, if it does.
@@ -104,7 +106,8 @@ class Verdict:
         target: the class that triggered images are sent to; None unless backdoored.
         class_name: its name, where classes have names.
         detector: the detector whose evidence this is.
-        p_value: of its test; None without one.
+        p_value: how often a clean model is as suspicious, see `backdoor_jax.detectors.calibration`; the test's own for
+            a detector that has not been calibrated; None without a test.
         strength: of the evidence for a backdoor: ``none``, ``moderate`` (p at most .05), ``strong`` (.001) or ``very
             strong`` (1e-6).
         why: why nothing can be said; None otherwise.
@@ -151,6 +154,9 @@ def judge(
         cannot tell: two classes are too few for a test
     """
     why, p_value, target = evidence.trouble, evidence.p_value, evidence.target
+    clean = clean_models().get(evidence.detector)
+    if p_value is not None and clean is not None:
+        p_value = calibrated(p_value, clean)
     if accuracy < healthy:
         why = (
             f"{100 * accuracy:.1f} % of the images classified correctly is less than a healthy model reaches "

@@ -10,7 +10,7 @@ localizes a target and does not test for one: there is no p-value.
 
 Sources. The observation is that of Reconstructive Neuron Pruning (Li, Lyu, Ma, Koren, Lyu, Li, Jiang, ICML 2023, arXiv
 2305.14876), which unlearns in the same way: SGD at rate 0.01 with momentum 0.9 and weight decay 5e-4, batches of 128,
-gradients clipped to norm 20, until the accuracy on clean images is at most 20 %. The most steps, 200, are ours, and so
+gradients clipped to norm 20, until the accuracy on clean images is at most 20 %. The most steps, 100, are ours, and so
 is a check in every step, on its batch, where the code checks once an epoch.
 
     >>> from backdoor_jax import build_classifier, digits
@@ -45,7 +45,7 @@ class LossAscent(Detector):
     """Loss ascent.
 
     Attributes:
-        steps: the most gradient steps; 200, ours.
+        steps: the most gradient steps; 100, ours.
         batch_size: images per step; published 128.
         learning_rate: published 0.01.
         momentum: published 0.9.
@@ -57,7 +57,7 @@ class LossAscent(Detector):
     name: ClassVar[str] = "loss_ascent"
     summary: ClassVar[str] = "the class that is left when the clean task is unlearned; names a class, tests nothing"
 
-    steps: Count = 200
+    steps: Count = 100
     batch_size: Count = 128
     learning_rate: Positive = 0.01
     momentum: NonNegative = 0.9
@@ -104,17 +104,19 @@ def ascend(
         logits, variables = classifier.logits({**variables, "params": params}, images, train=True)
         return jnp.mean(cross_entropy(logits, labels)), (variables, jnp.mean(jnp.argmax(logits, -1) == labels))
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+    keys = jax.random.split(key, config.steps)
+
+    def step(carry: Any) -> Any:
         variables, state, count, done = carry
-        rows = jax.random.randint(key, (batch,), 0, len(data))
+        rows = jax.random.randint(keys[count], (batch,), 0, len(data))
         taken = data.images[rows], data.labels[rows]
         gradient, (moved, accuracy) = jax.grad(loss, has_aux=True)(variables["params"], variables, *taken)
         updates, inner = optimizer.update(gradient, state, variables["params"])
         moved = {**moved, "params": optax.apply_updates(variables["params"], updates)}
         done |= accuracy <= config.accuracy
         variables, state = jax.tree.map(partial(jnp.where, done), (variables, state), (moved, inner))
-        return (variables, state, count + ~done, done), None
+        return variables, state, count + ~done, done
 
     start = variables, optimizer.init(variables["params"]), jnp.int32(0), jnp.bool(False)
-    (variables, _, count, _), _ = jax.lax.scan(step, start, jax.random.split(key, config.steps))
+    variables, _, count, _ = jax.lax.while_loop(lambda carry: (carry[2] < config.steps) & ~carry[3], step, start)
     return variables, count

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.arguments import typed
+from backdoor_jax.compiling import jit
 from backdoor_jax.config import Config, Count, LearningRate, NonNegative
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
@@ -90,7 +91,7 @@ class Detection(NamedTuple):
         return self.target if self.p_value is not None and self.p_value <= alpha else None
 
 
-@partial(jax.jit, static_argnames="shape")
+@partial(jit, static_argnames="shape")
 def _ascend(
     key: jax.Array,
     classifier: Classifier,

@@ -124,7 +124,7 @@ def test_detectors_from_elsewhere_report_what_their_functions_return() -> None:
         assert (found.target, found.p_value) == (test.smallest, test.p_value)
         np.testing.assert_array_equal(found.values, getattr(expected, name))
     found = MMBD(starts=2, steps=5).examine(jax.random.key(0), classifier, variables, data.take(slice(0)))
-    config = MarginConfig(starts=2, steps=5)
+    config = MarginConfig(starts=2, steps=5, rate=MMBD().rate)
     margins = mm_bd(jax.random.key(0), classifier, variables, (4, 4, 1), config)
     np.testing.assert_array_equal(found.values, margins.margins)
     assert (found.target, found.p_value) == (margins.target, margins.p_value)
@@ -136,6 +136,19 @@ def test_weights_that_are_not_finite_are_an_error(detector: Any) -> None:
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
     with pytest.raises(NonFiniteError, match=f"^{detector.name}: .* not finite"):
         detector.examine(jax.random.key(0), classifier, broken, data)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_checks_what_it_receives(name: str) -> None:
+    classifier, variables, data = pixel_case(None)
+    examine = DETECTORS[name]().examine
+    with pytest.raises(UserError, match=f"^{name}: key is a int"):
+        examine(3, classifier, variables, data)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"^{name}: data is a "):
+        examine(jax.random.key(0), classifier, variables, data.images)  # type: ignore[arg-type]
+    if DETECTORS[name].needs_images:
+        with pytest.raises(UserError, match=f"^{name}: data holds no images"):
+            examine(jax.random.key(0), classifier, variables, data.take(slice(0)))
 
 
 # Verdicts
