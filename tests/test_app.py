@@ -387,7 +387,7 @@ def test_which_models_are_near_chance(correct: int, labels: np.ndarray, accepted
         ({"--data": "nowhere.npz"}, "no such file"),
         ({"--data": "model.safetensors"}, "unknown data"),
         ({"--data": "digits"}, "digits has 10 classes, the model 6"),
-        ({"--defense": "magic"}, "unknown defense 'magic'; known are finetune"),
+        ({"--defense": "magic"}, "unknown defense 'magic'; known are auto, midway, finetune"),
         ({"--defense": "pad_ft"}, "pad_ft needs training set; give it with --training-set"),
         ({"--training-set": "clean.npz"}, "leave --training-set out"),
         ({"--defense": "clp", "--training-set": "clean.npz"}, "clp needs nothing; leave --training-set out"),

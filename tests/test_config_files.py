@@ -140,7 +140,7 @@ def test_overrides_reach_every_level_and_create_missing_keys(written: Path) -> N
         ("{name: badnets}", "{rate: 0.1}", ["attacks[0]", "expected a name"]),
         ("\n  - {name: badnets}", " badnets", ["attacks", "expected a list"]),
         ("\n  - {name: badnets}", " []", ["attacks", "at least one"]),
-        ("{name: finetune, steps: 2}", "{name: nc}", ["defenses[0]", "'nc'", "known are finetune, super_finetune"]),
+        ("{name: finetune, steps: 2}", "{name: nc}", ["defenses[0]", "'nc'", "known are auto, midway, finetune"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: fast}", ["defenses[0]", "'fast'", "released, paper"]),
         ("{name: finetune, steps: 2}", "{name: d3, preset: [paper]}", ["defenses[0]", "preset"]),
         ("steps: 2", "preset: paper", ["defenses[0]", "unknown finetune preset 'paper'; known are gtsrb"]),
