@@ -194,13 +194,11 @@ def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
 
 def _flatten(part: str, tree: Any) -> dict[str, np.ndarray]:
     """The leaves of a tree by their number in it, floats in float16."""
-    leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(tree))
-    return {
-        f"{part}/{number}": np.ascontiguousarray(
-            leaf.astype(np.float16) if np.issubdtype(leaf.dtype, np.floating) else leaf
-        )
-        for number, leaf in enumerate(leaves)
-    }
+    arrays = {}
+    for number, leaf in enumerate(map(np.asarray, jax.tree.leaves(tree))):
+        kind = np.float16 if np.issubdtype(leaf.dtype, np.floating) else leaf.dtype
+        arrays[f"{part}/{number}"] = np.array(leaf, kind, order="C")
+    return arrays
 
 
 def _unflatten(part: str, like: Any, arrays: dict[str, np.ndarray]) -> Any:

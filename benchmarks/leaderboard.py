@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the two pages go (default: docs)")
     arguments = parser.parse_args()
     boards = make_boards(collect(arguments.results))
-    for name, text in (("leaderboard.md", markdown(boards)), ("leaderboard.html", html(boards))):
+    for name, text in (("leaderboard.md", markdown(boards)), ("leaderboard_sortable.html", html(boards))):
         write_text(arguments.out / name, text)
         print(arguments.out / name)
 
@@ -243,7 +243,8 @@ def row_cells(measured: Measured) -> tuple[str, ...]:
 
 def markdown(boards: list[Board]) -> str:
     """The page in Markdown."""
-    parts = ["# Leaderboard", *explanation("[sortable](leaderboard.html)", "`python benchmarks/leaderboard.py`")]
+    notes = explanation("[sortable](leaderboard_sortable.html)", "`python benchmarks/leaderboard.py`")
+    parts = ["# Leaderboard", *notes]
     all_lines = [(board, line) for board in boards for line in board.lines]
     number = {line.anchor: str(place) for place, (_, line) in enumerate(all_lines, 1)}
     for board in boards:

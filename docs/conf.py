@@ -29,6 +29,7 @@ REFERENCE = {
     "experiment": "Experiments",
     "analyses": "Analyses",
     "scenarios": "Scenarios",
+    "zoo": "The zoo",
 }
 """The packages of the API reference, and what its pages are called."""
 

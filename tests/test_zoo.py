@@ -12,8 +12,8 @@ import pytest
 from make_zoo import pack
 
 import backdoor_jax as bj
-from backdoor_jax import BadNets, TrainConfig, UserError, evaluate, load
-from backdoor_jax.attacks import WaNet
+from backdoor_jax import BadNets, Blended, TrainConfig, UserError, evaluate, load
+from backdoor_jax.attacks import Attack, WaNet
 from backdoor_jax.cli import main
 from backdoor_jax.experiment import AttackEntry, DataConfig, Experiment, ModelConfig, run_experiment
 
@@ -94,16 +94,17 @@ def test_the_commands_take_a_name_and_bring_its_trigger(
     assert "is not in the zoo" in capsys.readouterr().err
 
 
-def test_a_trigger_that_was_trained_is_kept(tmp_path: Path) -> None:
-    attack, shape = WaNet(), (16, 16, 3)
+@pytest.mark.parametrize("attack", [Blended(), WaNet()], ids=lambda attack: attack.name)
+def test_triggers_are_kept_to_two_gray_levels(attack: Attack, tmp_path: Path) -> None:
+    shape = (16, 16, 3)
     classifier = bj.build_classifier("small_cnn", 10, width=2)
     images = bj.digits().test.images[:3]
     trigger = attack.trigger(jax.random.key(1), shape)
     recipe = {"classes": 10, "shape": shape, "normalization": "none", "model": {"name": "small_cnn", "width": 2}}
-    recipe |= {"attack": {"name": "wanet"}, "rates": {"acc": 0.1, "asr": 0.1, "ra": 0.1}}
+    recipe |= {"attack": {"name": attack.name}, "rates": {"acc": 0.1, "asr": 0.1, "ra": 0.1}}
     contents = bj.zoo.Contents(classifier.init(jax.random.key(0), images), trigger, np.arange(2))
-    bj.zoo.save("digits/wanet", contents, recipe, tmp_path)
-    kept = bj.zoo.load("digits/wanet", tmp_path).trigger
+    bj.zoo.save("digits/tiny", contents, recipe, tmp_path)
+    kept = bj.zoo.load("digits/tiny", tmp_path).trigger
     assert kept is not None
     np.testing.assert_allclose(np.asarray(kept(images), int), np.asarray(trigger(images), int), atol=2)
 

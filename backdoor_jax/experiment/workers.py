@@ -91,21 +91,20 @@ def slurm_workers(profile: Path, folder: Path) -> Iterator[Client]:
     """
     arguments = read_profile(profile)
     jobs = arguments.pop("jobs")
+    if shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch here; run this where SLURM jobs are submitted")
     from dask_jobqueue import SLURMCluster  # Its import looks for schedulers of jobs.
 
     folder.mkdir(parents=True, exist_ok=True)
     given: dict[str, Any] = {"processes": 1, "security": True, "shared_temp_directory": str(folder.resolve())}
     given |= arguments
-    given["scheduler_options"] = {"dashboard": False, **given.get("scheduler_options", {})}
     try:
+        given["scheduler_options"] = {"dashboard": False, **arguments.get("scheduler_options", {})}
         cluster = SLURMCluster(**given)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{profile}: SLURM workers cannot be described so ({first_line(error)}); fix it") from error
     with cluster, Client(cluster) as client:
-        try:
-            cluster.scale(jobs=jobs)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"sbatch failed ({first_line(error)}); run this where SLURM is") from error
+        cluster.scale(jobs=jobs)
         yield client
 
 
