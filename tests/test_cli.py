@@ -216,6 +216,9 @@ def test_a_folder_that_cannot_be_created_is_one_line(
         ["run", "x.yaml", "--bogus"],
         ["run", "x.yaml", "bogus"],
         ["run", "x.yaml", "--epochs=3"],
+        ["run", "x.yaml", "\x1b[31m\n" + "x" * 10_000],
+        ["defend", "--checkpoint", "x"],
+        ["scan", "--checkpoint", "x", "--healthy", "much"],
         ["list", "seeds=[0]"],
         ["demo", "seeds=[0]"],
     ],
@@ -224,7 +227,8 @@ def test_unknown_arguments_exit_with_code_2(capsys: pytest.CaptureFixture[str], 
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: backdoor-jax" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("backdoor-jax: ") and "--help" in error
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["list"]])
@@ -274,6 +278,10 @@ def test_a_closed_stdout_and_a_variable_that_jax_refuses(tmp_path: Path) -> None
         (["--data", ""], "data is empty"),
         (["--checkpoint", ""], "checkpoint is empty"),
         (["--out", ""], "out is empty"),
+        (["--healthy", "nan"], "healthy is nan, expected 0 to 1"),
+        (["--healthy", "70"], "healthy is 70.0, expected 0 to 1"),
+        (["--list-images", "0"], "list-images is 0, expected 1 to 1000000"),
+        (["--classes", "1"], "classes is 1, expected 2 to 65536"),
     ],
 )
 def test_an_impossible_option_is_one_line(
@@ -281,6 +289,23 @@ def test_an_impossible_option_is_one_line(
 ) -> None:
     text = error_of(capsys, "scan", "--checkpoint", "nowhere.safetensors", "--data", "digits", *options)
     assert expected in text
+
+
+@pytest.mark.parametrize("drop", ["nan", "inf", "-1", "5"])
+def test_a_loss_of_accuracy_is_a_share(capsys: pytest.CaptureFixture[str], drop: str) -> None:
+    arguments = ["--checkpoint", "x.pt", "--data", "digits", "--defense", "d3", "--out", "y", f"--max-drop={drop}"]
+    assert f"max-drop is {float(drop)}, expected 0 to 1" in error_of(capsys, "defend", *arguments)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nowhere"])
+def test_an_absent_platform_is_one_line(tmp_path: Path, platform: str) -> None:
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("there is a GPU")
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    command = [sys.executable, "-m", "backdoor_jax_command", "run", "nowhere.yaml"]
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "JAX finds no device" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 def test_rows_are_plain_json_lines(finished: Run) -> None:

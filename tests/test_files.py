@@ -147,6 +147,33 @@ def test_after_an_error_the_old_one_is_there(error: type[BaseException], tmp_pat
     assert contents(tmp_path) == {"a.txt": "old", "model/a": "old"}
 
 
+def test_a_folder_that_holds_no_model_is_left_alone(tmp_path: Path) -> None:
+    """Its owner may work in it, and give its name by mistake."""
+    classifier = build_classifier("small_cnn", 3, width=2)
+    variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    folder(tmp_path / "home", notes="mine")
+    before = (tmp_path / "home").stat()
+    with pytest.raises(UserError, match="is a folder that holds no model; give another path"):
+        save_model(tmp_path / "home", classifier, variables)
+    assert contents(tmp_path) == {"home/notes": "mine"} and os.path.samestat(before, (tmp_path / "home").stat())
+
+
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    classifier = build_classifier("small_cnn", 3, width=2)
+    variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    save_model(tmp_path / "far" / "model", classifier, variables)
+    (tmp_path / "far" / "model" / "notes").write_text("mine")
+    (tmp_path / "model").symlink_to("far/model")
+    (tmp_path / "a.txt").symlink_to("far/a.txt")
+    save_model(tmp_path / "model", classifier, jax.tree.map(lambda leaf: leaf + 1, variables))
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "far" / "a.txt").read_text() == "new" and (tmp_path / "a.txt").is_symlink()
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "far" / "model" / "notes").read_text() == "mine"
+    found = load_model(tmp_path / "far" / "model")[1]
+    chex.assert_trees_all_equal(found, jax.tree.map(lambda leaf: leaf + 1, variables))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "far", "model"]
+
+
 def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build_classifier("small_cnn", 3, width=2)
     old = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
