@@ -62,6 +62,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to write to, which replaces ``path`` at the end of the block.
 
     Until then, and after an error, ``path`` is as it was. What an old folder holds besides the new one's files is kept.
+    One that has none of them stays itself, with its owner, its mode and whoever works in it; the files are moved into
+    it, those in folders first, so that a description comes last.
 
     Example:
         >>> import tempfile
@@ -78,6 +80,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        new = sorted(partial.iterdir(), key=Path.is_file)
+        if path.is_dir() and not any(os.path.lexists(path / inner.name) for inner in new):
+            for inner in new:
+                os.replace(inner, path / inner.name)
+            return
         if path.is_dir():
             os.replace(path, old)
         os.replace(partial, path)

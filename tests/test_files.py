@@ -147,15 +147,23 @@ def test_after_an_error_the_old_one_is_there(error: type[BaseException], tmp_pat
     assert contents(tmp_path) == {"a.txt": "old", "model/a": "old"}
 
 
-def test_a_folder_that_holds_no_model_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_model_stays_itself(tmp_path: Path) -> None:
     """Its owner may work in it, and give its name by mistake."""
     classifier = build_classifier("small_cnn", 3, width=2)
     variables = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
     folder(tmp_path / "home", notes="mine")
+    (tmp_path / "home").chmod(0o711)
     before = (tmp_path / "home").stat()
-    with pytest.raises(UserError, match="is a folder that holds no model; give another path"):
-        save_model(tmp_path / "home", classifier, variables)
-    assert contents(tmp_path) == {"home/notes": "mine"} and os.path.samestat(before, (tmp_path / "home").stat())
+    save_model(tmp_path / "home", classifier, variables)
+    after = (tmp_path / "home").stat()
+    assert os.path.samestat(before, after) and before.st_mode == after.st_mode
+    assert (tmp_path / "home" / "notes").read_text() == "mine"
+    chex.assert_trees_all_equal(load_model(tmp_path / "home")[1], variables)
+    (tmp_path / "other").mkdir()
+    folder(tmp_path / "other" / "variables", notes="mine")
+    with pytest.raises(UserError, match="holds variables, which is no model's; give another path"):
+        save_model(tmp_path / "other", classifier, variables)
+    assert (tmp_path / "other" / "variables" / "notes").read_text() == "mine"
 
 
 def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def save_tree(folder: Path, tree: Any) -> None:
         checkpointer.save(folder.absolute(), tree, force=True)
 
 
+def is_tree(folder: Path) -> bool:
+    """Whether Orbax wrote a folder."""
+    return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
 def load_tree(folder: Path, like: Any) -> Any:
     """Reads a tree that `save_tree` wrote.
 

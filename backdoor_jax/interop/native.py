@@ -28,7 +28,7 @@ from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.config import Classes, Positive, Whole, Width
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_folder, atomic_write, settle, write_text
-from backdoor_jax.interop.checkpoints import load_tree, save_tree
+from backdoor_jax.interop.checkpoints import is_tree, load_tree, save_tree
 from backdoor_jax.interop.file_kinds import kind_of
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Stem, Variables, VisionTransformer, build_classifier, describe
@@ -48,7 +48,7 @@ TORCH_SUFFIXES = (".pt", ".pth")
 FORMAT = 1
 HEADER = "backdoor_jax"
 """The entry of a safetensors header that holds the description."""
-DESCRIPTION = "model.json"
+DESCRIPTION, VARIABLES = "model.json", "variables"
 COLLECTIONS = ("params", "batch_stats")
 """What is read of Flax's variables in a ``.msgpack``."""
 
@@ -94,8 +94,10 @@ def save_model(path: Path | str, classifier: Classifier, variables: Variables) -
             with atomic_write(path) as partial:
                 save_file(arrays, partial, {HEADER: json.dumps(described)})
             return
+        if (path / VARIABLES).exists() and not (path / DESCRIPTION).exists() and not is_tree(path / VARIABLES):
+            raise UserError(f"{path}: holds {VARIABLES}, which is no model's; give another path")
         with atomic_folder(path) as partial:
-            save_tree(partial / "variables", variables)
+            save_tree(partial / VARIABLES, variables)
             describe_folder(partial, classifier, variables)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)}); give another path") from error
@@ -107,7 +109,7 @@ def describe_folder(path: Path, classifier: Classifier, variables: Variables) ->
     It has digests because Orbax answers a damaged file with tracebacks from its threads.
     """
     shapes = {_text(names): [str(array.dtype), list(array.shape)] for names, array in _leaves(variables)}
-    described = {**_described(classifier), "arrays": shapes, "files": _digests(path / "variables")}
+    described = {**_described(classifier), "arrays": shapes, "files": _digests(path / VARIABLES)}
     write_text(path / DESCRIPTION, json.dumps(described, indent=1))
 
 
@@ -171,17 +173,17 @@ def load_model(
     loaded = _classifier(described, classifier, path)
     if os.path.isdir(path):
         like = _abstract(described.arrays, path)
-        files = [file for file in (path / "variables").rglob("*") if file.is_file()]
+        files = [file for file in (path / VARIABLES).rglob("*") if file.is_file()]
         needed = sum(element_count(leaf.shape) * leaf.dtype.itemsize for _, leaf in _leaves(like))
         require_budget(needed, sum(file.stat().st_size for file in files), path)
         _require_fit(loaded, like, classifier is None, path)
-        found = _digests(path / "variables")
+        found = _digests(path / VARIABLES)
         if found != described.files:
             raise UserError(
                 f"{path}: variables lacks files, or some are damaged or belong to another model; copy or save it again"
             )
         try:
-            return loaded, load_tree(path / "variables", like)
+            return loaded, load_tree(path / VARIABLES, like)
         except UserError as error:
             cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else error
             raise UserError(
