@@ -33,10 +33,11 @@ Result = TypeVar("Result")
 
 ARRAYS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("labels", "predictions", "candidates"), ("whole", 1)),
-    **dict.fromkeys(("margins", "values", "scores", "change", "members", "others"), ("finite", 1)),
+    **dict.fromkeys(("margins", "scores", "change", "members", "others"), ("finite", 1)),
+    "values": ("real", 1),
     **dict.fromkeys(("latent", "latents"), ("finite", 2)),
 }
-"""Names of arrays: what they hold, and their number of axes."""
+"""Names of arrays: what they hold, and their number of axes; real numbers may be infinite."""
 
 
 def typed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -215,7 +216,7 @@ def kind_of(value: object) -> str:
 
 
 def require_array(value: object, holding: str, axes: int, where: str) -> None:
-    """Refuses anything but an array of whole or of finite numbers with this many axes.
+    """Refuses anything but an array of whole, finite or real numbers with this many axes.
 
     Raises:
         UserError: for another value.
@@ -232,7 +233,8 @@ def require_array(value: object, holding: str, axes: int, where: str) -> None:
     kinds = (jnp.integer,) if holding == "whole" else (jnp.integer, jnp.floating)
     if value.ndim != axes or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise UserError(f"{where} are {value.dtype} {value.shape}, expected an array of {numbers}")
-    if holding == "finite" and not np.isfinite(np.asarray(value, np.float64)).all():
+    numeric = np.asarray(value, np.float64)
+    if np.isnan(numeric).any() or (holding == "finite" and np.isinf(numeric).any()):
         raise NonFiniteError(f"{where} are not finite, expected an array of {numbers}")
 
 
