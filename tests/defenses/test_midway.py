@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import assert_depends_on_key_alone, assert_near, assert_trees_equal, draw
+from comparison import assert_depends_on_key_alone, assert_near, assert_trees_equal, draw, trees_equal
 from flax import nnx
 from miniature import CLASSES, TARGET, miniature
 from scipy.special import log_softmax
@@ -108,6 +108,18 @@ def test_without_distillation_it_is_a_point_on_the_line_to_tac() -> None:
     tac = still.tac.repair(jax.random.split(key)[0], case.classifier, case.variables, case.clean)
     assert isinstance(still.tac, TAC)
     chex.assert_trees_all_close(repair.variables["params"], tac.variables["params"], rtol=1e-5, atol=1e-6)
+
+
+def test_it_keeps_a_share_of_the_distillation() -> None:
+    case, key = miniature(), jax.random.key(1)
+    ends = [
+        dataclasses.replace(QUICK, steps=4, distillation_steps=4, kept=kept)
+        .repair(key, case.classifier, case.variables, case.clean)
+        .variables
+        for kept in (0.0, 0.25, 1.0)
+    ]
+    chex.assert_trees_all_close(ends[1], between(ends[0], ends[2], 0.25), rtol=1e-5, atol=1e-6)
+    assert not trees_equal(ends[0], ends[2])
 
 
 def test_where_no_class_is_named_it_fine_tunes() -> None:
