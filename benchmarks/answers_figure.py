@@ -36,9 +36,9 @@ def draw(folder: Path, defense: str, out: Path) -> None:
         if "answers" in row.get("analyses", {})
     }
     attacks = list(dict.fromkeys(attack for attack, _ in rows))
-    figure = Figure(figsize=(8.6, 2.15 * len(attacks)))
+    figure = Figure(figsize=(8.6, 1.75 * len(attacks)))
     grid = figure.subplots(len(attacks), 2 * COLUMNS, squeeze=False)
-    for line, attack in zip(grid, attacks, strict=True):
+    for number, (line, attack) in enumerate(zip(grid, attacks, strict=True)):
         victim, repaired = rows[attack, "none"], rows[attack, defense]
         names, labels = victim["class_names"], victim["labels"]
         images = read_npz(folder / "examples" / f"{attack}.npz", "an example of a trigger")
@@ -51,14 +51,14 @@ def draw(folder: Path, defense: str, out: Path) -> None:
             for axes, kind, given in zip(pair, ("clean", "triggered"), answers, strict=True):
                 axes.imshow(images[kind][at], interpolation="nearest")
                 axes.set(xticks=[], yticks=[])
-                axes.set_title(kind if line is grid[0] else "", fontsize=7)
-                for number, (who, answer) in enumerate(given):
+                axes.set_title("" if number else kind, fontsize=8)
+                for place, (who, answer) in enumerate(given):
                     color = GOOD if answer == labels[at] else BAD
                     text = f"{who}:\n{names[answer]}"
-                    axes.text(0.5, -0.06 - 0.36 * number, text, color=color, fontsize=7, ha="center", va="top",
+                    axes.text(0.5, -0.06 - 0.38 * place, text, color=color, fontsize=7, ha="center", va="top",
                               transform=axes.transAxes)  # fmt: skip
         line[0].set_ylabel(attack, fontsize=8)
-    figure.subplots_adjust(wspace=0.08, hspace=0.75)
+    figure.subplots_adjust(wspace=0.08, hspace=0.5)
     save_figure(figure, out)
 
 

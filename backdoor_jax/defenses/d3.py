@@ -66,7 +66,7 @@ class D3(SGDDefense):
 
     name: ClassVar[str] = "d3"
     summary: ClassVar[str] = "move the head away from its original weights while clean loss stays low"
-    limits: ClassVar[str] = "it relearns the head from clean images, and loses what few of them cannot teach"
+    limits: ClassVar[str] = "the head moves away, but in few steps the features that carry the trigger may stay"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": {}, "paper": {"penalty": 10.0}}
 
     weight_decay: Decay = 0.0

@@ -83,6 +83,7 @@ class Midway(SGDDefense):
 
     name: ClassVar[str] = "midway"
     summary: ClassVar[str] = "stop part of the way to TAC's repair, win accuracy back from there (the default)"
+    limits: ClassVar[str] = "it stops short of TAC's repair, and what is left there stays"
     targeted: ClassVar[bool] = True
 
     steps: Count = 200
