@@ -39,7 +39,7 @@ def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
 
 def test_every_figure_leads_to_rows_and_every_row_to_its_line() -> None:
     for name, pattern in (
-        ("md", r"\]\((\.\./[^)]+)#L(\d+)\)"),
+        ("leaderboard.md", r"\]\((\.\./[^)]+)#L(\d+)\)"),
         ("leaderboard_sortable.html", r'"(\.\./[^"]+)#L(\d+)"'),
     ):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")

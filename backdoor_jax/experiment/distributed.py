@@ -30,6 +30,7 @@ from backdoor_jax.experiment.rows import append_row, format_row, plain, read_row
 from backdoor_jax.experiment.settings import AttackEntry, Experiment
 from backdoor_jax.experiment.victims import TrainedModel, Workspace, make_workspace
 from backdoor_jax.files import locked_folder
+from backdoor_jax.progress import hidden_bars
 from backdoor_jax.stopping import stop_if_asked
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def submit_cells(client: "Client", place: Place, rows: list[Row]) -> "dict[Futur
     return tasks
 
 
+@hidden_bars()  # Workers may share a terminal.
 def train_model(place: Place, label: str, seed: int, before: Sequence[None]) -> None:
     """A task: trains and stores a victim or a clean model, unless it is stored.
 
@@ -129,6 +131,7 @@ def train_model(place: Place, label: str, seed: int, before: Sequence[None]) -> 
         make_cell_model(workspace, _entry(place, label), seed)
 
 
+@hidden_bars()
 def find_row(place: Place, label: str, seed: int, defense: str, before: Sequence[None]) -> Row | str:
     """A task: the row of a model or of its repair, or what failed.
 
