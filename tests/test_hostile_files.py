@@ -557,9 +557,8 @@ def test_only_regular_files_are_read(name: str, what: str, tmp_path: Path) -> No
 
 def test_names_of_classes_do_not_write_to_the_terminal(tmp_path: Path) -> None:
     names = np.array(["\x1b]0;title\x07", "a\nb", "c" * 10_000])
-    images = {"images": pixels(3, 4, 4, 3), "labels": np.arange(3)}
-    np.savez(tmp_path / "a.npz", **images, class_names=names)
-    np.savez(tmp_path / "b.npz", **images, class_names=np.array("a"))
+    for name, given in (("a.npz", names), ("b.npz", np.array("a"))):
+        np.savez(tmp_path / name, images=pixels(3, 4, 4, 3), labels=np.arange(3), class_names=given)
     for number, name in enumerate(names[:2]):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.fromarray(pixels(4, 4, 3)).save(tmp_path / "images" / name / f"{number}\x1b[31m.png")

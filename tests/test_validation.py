@@ -499,7 +499,7 @@ def test_a_line_between_models_of_nan_has_no_rates() -> None:
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables())
     for models in ((broken, variables()), (variables(), broken)):
         with pytest.raises(NonFiniteError, match="are not finite"):
-            along(CLASSIFIER, *models, DATA, lambda x: x, LABELS, (0.0, 1.0))
+            along(CLASSIFIER, models[0], models[1], DATA, lambda x: x, LABELS, (0.0, 1.0))
 
 
 def test_arrays_that_were_donated_are_named() -> None:
