@@ -79,11 +79,11 @@ def reference(rows: list[Row]) -> str:
 
 
 def p_values(rows: list[Row], detector: str) -> np.ndarray:
-    """The calibrated p-values of models."""
-    from backdoor_jax.detectors.calibration import calibrated
+    """The p-values of models as verdicts have them: calibrated where there are clean models enough."""
+    from backdoor_jax.detectors.calibration import FEWEST_MODELS, calibrated
 
-    clean = clean_p_values(rows, detector)
-    return np.array([calibrated(own(row, detector), clean) for row in rows])
+    clean, found = clean_p_values(rows, detector), [own(row, detector) for row in rows]
+    return np.array([calibrated(p_value, clean) for p_value in found] if len(clean) >= FEWEST_MODELS else found)
 
 
 def suspicions(rows: list[Row], detector: str) -> np.ndarray:

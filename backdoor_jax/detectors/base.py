@@ -107,7 +107,7 @@ class Verdict:
         class_name: its name, where classes have names.
         detector: the detector whose evidence this is.
         p_value: how often a clean model is as suspicious, see `backdoor_jax.detectors.calibration`; the test's own for
-            a detector that has not been calibrated; None without a test.
+            a detector that is not calibrated; None without a test.
         strength: of the evidence for a backdoor: ``none``, ``moderate`` (p at most .05), ``strong`` (.001) or ``very
             strong`` (1e-6).
         why: why nothing can be said; None otherwise.

@@ -8,7 +8,7 @@ real models are not normal. So each detector examined clean models (`benchmarks/
     \hat p = \frac{k + 1}{n + 1} \Bigl(\frac{p}{q_k}\Bigr)^{1/\gamma} \text{ where } p < q_k,\ k = \lfloor n/2 \rfloor .
 
 The first is the conformal p-value, whose level is exact where the model is drawn as those were. It cannot be smaller
-than 1/(n + 1). The second continues it to smaller values: the lower half of the :math:`q_i` has a power law's tail, of
+than 1/(n + 1), so that fewer than 19 models cannot tell 5 %: such a detector keeps its own p-value. The second continues it to smaller values: the lower half of the :math:`q_i` has a power law's tail, of
 index :math:`\gamma = \frac1{k - 1} \sum_{i < k} \log(q_k / q_i)`, Hill's estimate, but at least 1, that of a test that
 keeps its level. What is smaller than 1/(n + 1) is therefore an extrapolation.
 
@@ -21,20 +21,23 @@ from importlib import resources
 
 import numpy as np
 
+FEWEST_MODELS = 19
+"""The fewest clean models with which 1/(n + 1) reaches 0.05."""
 LEAST = 1e-300
 """Own p-values below are the same."""
 
 
 @cache
 def clean_models() -> dict[str, tuple[float, ...]]:
-    """The own p-values of each detector on the clean development models, ascending.
+    """The own p-values of each detector on the clean models, ascending, where there are at least `FEWEST_MODELS`.
 
     Example:
-        >>> sorted(clean_models())
-        ['mm_bd', 'neural_cleanse', 'per_sample', 'worst_case']
+        >>> all(len(found) >= FEWEST_MODELS for found in clean_models().values())
+        True
     """
     text = (resources.files("backdoor_jax") / "detectors" / "clean_models.json").read_text(encoding="utf-8")
-    return {name: tuple(sorted(found)) for name, found in json.loads(text)["p_values"].items()}
+    found = json.loads(text)["p_values"]
+    return {name: tuple(sorted(clean)) for name, clean in found.items() if len(clean) >= FEWEST_MODELS}
 
 
 def calibrated(p_value: float, clean: tuple[float, ...]) -> float:

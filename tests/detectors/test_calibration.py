@@ -1,10 +1,13 @@
 """Calibrated p-values: their formula, and that they keep the level that a detector's own test misses."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from backdoor_jax.detectors import Evidence, judge
-from backdoor_jax.detectors.calibration import calibrated, clean_models
+from backdoor_jax.detectors import Evidence, base, calibration, judge
+from backdoor_jax.detectors.calibration import calibrated
 
 
 def test_the_body_is_the_conformal_p_value() -> None:
@@ -41,10 +44,20 @@ def test_the_level_holds_where_the_own_test_raises_false_alarms(power: float) ->
         assert np.mean(np.array(found) <= alpha) <= 1.3 * alpha + 0.001
 
 
-def test_a_verdict_has_the_calibrated_p_value_of_its_detector() -> None:
-    for name, clean in clean_models().items():
-        assert list(clean) == sorted(clean) and 0 < clean[0] <= clean[-1] <= 1 and len(clean) >= 4
-        for p_value in (1e-9, 0.02, 0.4):
-            verdict = judge(Evidence(name, "norm", np.arange(6.0), 2, p_value))
-            assert verdict.p_value == calibrated(p_value, clean)
-    assert judge(Evidence("a test", "norm", np.arange(6.0), 2, 0.02)).p_value == 0.02
+def test_a_verdict_has_the_calibrated_p_value_of_a_calibrated_detector(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = tuple(np.linspace(0.01, 1, 20) ** 2)
+    monkeypatch.setattr(base, "clean_models", lambda: {"a test": clean})
+    for p_value in (1e-9, 0.02, 0.4):
+        verdict = judge(Evidence("a test", "norm", np.arange(6.0), 2, p_value))
+        assert verdict.p_value == calibrated(p_value, clean) != p_value
+        assert (verdict.outcome == "backdoored") == (calibrated(p_value, clean) <= 0.05)
+    assert judge(Evidence("another", "norm", np.arange(6.0), 2, 0.02)).p_value == 0.02
+
+
+def test_too_few_clean_models_calibrate_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "detectors").mkdir()
+    few, enough = [0.5] * 18, [0.9, *[0.5] * 18]
+    content = json.dumps({"p_values": {"few": few, "enough": enough}})
+    (tmp_path / "detectors" / "clean_models.json").write_text(content)
+    monkeypatch.setattr(calibration.resources, "files", lambda _: tmp_path)
+    assert calibration.clean_models.__wrapped__() == {"enough": tuple(sorted(enough))}
