@@ -94,7 +94,7 @@ def label_points(axes: Axes, points: list[tuple[float, float]], labels: list[str
         size = written.get_window_extent(renderer)
         written.remove()
         middles = np.array([x, y]) + places + np.sign(places) * (size.width / 2, 0)
-        half = np.array([size.width, size.height]) / 2
+        half = np.array([size.width + 4 * unit, size.height]) / 2
         boxes = np.concatenate([middles - half, middles + half], axis=1)
         outside: np.ndarray = size.width * size.height - _shared_areas(boxes, frame).sum(1)
         best = int(np.argmin(np.round(outside + _shared_areas(boxes, taken).sum(1))))

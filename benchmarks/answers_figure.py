@@ -31,7 +31,7 @@ def draw(folder: Path, defense: str, out: Path) -> None:
     from backdoor_jax.experiment import read_rows
 
     rows = {
-        (row["attack"], row["defense"]): row["analyses"]["answers"]
+        (row["attack"], row["defense"]): row
         for row in read_rows(folder / "results.jsonl")
         if "answers" in row.get("analyses", {})
     }
@@ -39,10 +39,11 @@ def draw(folder: Path, defense: str, out: Path) -> None:
     figure = Figure(figsize=(8.6, 1.75 * len(attacks)))
     grid = figure.subplots(len(attacks), 2 * COLUMNS, squeeze=False)
     for number, (line, attack) in enumerate(zip(grid, attacks, strict=True)):
-        victim, repaired = rows[attack, "none"], rows[attack, defense]
+        victim, repaired = (rows[attack, label]["analyses"]["answers"] for label in ("none", defense))
         names, labels = victim["class_names"], victim["labels"]
+        target = rows[attack, defense]["config"]["attack"]["target"]
         images = read_npz(folder / "examples" / f"{attack}.npz", "an example of a trigger")
-        shown = [at for at in range(len(labels)) if labels[at] != 0][:COLUMNS]
+        shown = [at for at in range(len(labels)) if labels[at] != target][:COLUMNS]
         for pair, at in zip(line.reshape(COLUMNS, 2), shown, strict=True):
             answers = (
                 [("model", victim["clean"][at])],
