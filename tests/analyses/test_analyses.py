@@ -108,7 +108,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def test_settings_take_the_names_of_all_analyses_and_no_others() -> None:
-    assert EVERY == ("landscape", "latents", "neurons", "membership", "reinjection", "reactivation")
+    assert EVERY == (
+        "verdict", "answers", "landscape", "latents", "neurons", "membership", "reinjection", "reactivation"
+    )  # fmt: skip
     document = {"name": "x", "attacks": [{"name": "badnets"}], "defenses": [], "analyses": ["landscape"]}
     assert parse_experiment(document).analyses == ("landscape",)
     with pytest.raises(UserError, match=r"analyses.*landscape"):
@@ -119,12 +121,13 @@ def test_settings_take_the_names_of_all_analyses_and_no_others() -> None:
 
 def test_each_analysis_is_computed_for_the_models_to_which_it_applies(finished: Finished) -> None:
     held = {model: set(row["analyses"]) for model, row in finished.table.items()}
-    both = {"latents", "membership", "reinjection", "reactivation"}
-    assert held["badnets", "none"] == {*both, "neurons"}
+    both = {"answers", "latents", "membership", "reinjection", "reactivation"}
+    assert held["badnets", "none"] == {*both, "neurons", "verdict"}
     assert held["badnets", "finetune"] == {*both, "landscape"}
     assert held["badnets", "mm_bm"] == both  # A repair with bounds is not on a line with the victim.
     assert held["badnets", "tac"] == set()  # It flags nothing at this level, and changes nothing.
-    assert held["none", "none"] == held["none", "finetune"] == {"membership"}
+    assert held["none", "none"] == {"membership", "verdict"}
+    assert held["none", "finetune"] == {"membership"}
 
 
 def test_neurons_are_not_compared_without_one_target_class() -> None:
