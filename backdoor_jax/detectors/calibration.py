@@ -8,9 +8,10 @@ real models are not normal. So each detector examined clean models (`benchmarks/
     \hat p = \frac{k + 1}{n + 1} \Bigl(\frac{p}{q_k}\Bigr)^{1/\gamma} \text{ where } p < q_k,\ k = \lfloor n/2 \rfloor .
 
 The first is the conformal p-value, whose level is exact where the model is drawn as those were. It cannot be smaller
-than 1/(n + 1), so that fewer than 19 models cannot tell 5 %: such a detector keeps its own p-value. The second continues it to smaller values: the lower half of the :math:`q_i` has a power law's tail, of
-index :math:`\gamma = \frac1{k - 1} \sum_{i < k} \log(q_k / q_i)`, Hill's estimate, but at least 1, that of a test that
-keeps its level. What is smaller than 1/(n + 1) is therefore an extrapolation.
+than 1/(n + 1), so that fewer than 19 models cannot tell 5 %: such a detector keeps its own p-value. The second
+continues it to smaller values: the lower half of the :math:`q_i` has a power law's tail, of index
+:math:`\gamma = \frac1{k - 1} \sum_{i < k} \log(q_k / q_i)`, Hill's estimate, but at least 1, that of a test that keeps
+its level. What is smaller than 1/(n + 1) is therefore an extrapolation.
 
 Ours; the estimate of the tail is Hill's (Annals of Statistics 3, 1975).
 """
@@ -50,7 +51,7 @@ def calibrated(p_value: float, clean: tuple[float, ...]) -> float:
     Example:
         >>> clean = (0.01, 0.1, 0.2, 0.4, 0.6, 0.7, 0.9)
         >>> calibrated(0.5, clean), round(calibrated(0.2, clean), 3), round(calibrated(1e-6, clean), 4)
-        (0.625, 0.5, 0.0003)
+        (0.625, 0.5, 0.0007)
     """
     count, half = len(clean), len(clean) // 2
     edge = max(clean[half - 1], LEAST)
