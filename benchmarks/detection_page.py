@@ -102,10 +102,15 @@ def area(poisoned: np.ndarray, clean: np.ndarray) -> float:
     return float(np.mean((poisoned[:, None] > clean) + 0.5 * (poisoned[:, None] == clean)))
 
 
+def mean(sample: np.ndarray) -> float:
+    """The mean of a sample."""
+    return float(np.mean(sample))
+
+
 def interval(statistic: Callable[..., float], *samples: np.ndarray) -> tuple[float, float]:
     """The bootstrap's 95 % interval of a statistic of samples.
 
-    >>> interval(np.mean, np.array([0.5, 0.5]))
+    >>> interval(mean, np.array([0.5, 0.5]))
     (0.5, 0.5)
     """
     generator = np.random.default_rng(0)
@@ -144,7 +149,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         found, false, alarms = "-", "-", "-"
         if name in TESTS:
             hits = flagged[name][poisoned]
-            bounds = interval(np.mean, hits.astype(float))
+            bounds = interval(mean, hits.astype(float))
             found = f"{share(hits)} ({100 * bounds[0]:.0f} to {100 * bounds[1]:.0f} %)"
             false, alarms = share(flagged[name][reporting & clean]), share(own_alarms)
         seconds = np.median([row["detectors"][name]["seconds"] for row in rows])

@@ -34,5 +34,5 @@ def test_areas_and_intervals_follow_their_definitions() -> None:
     poisoned, clean = np.array([3.0, 4.0, 1.0]), np.array([0.0, 2.0])
     assert detection_page.area(poisoned, clean) == pytest.approx(5 / 6)
     assert detection_page.area(clean, clean) == 0.5
-    low, high = detection_page.interval(np.mean, np.repeat([0.0, 1.0], 50))
+    low, high = detection_page.interval(detection_page.mean, np.repeat([0.0, 1.0], 50))
     assert 0.38 < low < 0.43 and 0.57 < high < 0.62

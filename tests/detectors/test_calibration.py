@@ -59,5 +59,5 @@ def test_too_few_clean_models_calibrate_nothing(tmp_path: Path, monkeypatch: pyt
     few, enough = [0.5] * 18, [0.9, *[0.5] * 18]
     content = json.dumps({"p_values": {"few": few, "enough": enough}})
     (tmp_path / "detectors" / "clean_models.json").write_text(content)
-    monkeypatch.setattr(calibration.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr("backdoor_jax.detectors.calibration.resources.files", lambda _: tmp_path)
     assert calibration.clean_models.__wrapped__() == {"enough": tuple(sorted(enough))}
