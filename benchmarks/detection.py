@@ -26,6 +26,12 @@ import numpy as np
 ATTACKS = ("badnets", "blended", "sig", "low_frequency", "wanet", "input_aware", "trojan_nn", "adap_blend")
 QUICK_ATTACKS: dict[str, dict[str, Any]] = {"input_aware": {"mask_epochs": 3, "channels": 8, "depth": 2}}
 """Smaller networks and fewer passes than the attacks' own defaults."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "neural_cleanse": {"rounds": 20, "round_steps": 5, "batch_size": 16, "rate": 0.2, "patience": 1},
+    "mm_bd": {"starts": 5, "steps": 60, "rate": 0.05},
+    "loss_ascent": {"steps": 100},
+}
+"""Less work than the detectors' own defaults, so that a model takes seconds."""
 SMALL = ("small_cnn", 16, 0.2)
 RESIDUAL = (("preact_resnet18", 8, 0.1), ("resnet18", 8, 0.1))
 """Name, width and learning rate."""
@@ -256,10 +262,12 @@ def examined(key: Any, classifier: Any, variables: Any, clean: Any) -> dict[str,
     for name, make in DETECTORS.items():
         started = time.process_time()
         try:
-            if name in ("per_sample", "worst_case"):
-                evidence = scan_evidence(scanned, name)
+            if name == "per_sample":
+                evidence = scan_evidence(scanned, "per_sample")
+            elif name == "worst_case":
+                evidence = scan_evidence(scanned, "worst_case")
             else:
-                evidence = make().examine(key, classifier, variables, clean)
+                evidence = make(**SETTINGS.get(name, {})).examine(key, classifier, variables, clean)
         except NonFiniteError as error:
             rows[name] = {"target": None, "p_value": None, "trouble": str(error), "values": [], "seconds": 0.0}
             continue

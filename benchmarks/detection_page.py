@@ -10,13 +10,13 @@ figure is of the reporting half, except for the table of the population.
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import measuring
 import numpy as np
+from detection import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = measuring.RESULTS / "detection"
@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "detecting.md"
 FIGURE = ROOT / "docs" / "figures" / "detection-roc.png"
 REFERENCE = ROOT / "backdoor_jax" / "detectors" / "clean_models.json"
 TESTS = ("per_sample", "worst_case", "neural_cleanse", "mm_bd")
-"""The detectors with a test, which are calibrated."""
+"""The detectors with a test. Those that had their defaults are calibrated."""
 WORKS = 0.5
 """The attack success rate from which a poisoned model is backdoored."""
 ALPHA = 0.05
@@ -73,7 +73,7 @@ def reference(rows: list[Row]) -> str:
     content = {
         "made_by": "benchmarks/detection_page.py from benchmarks/results/detection",
         "clean_models": models,
-        "p_values": {name: clean_p_values(rows, name) for name in TESTS},
+        "p_values": {name: clean_p_values(rows, name) for name in TESTS if name not in SETTINGS},
     }
     return json.dumps(content, indent=1) + "\n"
 
@@ -83,7 +83,8 @@ def p_values(rows: list[Row], detector: str) -> np.ndarray:
     from backdoor_jax.detectors.calibration import FEWEST_MODELS, calibrated
 
     clean, found = clean_p_values(rows, detector), [own(row, detector) for row in rows]
-    return np.array([calibrated(p_value, clean) for p_value in found] if len(clean) >= FEWEST_MODELS else found)
+    counts = len(clean) >= FEWEST_MODELS and detector not in SETTINGS
+    return np.array([calibrated(p_value, clean) for p_value in found] if counts else found)
 
 
 def suspicions(rows: list[Row], detector: str) -> np.ndarray:
@@ -146,12 +147,12 @@ def tables(rows: list[Row]) -> dict[str, str]:
         low, high = interval(area, mine, other)
         named = np.array([row["detectors"][name]["target"] == row["target"] for row in rows])[poisoned]
         own_alarms = np.array([own(row, name) <= ALPHA for row in rows])[reporting & clean]
-        found, false, alarms = "-", "-", "-"
+        found, false, alarmed = "-", "-", "-"
         if name in TESTS:
             hits = flagged[name][poisoned]
             bounds = interval(mean, hits.astype(float))
             found = f"{share(hits)} ({100 * bounds[0]:.0f} to {100 * bounds[1]:.0f} %)"
-            false, alarms = share(flagged[name][reporting & clean]), share(own_alarms)
+            false, alarmed = share(flagged[name][reporting & clean]), share(own_alarms)
         seconds = np.median([row["detectors"][name]["seconds"] for row in rows])
         overview.append(
             [
@@ -160,7 +161,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
                 found,
                 share(named),
                 false,
-                alarms,
+                alarmed,
                 f"{seconds:.1f}",
             ]
         )
@@ -223,7 +224,8 @@ def page(text: str, rows: list[Row]) -> str:
     for name, table in tables(rows).items():
         mark = f"<!-- table: {name} -->"
         assert mark in text, mark
-        text = re.sub(f"{mark}.*?<!-- end -->", lambda _, t=table, m=mark: f"{m}\n{t}\n<!-- end -->", text, flags=re.S)
+        before, _, rest = text.partition(mark)
+        text = f"{before}{mark}\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return text
 
 

@@ -10,7 +10,7 @@ localizes a target and does not test for one: there is no p-value.
 
 Sources. The observation is that of Reconstructive Neuron Pruning (Li, Lyu, Ma, Koren, Lyu, Li, Jiang, ICML 2023, arXiv
 2305.14876), which unlearns in the same way: SGD at rate 0.01 with momentum 0.9 and weight decay 5e-4, batches of 128,
-gradients clipped to norm 20, until the accuracy on clean images is at most 20 %. The most steps, 100, are ours, and so
+gradients clipped to norm 20, until the accuracy on clean images is at most 20 %. The most steps, 200, are ours, and so
 is a check in every step, on its batch, where the code checks once an epoch.
 
     >>> from backdoor_jax import build_classifier, digits
@@ -45,7 +45,7 @@ class LossAscent(Detector):
     """Loss ascent.
 
     Attributes:
-        steps: the most gradient steps; 100, ours.
+        steps: the most gradient steps; 200, ours.
         batch_size: images per step; published 128.
         learning_rate: published 0.01.
         momentum: published 0.9.
@@ -57,7 +57,7 @@ class LossAscent(Detector):
     name: ClassVar[str] = "loss_ascent"
     summary: ClassVar[str] = "the class that is left when the clean task is unlearned; names a class, tests nothing"
 
-    steps: Count = 100
+    steps: Count = 200
     batch_size: Count = 128
     learning_rate: Positive = 0.01
     momentum: NonNegative = 0.9

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import jax
 
-from backdoor_jax.config import Count, LearningRate
 from backdoor_jax.data import Dataset
 from backdoor_jax.detectors.base import Detector, Evidence
 from backdoor_jax.metrics import MarginConfig, mm_bd
@@ -22,22 +21,11 @@ from backdoor_jax.models import Classifier, Variables
 
 @dataclasses.dataclass(frozen=True)
 class MMBD(MarginConfig, Detector):
-    """MM-BD with a shorter ascent than the released code's, so that it takes a second.
-
-    Attributes:
-        starts: random images per class; 5, ours, published 30.
-        steps: the most steps of the ascent; 60, ours, published 300.
-        rate: the step size; 0.05, ours, published 0.01.
-        tolerance: published; see `MarginConfig`.
-    """
+    """MM-BD; its settings are `MarginConfig`'s."""
 
     name: ClassVar[str] = "mm_bd"
     summary: ClassVar[str] = "a class that some image reaches by a large margin; needs no data"
     needs_images: ClassVar[bool] = False
-
-    starts: Count = 5
-    steps: Count = 60
-    rate: LearningRate = 0.05
 
     def examine(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:
         """Searches for the largest margin of each class and tests whether the largest is an outlier.

@@ -12,11 +12,10 @@ backdoored where it exceeds 2. That is no test at a level: normal values exceed 
 of 10 values is rough (a clean model of digits had an index of 3.5). The p-value here is Grubbs' for the logarithms of
 the mask sizes, which takes both into account; the index is reported beside it.
 
-Sources. From the released code: mask and pattern are :math:`(\tanh(\cdot) + 1) / 2`, Adam with betas 0.5 and 0.9,
-:math:`\lambda` from 1e-3 once the threshold has been kept for some rounds, and the multipliers. Ours, so that a class
-takes 100 steps on 16 images instead of up to 31,000 on 32: Adam's rate, 0.2 for 0.1; rounds of 5 batches for 31, 20 of
-them for up to 1,000 with an early stop; :math:`\lambda` changes after every round, where there the threshold has to be
-kept or missed for five; the start is random but not large; and the test.
+Sources. From the released code: mask and pattern are :math:`(\tanh(\cdot) + 1) / 2`, Adam at rate 0.1 with betas 0.5
+and 0.9, batches of 32, :math:`\lambda` from 1e-3 once the threshold has been kept for 5 rounds, and the multipliers.
+Ours: a round is 10 batches, where the code's is 31, there are 40 rounds instead of up to 1,000 with an early stop, the
+start is random but not large, and the test.
 
     >>> from backdoor_jax import build_classifier, digits
     >>> clean = digits().train.take(slice(70))
@@ -56,26 +55,26 @@ class NeuralCleanse(Detector):
     """Neural Cleanse.
 
     Attributes:
-        rounds: how often lambda is adapted; 20, ours, published at most 1,000.
-        round_steps: gradient steps between; 5, ours, published 31.
-        batch_size: images per step; 16, ours, published 32.
-        rate: of Adam; 0.2, ours, published 0.1.
+        rounds: how often lambda is adapted; 40, ours.
+        round_steps: gradient steps between; 10, ours.
+        batch_size: images per step; published 32.
+        rate: of Adam; published 0.1.
         weight: lambda when it is first set; published 1e-3.
         success: share of images that have to be classified as the class; published 0.99.
-        patience: rounds before lambda changes; 1, ours, published 5.
+        patience: rounds before lambda changes; published 5.
         multiplier: of lambda; published 2.
     """
 
     name: ClassVar[str] = "neural_cleanse"
     summary: ClassVar[str] = "the smallest patch that sends images to each class, with its mask and pattern"
 
-    rounds: Count = 20
-    round_steps: Count = 5
-    batch_size: Count = 16
-    rate: Positive = 0.2
+    rounds: Count = 40
+    round_steps: Count = 10
+    batch_size: Count = 32
+    rate: Positive = 0.1
     weight: NonNegative = 1e-3
     success: Share = 0.99
-    patience: Count = 1
+    patience: Count = 5
     multiplier: Positive = 2.0
 
     def examine(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:

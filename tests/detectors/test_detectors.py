@@ -55,15 +55,14 @@ def test_neural_cleanse_finds_the_trigger_pixel_of_the_target_and_nothing_in_a_c
     assert poisoned.triggers is not None
     mask, pattern = poisoned.triggers.masks[4], poisoned.triggers.patterns[4]
     assert mask.shape == (4, 4) and pattern.shape == (4, 4, 1)
-    assert mask[3, 3] * pattern[3, 3, 0] > 0.15 and mask[3, 3] > 0.5 * mask.sum()
+    assert mask[3, 3] * pattern[3, 3, 0] > 0.2 and mask[3, 3] > 0.5 * mask.sum()
     np.testing.assert_allclose(poisoned.values, poisoned.triggers.masks.sum((1, 2)), rtol=1e-6)
     assert clean.p_value is not None and clean.p_value > 0.05
 
 
 def test_an_inverted_trigger_sends_images_to_its_class_as_often_as_reported() -> None:
     classifier, variables, data = pixel_case(4)
-    config = NeuralCleanse(rounds=30, round_steps=10, batch_size=32, rate=0.1, patience=5)
-    found = invert_triggers(jax.random.key(0), classifier, variables, data.images, config)
+    found = invert_triggers(jax.random.key(0), classifier, variables, data.images, NeuralCleanse(rounds=30))
     mask = np.asarray(found.mask)[:, None, :, :, None]
     triggered = (1 - mask) * np.asarray(data.images, np.float32) + mask * 255 * np.asarray(found.pattern)[:, None]
     for k in range(CLASSES):
@@ -125,7 +124,7 @@ def test_detectors_from_elsewhere_report_what_their_functions_return() -> None:
         assert (found.target, found.p_value) == (test.smallest, test.p_value)
         np.testing.assert_array_equal(found.values, getattr(expected, name))
     found = MMBD(starts=2, steps=5).examine(jax.random.key(0), classifier, variables, data.take(slice(0)))
-    config = MarginConfig(starts=2, steps=5, rate=MMBD().rate)
+    config = MarginConfig(starts=2, steps=5)
     margins = mm_bd(jax.random.key(0), classifier, variables, (4, 4, 1), config)
     np.testing.assert_array_equal(found.values, margins.margins)
     assert (found.target, found.p_value) == (margins.target, margins.p_value)
