@@ -39,7 +39,10 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
         UserError: where something is there and may not be replaced, the suffix is unknown or needs a package, or no
             file can be written there.
     """
-    out = behind_link(out)
+    try:
+        out = behind_link(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     if out.suffix[1:2].isalpha() and out.suffix not in known:
         raise UserError(
             f"{out}: unknown suffix {out.suffix!r}; give .safetensors, .pt, {EXPORT_SUFFIX}, or a folder without one"
