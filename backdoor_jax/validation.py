@@ -42,7 +42,7 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
     Example:
         >>> @checked
-        ... def draw(key):
+        ... def draw(key: jax.Array):
         ...     return jax.random.uniform(key)
         >>> draw(3)
         Traceback (most recent call last):

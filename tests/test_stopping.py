@@ -424,7 +424,7 @@ def test_strict_settings_of_jax_a_c_locale_and_a_cache_that_cannot_be_written_ar
 CACHED = """
 import jax
 from backdoor_jax import cli
-cli._set_up_jax()
+cli._set_up_jax(distributes=False)
 assert jax.config.jax_compilation_cache_dir == "/proc/backdoor_jax/programs"
 print(jax.jit(lambda x: x + 1)(1))
 """

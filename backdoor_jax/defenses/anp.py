@@ -230,7 +230,6 @@ def fit_masks(
     return fitted.variables["params"], fitted.info
 
 
-@checked
 def prune_by_mask(variables: Variables, masks: Any, threshold: jax.Array | float) -> Variables:
     """Stage 2: the victim with the scale of every neuron zero whose mask is at most the threshold."""
     scales = flatten_dict(variables["params"])

@@ -62,7 +62,7 @@ SIZES: dict[int, Stem] = {3: "small", 7: "imagenet"}
 
 @typed
 def load_torch(
-    source: Path | str | Mapping[str, Any],
+    source: Path | str | Mapping[str, Any] | Any,
     model: str,
     *,
     key: str | None = None,

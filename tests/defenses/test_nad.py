@@ -181,7 +181,7 @@ def test_networks_without_maps_are_an_error_that_says_what_to_give(case: Miniatu
 def test_only_convolutional_networks_name_layers() -> None:
     named = {name: len(build_classifier(name, 10, width=2).map_layers) for name in MODELS}
     assert named == {
-        "preact_resnet18": 4, "resnet18": 4, "resnet34": 4, "resnet50": 4, "vgg19_bn": 5, "vit_tiny": 0,
+        "preact_resnet18": 4, "resnet10": 4, "resnet18": 4, "resnet34": 4, "resnet50": 4, "vgg19_bn": 5, "vit_tiny": 0,
         "small_cnn": 3,
     }  # fmt: skip
 

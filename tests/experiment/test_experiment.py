@@ -481,7 +481,7 @@ def test_a_seed_and_a_defense_can_be_added(small: Path, tmp_path: Path) -> None:
     kept = read_rows(out / "results.jsonl")
     harder = DefenseEntry("harder", FineTune(steps=3))
     rows = run(dataclasses.replace(SMALL, defenses=(FINETUNE, harder), seeds=(0, 1)), out)
-    assert rows[:4] == kept
+    assert [row for row in rows if row in kept] == kept
     assert set(models(rows)) == {
         (attack, seed, defense)
         for attack in ("badnets", "none")
@@ -613,7 +613,7 @@ def test_two_runs_in_one_folder_keep_each_others_rows(small: Path, tmp_path: Pat
             append_row(out / "results.jsonl", {**read_rows(out / "results.jsonl")[0], "seed": 7})
 
     rows = run(dataclasses.replace(SMALL, seeds=(1,)), out, report=meanwhile)
-    assert [row["seed"] for row in rows] == [0] * 4 + [1, 7] + [1] * 3
+    assert sorted(row["seed"] for row in rows) == [0] * 4 + [1] * 4 + [7]
     assert json.loads((out / "experiment.json").read_text())["seeds"] == [0, 1]
 
 

@@ -325,7 +325,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         ("preact_resnet18", lambda: changed(linear__bias=np.ones(5, np.int8)), "linear.bias holds int8, .* dequantize"),
         ("preact_resnet18", lambda: changed(linear__bias="five"), "linear.bias is a str, expected a tensor"),
         ("preact_resnet18", dict, "missing conv1.weight, .* and .* more"),
-        ("vit_tiny", dict, "'vit_tiny' has no PyTorch counterpart here; .* preact_resnet18, resnet18, .*, vgg19_bn"),
+        ("vit_tiny", dict, "'vit_tiny' has no PyTorch counterpart here; .* preact_resnet18, resnet10, .*, vgg19_bn"),
         ("resnet", dict, "'resnet' has no PyTorch counterpart"),
         ("resnet18", lambda: Path("nowhere.pt"), "nowhere.pt: no such file"),
         ("resnet18", lambda: "nowhere.safetensors", "nowhere.safetensors: no such file"),

@@ -89,7 +89,7 @@ def test_random_scores_have_the_precision_and_correlation_of_chance() -> None:
     ("first", "second", "k", "message"),
     [
         (np.ones(3), np.ones(4), 1, "shape"),
-        (np.ones((2, 2)), np.ones((2, 2)), 1, "shape"),
+        (np.ones((2, 2)), np.ones((2, 2)), 1, r"scores are float64 \(2, 2\), expected .* \(N,\)"),
         (np.ones(3), np.ones(3), 4, "k is 4"),
     ],
 )

@@ -97,7 +97,11 @@ def test_intervals_depend_on_the_key_alone_and_are_compiled_once() -> None:
 
 @pytest.mark.parametrize(
     ("members", "others", "message"),
-    [(np.ones((3, 2)), np.ones(3), "shapes"), (np.ones(0), np.ones(3), "none empty"), (np.ones(2), [np.nan], "finite")],
+    [
+        (np.ones((3, 2)), np.ones(3), r"members are float64 \(3, 2\), expected .* \(N,\)"),
+        (np.ones(0), np.ones(3), "none empty"),
+        (np.ones(2), [np.nan], "finite"),
+    ],
 )
 def test_unusable_signals_are_refused(members: Any, others: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):

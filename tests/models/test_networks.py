@@ -358,9 +358,9 @@ def test_equal_classifiers_share_a_trace_and_others_do_not() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vgg19_bn", {"stem": "small"}, "model 'vgg19_bn' has no stem; .*: resnet18, resnet34, resnet50"),
+        ("vgg19_bn", {"stem": "small"}, "model 'vgg19_bn' has no stem; .*: resnet10, resnet18, resnet34, resnet50"),
         ("preact_resnet18", {"patch": 4}, "model 'preact_resnet18' has no patch; .*: vit_tiny"),
-        ("resnet18", {"stem": "large"}, "unknown stem 'large'; known are small, small_pool"),
+        ("resnet18", {"stem": "large"}, "stem is 'large', expected 'small', 'small_pool'"),
         ("vit_tiny", {"patch": 0}, "patch 1 or more"),
     ],
 )

@@ -122,5 +122,5 @@ def test_other_linen_modules_compute_in_bfloat16() -> None:
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown dtype 'float16'; known are float32, bfloat16"):
+    with pytest.raises(UserError, match="dtype is 'float16', expected 'float32' or 'bfloat16'"):
         build_classifier("small_cnn", 10, dtype="float16")  # type: ignore[arg-type]
