@@ -32,8 +32,8 @@ def load(
     """Loads a data set.
 
     Args:
-        source: ``signs``, ``digits``, the path of a ``.npz`` file or of a folder of class folders (relative to `root`), or
-            ``tfds:NAME``; see `SOURCES`.
+        source: ``signs``, ``digits``, the path of a ``.npz`` file or of a folder of class folders (relative to `root`),
+            or ``tfds:NAME``; see `SOURCES`.
         train_size: keep that many training images, drawn with `seed`, and the others as `left_out`; all by default.
         test_size: keep that many test images, drawn with `seed`; all by default.
         seed: of the draw.
@@ -58,8 +58,8 @@ def load(
         task = folder_task(root / source, image_size, seed)
     else:
         raise UserError(
-            f"unknown data {source!r}; give 'signs', 'digits', the path of a .npz file or of a folder of class folders, or "
-            "'tfds:NAME'"
+            f"unknown data {source!r}; give 'signs', 'digits', the path of a .npz file or of a folder of class folders, "
+            "or 'tfds:NAME'"
         )
     if image_size is not None and not os.path.isdir(root / source):
         raise UserError(f"{source}: image_size is for a folder of images; leave it out")
