@@ -58,8 +58,8 @@ def load(
         task = folder_task(root / source, image_size, seed)
     else:
         raise UserError(
-            f"unknown data {source!r}; give 'signs', 'digits', the path of a .npz file or of a folder of class folders, "
-            "or 'tfds:NAME'"
+            f"unknown data {source!r}; give 'signs', 'digits', the path of a .npz file or of a folder of class folders,"
+            " or 'tfds:NAME'"
         )
     if image_size is not None and not os.path.isdir(root / source):
         raise UserError(f"{source}: image_size is for a folder of images; leave it out")
