@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", help="finds and removes backdoors in models that it trains itself: a table and a page, three minutes"
+        "demo", help="finds and removes backdoors in models that it trains itself: a table and a page, four minutes"
     )
     demo.add_argument("--out", default="demo", help="folder for results (default: demo)")
     demo.add_argument("--seed", type=int, default=0, help="of the models (default: 0)")

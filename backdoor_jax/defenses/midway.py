@@ -28,8 +28,8 @@ A method of this package, and its default. It needs clean images only. There are
    the first half of the way. So what is returned lies between again: :math:`\bar\theta + b\,(\hat\theta - \bar\theta)`,
    with :math:`\hat\theta` the distilled model.
 
-Where the scan names no class there is nothing to repair, and the model is fine-tuned for `steps` instead: that costs a
-clean model next to nothing, and weakens some backdoors that the scan does not see.
+Where the scan names no class there is nothing to repair, and the model is fine-tuned for `steps` instead. That was not
+chosen by measurement; fine-tuning leaves most backdoors.
 
 Sources. The first two stages are TAC's (see `backdoor_jax.defenses.tac` for what is published of it). That models
 between two of one basin classify well is known from work on weight averaging (Izmailov et al., UAI 2018); mixed images
@@ -75,7 +75,7 @@ class Midway(SGDDefense):
         statistic: as in `TAC`.
         alpha: the level of the scan's test; 0.05.
         share: a, how far to go from the victim to TAC's repair; 0.6.
-        distillation_steps: of the last stage; 200.
+        distillation_steps: of the distillation; 200.
         distillation_rate: its learning rate; 0.003.
         mu: weight of the distillation; 1.
         kept: b, how far to go from there to the distilled model; 0.5.
