@@ -18,7 +18,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import measuring
 import numpy as np
@@ -252,26 +252,23 @@ def examined(key: Any, classifier: Any, variables: Any, clean: Any) -> dict[str,
     compilation where a model is the first of its shapes.
     """
     from backdoor_jax import scan
+    from backdoor_jax.defenses.tac_scan import Statistic
     from backdoor_jax.detectors import DETECTORS, scan_evidence
     from backdoor_jax.errors import NonFiniteError
 
     rows: dict[str, Any] = {}
     started = time.process_time()
     scanned = scan(classifier, variables, clean.images)
+    scans = {statistic: scan_evidence(scanned, statistic) for statistic in get_args(Statistic)}
     scanning = time.process_time() - started
     for name, make in DETECTORS.items():
         started = time.process_time()
         try:
-            if name == "per_sample":
-                evidence = scan_evidence(scanned, "per_sample")
-            elif name == "worst_case":
-                evidence = scan_evidence(scanned, "worst_case")
-            else:
-                evidence = make(**SETTINGS.get(name, {})).examine(key, classifier, variables, clean)
+            evidence = scans.get(name) or make(**SETTINGS.get(name, {})).examine(key, classifier, variables, clean)
         except NonFiniteError as error:
             rows[name] = {"target": None, "p_value": None, "trouble": str(error), "values": [], "seconds": 0.0}
             continue
-        seconds = scanning if name in ("per_sample", "worst_case") else time.process_time() - started
+        seconds = scanning if name in scans else time.process_time() - started
         rows[name] = {
             "target": evidence.target,
             "p_value": evidence.p_value,
