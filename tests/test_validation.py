@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "margin is '1', expected a finite",
     ),
     "no shape": (lambda at: bj.export_model(at / "x", CLASSIFIER, variables(), wrong(3)), "image_shape is 3, expected"),
-    "PyTorch's 3": (lambda at: bj.load_torch(wrong(3), "resnet18"), "load_torch: source is 3, expected a Path or"),
+    "PyTorch's 3": (lambda at: bj.load_torch(wrong(3), "resnet18"), "load_torch: source is a int, expected a file"),
     "no functions": (lambda at: Classifier.from_functions(None, wrong(3), wrong(4), 3, ("out",)), "features is a int"),
     "classes of a network": (lambda at: Classifier(None, True), "Classifier.num_classes is True, expected a whole"),
     "one image": (lambda at: bj.scan(CLASSIFIER, variables(), DATA.images[0]), "scan: images has shape (8, 8, 3)"),

@@ -110,7 +110,7 @@ def load_torch(
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping | str | Path):
         raise UserError(
-            f"expected a file or a state dict, got a {type(source).__name__}; give a module to "
+            f"load_torch: source is a {type(source).__name__}, expected a file or a state dict; give a module to "
             "Classifier.from_torch(module, images), or module.state_dict() here"
         )
     found = source if isinstance(source, Mapping) else read(as_path(source, "load_torch: source"))

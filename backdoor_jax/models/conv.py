@@ -32,7 +32,7 @@ WIDE, WIDE_ON_ONE_CORE = 128, 64
 """Channels from which Winograd's transforms are repaid by its smaller products: those are not divided over cores."""
 
 
-SMALL = 2**25
+SMALL = 2**23
 """Multiplications below which a layer is left to dense convolutions: what it gains would not repay its compilation."""
 
 
