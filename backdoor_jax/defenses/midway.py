@@ -46,18 +46,17 @@ on development victims (``benchmarks/results/development.md``).
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from annotated_types import Gt, Lt
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, LearningRate, NonNegative, Share, Whole
+from backdoor_jax.config import Count, LearningRate, NonNegative, Share
 from backdoor_jax.data import Dataset
-from backdoor_jax.defenses.base import Repair, SGDDefense
+from backdoor_jax.defenses.base import Repair
 from backdoor_jax.defenses.tac import TAC
-from backdoor_jax.defenses.tac_scan import Scan, Statistic
+from backdoor_jax.defenses.tac_scan import Scan
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import GradientStep, LossResult, cross_entropy, supervised_loss
 
@@ -66,14 +65,11 @@ MIXED = (0.2, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Midway(SGDDefense):
-    """Midway; every default is ours.
+class Midway(TAC):
+    """Midway, whose second stage is `TAC` with its settings; every other default is ours.
 
     Attributes:
         steps: of TAC's repair; 200. Fine-tuning, where no class is named, takes as many.
-        target: as in `TAC`: the class to repair, ``detected``, ``smallest`` or a number.
-        statistic: as in `TAC`.
-        alpha: the level of the scan's test; 0.05.
         share: a, how far to go from the victim to TAC's repair; 0.6.
         distillation_steps: of the distillation; 200.
         distillation_rate: its learning rate; 0.003.
@@ -84,23 +80,13 @@ class Midway(SGDDefense):
     name: ClassVar[str] = "midway"
     summary: ClassVar[str] = "stop part of the way to TAC's repair, win accuracy back from there (the default)"
     limits: ClassVar[str] = "it stops short of TAC's repair, and what is left there stays"
-    targeted: ClassVar[bool] = True
 
     steps: Count = 200
-    target: Literal["detected", "smallest"] | Whole = "detected"
-    statistic: Statistic = "per_sample"
-    alpha: Annotated[float, Gt(0), Lt(1)] = 0.05
     share: Share = 0.6
     distillation_steps: Count = 200
     distillation_rate: LearningRate = 0.003
     mu: NonNegative = 1.0
     kept: Share = 0.5
-
-    @property
-    def tac(self) -> TAC:
-        """The TAC repair of the second stage."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(SGDDefense)}
-        return TAC(**shared, target=self.target, statistic=self.statistic, alpha=self.alpha)
 
     def repair(
         self,
@@ -129,7 +115,7 @@ class Midway(SGDDefense):
             NonFiniteError: where the victim's latents or head are not finite, or a training diverges.
         """
         tac_key, distillation_key = jax.random.split(key)
-        tac = self.tac.repair(tac_key, classifier, variables, data, scan=scan)
+        tac = super().repair(tac_key, classifier, variables, data, scan=scan)
         if not tac.changed:
             tuned = self.tune(key, GradientStep(Partial(supervised_loss, classifier), self.optimizer), variables, data)
             return dataclasses.replace(tuned, scan=tac.scan, info={**tuned.info, "repaired": tac.why})

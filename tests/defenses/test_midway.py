@@ -105,8 +105,8 @@ def test_without_distillation_it_is_a_point_on_the_line_to_tac() -> None:
     case, key = miniature(), jax.random.key(1)
     still = dataclasses.replace(QUICK, distillation_steps=1, distillation_rate=1e-12, weight_decay=0.0, share=1.0)
     repair = still.repair(key, case.classifier, case.variables, case.clean)
-    tac = still.tac.repair(jax.random.split(key)[0], case.classifier, case.variables, case.clean)
-    assert isinstance(still.tac, TAC)
+    method = TAC(target=TARGET, steps=60, batch_size=40, learning_rate=0.02, weight_decay=0.0, crop=0)
+    tac = method.repair(jax.random.split(key)[0], case.classifier, case.variables, case.clean)
     chex.assert_trees_all_close(repair.variables["params"], tac.variables["params"], rtol=1e-5, atol=1e-6)
 
 
