@@ -1,6 +1,7 @@
 """What all tests share: eight virtual devices, a key, and a network and data too small to be slow."""
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,9 @@ import pytest
 from backdoor_jax import Classifier, Dataset, make_dataset
 from backdoor_jax.models import Variables
 from backdoor_jax.models.layers import BatchNorm, ReLU, conv
+
+# A job in a shell's background ignores Ctrl-C, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, max_examples=20)
 hypothesis.settings.load_profile("suite")
