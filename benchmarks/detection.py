@@ -107,7 +107,7 @@ def plan(number: int, sources: list[str]) -> Plan:
         learning_rate=rate,
         attack=ATTACKS[pair % len(ATTACKS)] if number % 2 else None,
         target=float(generator.random()),
-        rate=float(np.exp(generator.uniform(math.log(0.01), math.log(0.1)))),
+        rate=float(generator.uniform(0.01, 0.1)),
         seen=round(generator.choice([1, 1.6]) * SIZES[Path(data).stem].seen),
         long_tail=bool(generator.random() < 1 / 3),
         clean_share=float(generator.choice([0.05, 0.01])),
