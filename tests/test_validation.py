@@ -25,16 +25,16 @@ from backdoor_jax.detectors import suspicious
 from backdoor_jax.metrics import (
     Scores,
     agreement,
-    along,
     chance_level,
     defense_effectiveness,
     embedding,
     is_near_chance,
     largest_margin,
+    loss_along_line,
     maximum_margins,
-    moved,
     success_rates,
     triggered_change,
+    weight_change,
 )
 from backdoor_jax.models import Variables, build_classifier, describe
 from backdoor_jax.models.layers import ReLU, max_pool
@@ -425,7 +425,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "agreement": (agreement, {"scores": RATES, "change": RATES, "k": 2}),
     "largest_margin": (largest_margin, {"margins": RATES}),
     "smallest_outlier": (smallest_outlier, {"values": RATES}),
-    "moved": (moved, {"before": START, "after": START, "path": ("linear", "kernel")}),
+    "weight_change": (weight_change, {"before": START, "after": START, "path": ("linear", "kernel")}),
     "build_classifier": (build_classifier, {"model": "small_cnn", "num_classes": 3, "width": 2, "dtype": "float32"}),
     "describe": (describe, {"classifier": CLASSIFIER}),
     "take": (DATA.take, {"indices": np.arange(3)}),
@@ -499,7 +499,7 @@ def test_a_line_between_models_of_nan_has_no_rates() -> None:
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables())
     for models in ((broken, variables()), (variables(), broken)):
         with pytest.raises(NonFiniteError, match="are not finite"):
-            along(CLASSIFIER, models[0], models[1], DATA, lambda x: x, LABELS, (0.0, 1.0))
+            loss_along_line(CLASSIFIER, models[0], models[1], DATA, lambda x: x, LABELS, (0.0, 1.0))
 
 
 def test_arrays_that_were_donated_are_named() -> None:

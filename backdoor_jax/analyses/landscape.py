@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from backdoor_jax.analyses.base import Analysis, AnalysisContext, Finding, Row, Subject, mean_over_seeds, model_title
 from backdoor_jax.config import Count
 from backdoor_jax.drawing import COLORS, use_logarithmic_scale
-from backdoor_jax.metrics import along, moved
+from backdoor_jax.metrics import loss_along_line, weight_change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Landscape(Analysis):
         if jax.tree.map(jnp.shape, subject.original) != jax.tree.map(jnp.shape, subject.variables):
             return None
         test = context.test.take(slice(0, self.images))
-        line = along(context.classifier, subject.original, subject.variables, test, subject.trigger, subject.label_map)
-        head = moved(subject.original, subject.variables, (*context.classifier.head_path, "kernel"))
+        line = loss_along_line(
+            context.classifier, subject.original, subject.variables, test, subject.trigger, subject.label_map
+        )
+        head = weight_change(subject.original, subject.variables, (*context.classifier.head_path, "kernel"))
 
         def plain(values: np.ndarray) -> list[float | None]:
             return [round(float(value), 5) if np.isfinite(value) else None for value in values]

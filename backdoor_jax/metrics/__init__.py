@@ -10,7 +10,7 @@ from backdoor_jax.metrics.accuracy import (
     success_rates,
 )
 from backdoor_jax.metrics.detection import Detection, MarginConfig, largest_margin, maximum_margins, mm_bd
-from backdoor_jax.metrics.landscape import Line, Moved, along, embedding, moved
+from backdoor_jax.metrics.landscape import Line, WeightChange, embedding, loss_along_line, weight_change
 from backdoor_jax.metrics.latent import Agreement, Change, agreement, triggered_change
 from backdoor_jax.metrics.reactivation import NearbyTrigger, SearchConfig, search_nearby, unlearn
 from backdoor_jax.metrics.sequela import (
@@ -31,13 +31,12 @@ __all__ = [
     "Line",
     "MarginConfig",
     "Membership",
-    "Moved",
     "NearbyTrigger",
     "ReinjectConfig",
     "Scores",
     "SearchConfig",
+    "WeightChange",
     "agreement",
-    "along",
     "chance_level",
     "confidence_signal",
     "defense_effectiveness",
@@ -45,11 +44,11 @@ __all__ = [
     "evaluate",
     "is_near_chance",
     "largest_margin",
+    "loss_along_line",
     "loss_signal",
     "maximum_margins",
     "membership",
     "mm_bd",
-    "moved",
     "predict",
     "reinject",
     "search_nearby",
@@ -58,4 +57,5 @@ __all__ = [
     "success_rates",
     "triggered_change",
     "unlearn",
+    "weight_change",
 ]

@@ -1,19 +1,20 @@
 r"""The loss landscape around a repair, as D3 analyzes it (Wei, Liu, Zha, ICCV 2025, arXiv 2411.09585).
 
-The paper argues that fine-tuning stays in a valley where clean and backdoor loss are both low. `along` measures both
-losses and both rates on the straight line from one model to another and beyond,
+The paper argues that fine-tuning stays in a valley where clean and backdoor loss are both low. `loss_along_line`
+measures both losses and both rates on the straight line from one model to another and beyond,
 
 .. math:: \theta(t) = \theta_0 + t\,(\theta_1 - \theta_0),
 
-with t = 0 at the first model and 1 at the second. `moved` measures how far selected weights are from where they were,
-and `embedding` projects latents to 2-D. The paper's ranges and projection are not known to us, so these are our choice:
-the running means of normalization are interpolated like the weights, the variances geometrically, so that they stay
-positive beyond the two models; latents are projected onto their two principal components.
+with t = 0 at the first model and 1 at the second. `weight_change` measures how far selected weights are from where they
+were, and `embedding` projects latents to 2-D. The paper's ranges and projection are not known to us, so these are our
+choice: the running means of normalization are interpolated like the weights, the variances geometrically, so that they
+stay positive beyond the two models; latents are projected onto their two principal components.
 
     >>> from backdoor_jax import build_classifier, digits
     >>> test, classifier = digits().test.take(slice(20)), build_classifier("small_cnn", 10, width=2)
     >>> start, end = (classifier.init(jax.random.key(seed), test.images) for seed in (0, 1))
-    >>> line = along(classifier, start, end, test, lambda images: 255 - images, LabelMap("all_to_one", 10), (0.0, 1.5))
+    >>> label_map = LabelMap("all_to_one", 10)
+    >>> line = loss_along_line(classifier, start, end, test, lambda images: 255 - images, label_map, (0.0, 1.5))
     >>> line.positions.tolist(), line.clean_loss.shape
     ([0.0, 1.5], (2,))
 """
@@ -58,7 +59,7 @@ class Line(NamedTuple):
     asr: np.ndarray
 
 
-class Moved(NamedTuple):
+class WeightChange(NamedTuple):
     """How a weight array changed.
 
     Attributes:
@@ -102,7 +103,7 @@ def _evaluate_model(
 
 
 @checked
-def along(
+def loss_along_line(
     classifier: Classifier,
     start: Variables,
     end: Variables,
@@ -159,7 +160,7 @@ def interpolate(start: Variables, end: Variables, position: float) -> Variables:
 
 
 @checked
-def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
+def weight_change(before: Variables, after: Variables, path: tuple[str, ...]) -> WeightChange:
     """Measures how far the parameter array at a path has moved.
 
     Args:
@@ -172,7 +173,7 @@ def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
 
     Example:
         >>> at = lambda *w: {"params": {"linear": {"kernel": np.array(w)}}}
-        >>> found = moved(at(3.0, 4.0), at(-3.0, -4.0), ("linear", "kernel"))
+        >>> found = weight_change(at(3.0, 4.0), at(-3.0, -4.0), ("linear", "kernel"))
         >>> found.distance, found.cosine
         (2.0, -1.0)
     """
@@ -184,7 +185,9 @@ def moved(before: Variables, after: Variables, path: tuple[str, ...]) -> Moved:
         raise UserError(f"{'/'.join(path)!r} has shapes {one.shape} and {other.shape}; give two models of one network")
     difference, norm = other - one, float(np.linalg.norm(one))
     distance = float(np.linalg.norm(difference))
-    return Moved(difference, distance / norm if norm else float(distance > 0), cosine(one.ravel(), other.ravel()))
+    return WeightChange(
+        difference, distance / norm if norm else float(distance > 0), cosine(one.ravel(), other.ravel())
+    )
 
 
 @typed

@@ -100,11 +100,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setitem(ANALYSES, "neurons", Neurons(mask_steps=3))
         patch.setitem(ANALYSES, "reinjection", Reinjection(config=ReinjectConfig((0.1,), (1, 2), batch_size=32)))
         patch.setitem(ANALYSES, "reactivation", REACTIVATION)
-        patch.setattr(landscape, "along", along := Mock(wraps=landscape.along))
+        patch.setattr(landscape, "loss_along_line", called := Mock(wraps=landscape.loss_along_line))
         run_experiment(EXPERIMENT, out, report=lambda line: None)
     table = {(row["attack"], row["defense"]): row for row in read_rows(out / "results.jsonl")}
-    assert along.call_count == 1
-    return Finished(out, table, *along.call_args.args)
+    assert called.call_count == 1
+    return Finished(out, table, *called.call_args.args)
 
 
 def test_settings_take_the_names_of_all_analyses_and_no_others() -> None:

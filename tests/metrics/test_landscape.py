@@ -11,7 +11,7 @@ from miniature import miniature
 
 from backdoor_jax import Classifier, Dataset, FineTune, UserError, evaluate
 from backdoor_jax.data import LabelMap
-from backdoor_jax.metrics import along, embedding, moved
+from backdoor_jax.metrics import embedding, loss_along_line, weight_change
 from backdoor_jax.metrics.landscape import _evaluate_model
 from backdoor_jax.models import Variables
 
@@ -26,7 +26,7 @@ def test_the_line_passes_through_both_models_and_their_mean(
 ) -> None:
     end = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), tiny_variables)
     label_map = LabelMap("all_to_one", 3, 1)
-    line = along(tiny_classifier, tiny_variables, end, tiny_data, white_corner, label_map, (0.0, 0.5, 1.0))
+    line = loss_along_line(tiny_classifier, tiny_variables, end, tiny_data, white_corner, label_map, (0.0, 0.5, 1.0))
     middle = jax.tree.map(lambda a, b: (a + b) / 2, tiny_variables, end)
     one, other = (np.asarray(model["batch_stats"]["bn"]["var"]) + 1e-5 for model in (tiny_variables, end))
     middle["batch_stats"]["bn"]["var"] = np.sqrt(one * other) - 1e-5
@@ -47,9 +47,11 @@ def test_the_models_of_a_line_share_one_program(
     tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset
 ) -> None:
     label_map = LabelMap("all_to_one", 3)
-    along(tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.0,))
+    loss_along_line(tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.0,))
     compiled = cache_size(_evaluate_model)
-    along(tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.25, 2.0, -1.0))
+    loss_along_line(
+        tiny_classifier, tiny_variables, tiny_variables, tiny_data, white_corner, label_map, (0.25, 2.0, -1.0)
+    )
     assert cache_size(_evaluate_model) == compiled
 
 
@@ -69,19 +71,21 @@ def test_variances_stay_positive_beyond_the_models_and_rates_of_non_finite_model
 
     end = with_variance(0.01)
     start = with_variance(1.0)
-    line = along(tiny_classifier, start, end, tiny_data, white_corner, label_map, (0.0, 1.0, 2.0))
+    line = loss_along_line(tiny_classifier, start, end, tiny_data, white_corner, label_map, (0.0, 1.0, 2.0))
     wide = evaluate(tiny_classifier, with_variance(1e-4), tiny_data, white_corner, label_map)
     assert (line.acc[2], line.asr[2]) == pytest.approx((wide.acc, wide.asr), abs=1e-6)
 
     broken = {**start, "params": jax.tree.map(lambda leaf: leaf * 1e30, start["params"])}
-    line = along(tiny_classifier, start, broken, tiny_data, white_corner, label_map, (0.0, 1.0))
+    line = loss_along_line(tiny_classifier, start, broken, tiny_data, white_corner, label_map, (0.0, 1.0))
     assert np.isfinite(line.acc[0]) and np.isnan(line.acc[1]) and np.isnan(line.asr[1])
 
 
 def test_fine_tuning_a_small_victim_stays_where_both_losses_are_low() -> None:
     case = miniature()
     tuned = FineTune(steps=20, crop=0).repair(jax.random.key(0), case.classifier, case.variables, case.clean)
-    line = along(case.classifier, case.variables, tuned.variables, case.test, case.trigger, case.label_map, (0, 0.5, 1))
+    line = loss_along_line(
+        case.classifier, case.variables, tuned.variables, case.test, case.trigger, case.label_map, (0, 0.5, 1)
+    )
     assert (line.acc > 0.95).all() and (line.asr > 0.95).all()
     assert (line.backdoor_loss < 0.5).all()
 
@@ -90,7 +94,7 @@ def test_fine_tuning_a_small_victim_stays_where_both_losses_are_low() -> None:
 def test_the_distance_of_a_scaled_weight_is_the_factor_minus_one(factor: float) -> None:
     kernel = np.random.default_rng(0).standard_normal((4, 3))
     before, after = ({"params": {"out": {"kernel": part}}} for part in (kernel, factor * kernel))
-    found = moved(before, after, ("out", "kernel"))
+    found = weight_change(before, after, ("out", "kernel"))
     assert found.distance == pytest.approx(abs(factor - 1), abs=1e-12)
     assert found.cosine == pytest.approx(np.sign(factor))
     np.testing.assert_allclose(found.difference, (factor - 1) * kernel, atol=1e-12)
@@ -98,9 +102,9 @@ def test_the_distance_of_a_scaled_weight_is_the_factor_minus_one(factor: float) 
 
 def test_weights_at_zero_have_no_direction() -> None:
     zero, one = ({"params": {"w": np.full(2, value)}} for value in (0.0, 1.0))
-    assert moved(zero, one, ("w",))[1:] == (1.0, 0.0)
-    assert moved(one, zero, ("w",))[1:] == (1.0, 0.0)
-    assert moved(zero, zero, ("w",))[1:] == (0.0, 0.0)
+    assert weight_change(zero, one, ("w",))[1:] == (1.0, 0.0)
+    assert weight_change(one, zero, ("w",))[1:] == (1.0, 0.0)
+    assert weight_change(zero, zero, ("w",))[1:] == (0.0, 0.0)
 
 
 def test_the_embedding_keeps_the_distances_of_planar_latents() -> None:
@@ -143,16 +147,16 @@ def test_errors_name_what_is_wrong(tiny_classifier: Classifier, tiny_variables: 
     label_map = LabelMap("all_to_one", 3)
     bounded = {**tiny_variables, "bounds": {"relu": {"upper": jnp.ones(4)}}}
     with pytest.raises(UserError, match="both without bounds"):
-        along(tiny_classifier, tiny_variables, bounded, tiny_data, white_corner, label_map)
+        loss_along_line(tiny_classifier, tiny_variables, bounded, tiny_data, white_corner, label_map)
     only = tiny_data.take(np.flatnonzero(np.asarray(tiny_data.labels) == 0))
     with pytest.raises(UserError, match="outside the target class"):
-        along(tiny_classifier, tiny_variables, tiny_variables, only, white_corner, label_map)
+        loss_along_line(tiny_classifier, tiny_variables, tiny_variables, only, white_corner, label_map)
     with pytest.raises(UserError, match="no parameters at 'linear/weight'"):
-        moved(tiny_variables, tiny_variables, ("linear", "weight"))
+        weight_change(tiny_variables, tiny_variables, ("linear", "weight"))
     with pytest.raises(UserError, match="no parameters at 'linear'"):
-        moved(tiny_variables, tiny_variables, ("linear",))
+        weight_change(tiny_variables, tiny_variables, ("linear",))
     with pytest.raises(UserError, match=r"shapes \(2,\) and \(3,\)"):
-        moved({"params": {"w": np.ones(2)}}, {"params": {"w": np.ones(3)}}, ("w",))
+        weight_change({"params": {"w": np.ones(2)}}, {"params": {"w": np.ones(3)}}, ("w",))
     with pytest.raises(UserError, match=r"expected \(N, D\) with one D"):
         embedding(np.ones((3, 2)), np.ones((3, 4)))
     for latents in (np.ones((3, 1)), np.ones((1, 3))):
