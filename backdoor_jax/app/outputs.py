@@ -1,5 +1,7 @@
 """Where models and figures may be written."""
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +29,15 @@ def repaired_path(checkpoint: Path) -> Path:
     return Path(f"{checkpoint.stem}-repaired{suffix}")
 
 
+@contextlib.contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """Turns what the operating system refuses inside into one line about an output path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+
+
 def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
     """Refuses an output path that is taken, or where nothing can be written.
 
@@ -39,10 +50,8 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
         UserError: where something is there and may not be replaced, the suffix is unknown or needs a package, or no
             file can be written there.
     """
-    try:
+    with _writable(out):
         out = behind_link(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     if out.suffix[1:2].isalpha() and out.suffix not in known:
         raise UserError(
             f"{out}: unknown suffix {out.suffix!r}; give .safetensors, .pt, {EXPORT_SUFFIX}, or a folder without one"
@@ -50,13 +59,11 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
     package = NEEDED_PACKAGES.get(out.suffix)
     if package is not None and find_spec(package) is None:
         raise UserError(f"{out}: needs the package {package}; pip install {package}")
-    try:
+    with _writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = beside(out, "partial", out.suffix)
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix not in known):
         return
     if out.is_dir() and (out.suffix in known or not (out / DESCRIPTION).is_file()):
