@@ -125,7 +125,7 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
         >>> smallest_outlier(np.array([5.0, 5.1, 4.9, 5.2, 1.0, 4.8])).smallest
         4
     """
-    from scipy import special, stats
+    from scipy import special
 
     values = np.asarray(values, np.float64)
     finite = values[np.isfinite(values)]
@@ -135,8 +135,9 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
     index, least = int(np.argmin(np.where(np.isfinite(values), values, np.inf))), finite.min()
     spread = finite.std(ddof=1) if count > 1 else 0.0
     grubbs = (finite.mean() - least) / spread if spread > 0 else 0.0
-    mad = stats.median_abs_deviation(finite, scale="normal")
-    score = (np.median(finite) - least) / mad if mad > 0 else 0.0
+    median = np.median(finite)
+    mad = np.median(np.abs(finite - median)) / special.ndtri(0.75)
+    score = (median - least) / mad if mad > 0 else 0.0
     p_value = None
     if count >= FEWEST_CLASSES:
         rest = max((count - 1) ** 2 - count * grubbs**2, 0.0)

@@ -525,15 +525,15 @@ def test_scan_reports_class_norms_and_the_mean_norm_of_samples_of_other_classes(
 
 
 def imbalanced(seed: int, frequency: int) -> tuple[np.ndarray, np.ndarray]:
-    """Head ``(D, C)`` and logits of a clean model of 43 classes.
+    """Head ``(D, C)`` and logits of a clean model of 20 classes.
 
     The column of class 0 has a cosine of .8 with that of class 1, which is so many times as frequent as others.
     """
     generator = np.random.default_rng(seed)
-    columns = np.linalg.qr(generator.normal(size=(64, 43)))[0]
+    columns = np.linalg.qr(generator.normal(size=(32, 20)))[0]
     columns[:, 0] = 0.8 * columns[:, 1] + 0.6 * columns[:, 0]
-    labels = np.repeat(np.arange(43), np.where(np.arange(43) == 1, 3 * frequency, 3))
-    latent = 10 * columns[:, labels].T + generator.normal(size=(len(labels), 64))
+    labels = np.repeat(np.arange(20), np.where(np.arange(20) == 1, frequency, 1))
+    latent = 10 * columns[:, labels].T + generator.normal(size=(len(labels), 32))
     return columns, latent @ columns
 
 
