@@ -56,7 +56,7 @@ def phases(out: Path, data: str, torch_python: str) -> dict[str, Phase]:
     least += ["data.source=digits", "data.train_size=64", "data.test_size=64"]
     least += ["attacks=[{name: badnets}]", "defenses=[{name: finetune, steps: 2}, {name: d3, steps: 2}]"]
     return {
-        "tests": Phase([*pytest, "tests"], [*pytest, "tests/training/test_losses.py"], 4),
+        "tests": Phase([*pytest, "tests"], [*pytest, "tests/test_progress.py"], 4),
         "versus_torch": Phase(
             script("versus_torch", "--widths", "64", *torch),
             script("versus_torch", "--quick", "--only", "scoring/tuned", *torch),

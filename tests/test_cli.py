@@ -297,14 +297,17 @@ def test_a_loss_of_accuracy_is_a_share(capsys: pytest.CaptureFixture[str], drop:
     assert f"max-drop is {float(drop)}, expected 0 to 1" in error_of(capsys, "defend", *arguments)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "nowhere"])
-def test_an_absent_platform_is_one_line(tmp_path: Path, platform: str) -> None:
+@pytest.mark.parametrize(
+    ("platform", "words"),
+    [("cuda", ["backdoor_jax_command", "run", "nowhere.yaml"]), ("nowhere", ["backdoor_jax.cli", "list"])],
+)
+def test_an_absent_platform_is_one_line(tmp_path: Path, platform: str, words: list[str]) -> None:
     if any(device.platform == "gpu" for device in jax.devices()):
         pytest.skip("there is a GPU")
     environment = {**os.environ, "JAX_PLATFORMS": platform}
-    command = [sys.executable, "-m", "backdoor_jax_command", "run", "nowhere.yaml"]
+    command = [sys.executable, "-m", *words]
     refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "JAX finds no device" in refused.stderr
+    assert refused.returncode == 2 and refused.stderr.startswith("backdoor-jax: JAX finds no device")
     assert refused.stderr.count("\n") == 1
 
 
