@@ -55,7 +55,7 @@ napoleon_custom_sections = [("Class attributes", "Attributes")]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
-# Files of the repository that are no pages: `_publish_files` copies them beside the site. Markdown has no `file:` links.
+# Files of the repository that are no pages: `_publish_files` copies them. Markdown has no links of the scheme `file`.
 myst_url_schemes = {
     "http": None,
     "https": None,
