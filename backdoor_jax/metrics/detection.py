@@ -106,7 +106,7 @@ class _Ascent(NamedTuple):
 
 @partial(jit, static_argnames="shape")
 def _start(
-    key: jax.Array, targets: jax.Array, classifier: Classifier, shape: tuple[int, int, int], config: MarginConfig
+    key: jax.Array, targets: np.ndarray, classifier: Classifier, shape: tuple[int, int, int], config: MarginConfig
 ) -> _Ascent:
     """The searches of some classes before their first step."""
 
@@ -120,8 +120,8 @@ def _start(
 @jit
 def _ascend(
     states: _Ascent,
-    steps: jax.Array,
-    targets: jax.Array,
+    steps: int,
+    targets: np.ndarray,
     classifier: Classifier,
     variables: Variables,
     config: MarginConfig,
@@ -184,9 +184,10 @@ def maximum_margins(
             for done in range(0, config.steps, BLOCK):
                 steps = min(BLOCK, config.steps - done)
                 states = _ascend(states, steps, targets, classifier, variables, config)
+                finished = np.asarray(states.converged).all()
                 tell(steps * len(targets))
                 stop_if_asked()
-                if states.converged.all():
+                if finished:
                     break
             margins.append(np.asarray(states.found).max(1))
     found = np.concatenate(margins)
