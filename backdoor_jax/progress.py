@@ -30,7 +30,7 @@ def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps
         name: what is in progress.
         total: units in all; None where that is not known.
         done: units done before.
-        unit: ``steps`` or ``bytes``.
+        unit: what is counted; ``bytes`` are shown as a size.
 
     Yields:
         ``advance(count, note="")``: counts units as done and shows a note beside the bar.
@@ -52,4 +52,5 @@ def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps
     rest = (progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}", markup=False))
     with progress.Progress(*columns, *rest, console=console, transient=True) as bars:
         task = bars.add_task(name, total=total, completed=done, note="")
-        yield lambda count, note="": bars.update(task, advance=count, note=note)
+        with hidden_bars():  # A terminal has room for one.
+            yield lambda count, note="": bars.update(task, advance=count, note=note)

@@ -17,8 +17,8 @@ from typing import Any
 import measuring
 import numpy as np
 from detection import SETTINGS
+from pages import ROOT, fill, table
 
-ROOT = Path(__file__).parents[1]
 FOLDER = measuring.RESULTS / "detection"
 PAGE = ROOT / "docs" / "detecting.md"
 FIGURE = ROOT / "docs" / "figures" / "detection-roc.png"
@@ -37,10 +37,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = population_rows()
     REFERENCE.write_text(reference(rows))
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), tables(rows)), encoding="utf-8")
     draw(rows, FIGURE)
-    for name, table in tables(rows).items():
-        print(f"{name}\n\n{table}\n")
+    for name, content in tables(rows).items():
+        print(f"{name}\n\n{content}\n")
 
 
 def population_rows() -> list[Row]:
@@ -120,12 +120,6 @@ def interval(statistic: Callable[..., float], *samples: np.ndarray) -> tuple[flo
     return float(low), float(high)
 
 
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def share(hits: np.ndarray) -> str:
     """Counts, as ``7 / 8``; a dash where there are none."""
     return f"{int(hits.sum())} / {len(hits)}" if len(hits) else "-"
@@ -184,13 +178,13 @@ def tables(rows: list[Row]) -> dict[str, str]:
     head = [f"`{name}`" for name in TESTS]
     return {
         "population": population(rows),
-        "overview": markdown(
+        "overview": table(
             ["detector", "AUC", "found at p <= .05", "target named", "false alarms", "by its own test", "CPU seconds"],
             overview,
         ),
-        "attacks": markdown(["attack", *head], by("attack", poisoned) + apart),
-        "data": markdown(["data set", *head], by("data", poisoned) + alarms),
-        "architectures": markdown(["architecture", *head], by("architecture", poisoned)),
+        "attacks": table(["attack", *head], by("attack", poisoned) + apart),
+        "data": table(["data set", *head], by("data", poisoned) + alarms),
+        "architectures": table(["architecture", *head], by("architecture", poisoned)),
     }
 
 
@@ -216,17 +210,7 @@ def population(rows: list[Row]) -> str:
                 ]
             )
     head = ["data set", "architecture", "classes", "clean", "backdoored of poisoned", "accuracy in %"]
-    return markdown(head, body)
-
-
-def page(text: str, rows: list[Row]) -> str:
-    """The page with its tables; each stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    for name, table in tables(rows).items():
-        mark = f"<!-- table: {name} -->"
-        assert mark in text, mark
-        before, _, rest = text.partition(mark)
-        text = f"{before}{mark}\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    return text
+    return table(head, body)
 
 
 def draw(rows: list[Row], out: Path) -> None:

@@ -13,18 +13,18 @@ the cost in accuracy; a row that was copied from another experiment counts once.
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import jinja2
 import measuring
+from pages import ROOT, percent, table
 
 from backdoor_jax.experiment import read_rows
 from backdoor_jax.files import write_text
 
-ROOT = Path(__file__).parents[1]
 WORKING = 0.5
 """The attack success rate from which a victim counts as backdoored."""
 LEFT, COST = 0.1, 0.1
@@ -214,15 +214,6 @@ def mean(values: Iterable[float]) -> float | None:
     return fmean(listed) if listed else None
 
 
-def percent(value: float | None) -> str:
-    """A share in percent.
-
-    >>> percent(0.1234), percent(-0.0001), percent(None)
-    ('12.3', '0.0', '-')
-    """
-    return "-" if value is None else f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0")
-
-
 def slug(heading: str) -> str:
     """The anchor of a heading in Markdown.
 
@@ -287,11 +278,6 @@ def shared_note(board: Board) -> str:
     'All defenses have met 1 victim in common.'
     """
     return f"All defenses have met {board.victims or 'no'} victim{'s' * (board.victims != 1)} in common."
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ("---",) * len(header), *lines])
 
 
 def html(boards: list[Board]) -> str:

@@ -55,17 +55,17 @@ napoleon_custom_sections = [("Class attributes", "Attributes")]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
-# Files of the repository that are no pages: `_publish_files` copies them beside the site.
+# Files of the repository that are no pages: `_publish_files` copies them. Markdown has no links of the scheme `file`.
 myst_url_schemes = {
     "http": None,
     "https": None,
     "mailto": None,
-    "file": {"url": "{{path}}#{{fragment}}"},
+    "copy": {"url": "{{path}}#{{fragment}}"},
 }
 
 nb_execution_mode = "force"
 nb_execution_in_temp = True
-nb_execution_timeout = 600
+nb_execution_timeout = 3600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 
@@ -83,9 +83,23 @@ def _publish_files(app: Any, name: str, source: list[str]) -> None:
         copy = Path(app.outdir) / "repository" / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(target, copy)
-        return f"](file:{up}repository/{path}"
+        return f"](copy:{up}repository/{path}"
+
+    def publish_page(found: re.Match[str]) -> str:
+        text = (page.parent / found[1]).read_text(encoding="utf-8")
+        (Path(app.outdir) / found[1]).write_text(text.replace('"../', '"repository/'), encoding="utf-8")
+        return f"](copy:{found[1]}"
 
     source[0] = re.sub(r"\]\((\.\./[^)#\s]+)", publish, source[0])
+    source[0] = re.sub(r"\]\((\w+\.html)", publish_page, source[0])
+
+
+def _find_broken_links(app: Any, doctree: nodes.document, name: str) -> None:
+    """Warns of links that are shown as they are written, because Markdown does not take them for any."""
+    del app
+    for text in doctree.findall(nodes.Text):
+        if "](" in text and not isinstance(text.parent, nodes.literal | nodes.literal_block):
+            logging.getLogger(__name__).warning("no link: %s", text.astext()[-80:], location=name)
 
 
 def _write_reference(app: Any) -> None:
@@ -131,3 +145,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _escape_numbers, priority=400)
     app.connect("builder-inited", _write_reference)
     app.connect("source-read", _publish_files)
+    app.connect("doctree-resolved", _find_broken_links)

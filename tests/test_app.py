@@ -132,6 +132,26 @@ def test_a_model_in_a_file_is_repaired(place: Path, tmp_path: Path) -> None:
     assert not np.array_equal(old["params"]["linear"]["kernel"], new["params"]["linear"]["kernel"])
 
 
+@pytest.mark.parametrize("ruins", [False, True])
+def test_a_repair_in_json_has_rates_before_and_after_and_says_where_it_is(
+    ruins: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repair(self: FineTune, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        return Repair(jax.tree.map(jnp.zeros_like, variables) if ruins else variables, changed=ruins, target=3)
+
+    monkeypatch.setattr(FineTune, "repair", repair)
+    out = tmp_path / "repaired.safetensors"
+    trigger = ("--triggered", place / "clean.npz", "--target", "0")
+    code, output, error = call(*defend(place, out, "--json", *trigger, data="task.npz"))
+    found = json.loads(output)
+    assert (code, error) == (int(ruins), "")
+    assert (found["defense"], found["target"], found["changed"], found["why"]) == ("finetune", 3, ruins, None)
+    assert (found["accuracy_before"], found["success_rate_before"], found["held_out"]) == (1.0, 0.0, True)
+    assert found["accuracy"] == pytest.approx(1 / 6 if ruins else 1.0)
+    assert found["success_rate"] == (1.0 if ruins else 0.0)
+    assert found["out"] == (None if ruins else str(out)) and out.exists() != ruins
+
+
 def test_the_output_says_where_a_repair_is_evaluated_on_the_images_it_used(
     place: Path, tmp_path: Path, no_repair: None
 ) -> None:
@@ -253,10 +273,13 @@ def test_every_detector_scans_from_the_command_line(
 ) -> None:
     quick = {"mm_bd": {"steps": 2}, "neural_cleanse": {"rounds": 1}, "loss_ascent": {"steps": 1}}.get(detector, {})
     monkeypatch.setitem(DETECTORS, detector, functools.partial(DETECTORS[detector], **quick))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Passes for a terminal, where each step is shown.
     source = ("--size", "8x8") if detector == "mm_bd" else ("--data", place / "clean.npz")
     out = tmp_path / "s.png"
-    code, output, _ = call("scan", "--checkpoint", place / "model", *source, "--detector", detector, "--out", out)
+    code, output, shown = call("scan", "--checkpoint", place / "model", *source, "--detector", detector, "--out", out)
     assert code == 0 and f"({detector})" in output and out.is_file()
+    assert ("class programs" if detector == "worst_case" else f"{detector} ") in shown
+    assert (f"evaluating {place / 'model'}"[:20] in shown) == (detector != "mm_bd")
     assert ("cannot tell: loss ascent" in output) == (detector == "loss_ascent")
 
 

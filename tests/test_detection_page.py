@@ -5,13 +5,14 @@ from pathlib import Path
 import detection_page
 import numpy as np
 import pytest
+from pages import fill
 
 ROWS = detection_page.population_rows()
 
 
 def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
     text = detection_page.PAGE.read_text(encoding="utf-8")
-    assert detection_page.page(text, ROWS) == text
+    assert fill(text, detection_page.tables(ROWS)) == text
 
 
 def test_the_reference_is_the_choosing_half_of_the_clean_models() -> None:

@@ -50,6 +50,13 @@ def test_bytes_are_shown_as_a_size(terminal: io.StringIO) -> None:
     assert "1.5/3.0 MB" in terminal.getvalue()
 
 
+def test_a_bar_inside_another_is_hidden(terminal: io.StringIO) -> None:
+    with progress_bar("outer", 2) as outer, progress_bar("inner", 2) as inner:
+        outer(1)
+        inner(1)
+    assert "outer" in terminal.getvalue() and "inner" not in terminal.getvalue()
+
+
 def test_the_total_may_be_unknown(terminal: io.StringIO) -> None:
     with progress_bar("data", None) as advance:
         advance(5)

@@ -45,5 +45,5 @@ def test_issue_templates_have_what_github_requires(path: Path) -> None:
 
 def test_the_version_is_described_and_cited() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## (Unreleased|{re.escape(__version__)})\b", changelog, re.MULTILINE)
+    assert re.search(rf"^## {re.escape(__version__)}, (unreleased|\d{{4}}-\d\d-\d\d)$", changelog, re.MULTILINE)
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -36,6 +36,7 @@ poisoned ones.
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
@@ -59,7 +60,7 @@ from backdoor_jax.training import (
     batch_shape,
     fit,
     latents,
-    map_chunks,
+    run_chunks,
     symmetric_cross_entropy,
 )
 from backdoor_jax.validation import checked
@@ -187,21 +188,30 @@ class Purified(NamedTuple):
     short: tuple[int, ...]
 
 
-@jit
 def score(
     classifier: Classifier,
     variables: Variables,
     data: Dataset,
     alpha: jax.Array | float = 1.0,
     log_zero: jax.Array | float = -4.0,
+) -> np.ndarray:
+    """Symmetric cross-entropy ``(N,)`` of every image under its label."""
+    program = partial(_score, classifier, variables, alpha, log_zero)
+    scores: np.ndarray = run_chunks(program, data.images, data.labels, name="pad_ft scores")
+    return scores
+
+
+@jit
+def _score(
+    classifier: Classifier,
+    variables: Variables,
+    alpha: jax.Array | float,
+    log_zero: jax.Array | float,
+    images: jax.Array,
+    labels: jax.Array,
 ) -> jax.Array:
-    """Symmetric cross-entropy ``(N,)`` of every image under its label: one chunk program, vmapped per sample."""
     one = jax.vmap(symmetric_cross_entropy, in_axes=(0, 0, None, None))
-
-    def chunk(images: jax.Array, labels: jax.Array) -> jax.Array:
-        return one(classifier.logits(variables, images)[0], labels, alpha, log_zero)
-
-    return map_chunks(chunk, data.images, data.labels)
+    return one(classifier.logits(variables, images)[0], labels, alpha, log_zero)
 
 
 @checked
@@ -218,7 +228,7 @@ def purify(classifier: Classifier, variables: Variables, data: Dataset, config: 
         NonFiniteError: where a score is not finite.
         UserError: where a class has no images at all.
     """
-    scores = np.asarray(score(classifier, variables, data, config.alpha, config.log_zero))
+    scores = score(classifier, variables, data, config.alpha, config.log_zero)
     if not np.isfinite(scores).all():
         raise NonFiniteError(
             "pad_ft purify: scores are not finite; the victim's weights are damaged or its logits overflow"

@@ -24,7 +24,7 @@ is a check in every step, on its batch, where the code checks once an epoch.
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,12 @@ from backdoor_jax.data import Dataset
 from backdoor_jax.detectors.base import Detector, Evidence
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.progress import progress_bar
+from backdoor_jax.stopping import stop_if_asked
 from backdoor_jax.training import cross_entropy, latents
+
+BLOCK = 10
+"""Steps of the ascent between two signs of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,16 @@ class LossAscent(Detector):
     clip: Positive = 20.0
     accuracy: Fraction = 0.2
 
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Ascent with momentum, weight decay and clipped gradients."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.sgd(self.learning_rate, self.momentum),
+        )
+
     def examine(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:
         """Unlearns the clean images and reads off the class that is left.
 
@@ -84,21 +99,38 @@ class LossAscent(Detector):
             raise NonFiniteError("loss_ascent: probabilities are not finite; check the checkpoint, or lower its rate")
         trouble = "loss ascent names the likeliest target but does not test for one"
         target = int(means.argmax())
-        return Evidence(self.name, "mean probability", means, target, None, trouble, {"steps": int(steps)})
+        return Evidence(self.name, "mean probability", means, target, None, trouble, {"steps": steps})
+
+
+def ascend(
+    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: LossAscent
+) -> tuple[Variables, int]:
+    """Ascends the loss until a batch's accuracy is low enough; returns the variables and the steps taken."""
+    state = _Ascent(variables, config.optimizer.init(variables["params"]), jnp.int32(0), jnp.bool(False))
+    count = 0
+    with progress_bar("loss_ascent", config.steps) as tell:
+        tell(0, "compiling")
+        while count < config.steps and not state.done:
+            state = _ascend(state, key, classifier, data, config)
+            before, count = count, int(state.count)
+            tell(count - before)
+            stop_if_asked()
+    return state.variables, count
+
+
+class _Ascent(NamedTuple):
+    """The state of the ascent; ``count`` are the steps taken."""
+
+    variables: Variables
+    optimizer: Any
+    count: jax.Array
+    done: jax.Array
 
 
 @jit
-def ascend(
-    key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset, config: LossAscent
-) -> tuple[Variables, jax.Array]:
-    """Ascends the loss until a batch's accuracy is low enough; returns the variables and the steps taken."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.scale(-1.0),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(config.learning_rate, config.momentum),
-    )
-    batch = min(config.batch_size, len(data))
+def _ascend(state: _Ascent, key: jax.Array, classifier: Classifier, data: Dataset, config: LossAscent) -> _Ascent:
+    """At most `BLOCK` more steps."""
+    optimizer, batch = config.optimizer, min(config.batch_size, len(data))
 
     def loss(params: Any, variables: Variables, images: jax.Array, labels: jax.Array) -> Any:
         logits, variables = classifier.logits({**variables, "params": params}, images, train=True)
@@ -106,8 +138,8 @@ def ascend(
 
     keys = jax.random.split(key, config.steps)
 
-    def step(carry: Any) -> Any:
-        variables, state, count, done = carry
+    def step(ascent: _Ascent) -> _Ascent:
+        variables, state, count, done = ascent
         rows = jax.random.randint(keys[count], (batch,), 0, len(data))
         taken = data.images[rows], data.labels[rows]
         gradient, (moved, accuracy) = jax.grad(loss, has_aux=True)(variables["params"], variables, *taken)
@@ -115,8 +147,7 @@ def ascend(
         moved = {**moved, "params": optax.apply_updates(variables["params"], updates)}
         done |= accuracy <= config.accuracy
         variables, state = jax.tree.map(partial(jnp.where, done), (variables, state), (moved, inner))
-        return variables, state, count + ~done, done
+        return _Ascent(variables, state, count + ~done, done)
 
-    start = variables, optimizer.init(variables["params"]), jnp.int32(0), jnp.bool(False)
-    variables, _, count, _ = jax.lax.while_loop(lambda carry: (carry[2] < config.steps) & ~carry[3], step, start)
-    return variables, count
+    until = jnp.minimum(state.count + BLOCK, config.steps)
+    return jax.lax.while_loop(lambda ascent: (ascent.count < until) & ~ascent.done, step, state)

@@ -42,6 +42,8 @@ from backdoor_jax.defenses import smallest_outlier
 from backdoor_jax.detectors.base import Detector, Evidence, Inverted
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.progress import progress_bar
+from backdoor_jax.stopping import stop_if_asked
 from backdoor_jax.training import cross_entropy
 
 SMALLEST = 1e-3
@@ -76,6 +78,11 @@ class NeuralCleanse(Detector):
     success: Share = 0.99
     patience: Count = 5
     multiplier: Positive = 2.0
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of mask and pattern."""
+        return optax.adam(self.rate, b1=0.5, b2=0.9)
 
     def examine(self, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:
         """Fits a trigger for each class and tests whether the smallest is an outlier.
@@ -140,7 +147,6 @@ def _trigger(raw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return mask, pattern
 
 
-@jit
 def invert_triggers(
     key: jax.Array, classifier: Classifier, variables: Variables, images: jax.Array, config: NeuralCleanse
 ) -> Trigger:
@@ -157,9 +163,52 @@ def invert_triggers(
         Masks ``(C, H, W)``, patterns ``(C, H, W, channels)`` and their success ``(C,)``. Where no mask reached
         ``config.success``, the last one.
     """
-    optimizer = optax.adam(config.rate, b1=0.5, b2=0.9)
+    classes = np.arange(classifier.num_classes)
     start_key, batch_key = jax.random.split(key)
-    shape, batch = images.shape[1:], min(config.batch_size, len(images))
+    found = []
+    with progress_bar("neural_cleanse", len(classes) * config.rounds, unit="rounds") as tell:
+        tell(0, "compiling")
+        for first in classes[::TOGETHER]:
+            targets = classes[first : first + TOGETHER]
+            state = _start(start_key, targets, images, classifier, config)
+            for number in range(config.rounds):
+                state = _search(state, batch_key, number, targets, classifier, variables, images, config)
+                tell(len(targets), f"smallest mask {np.asarray(state.best.mask).sum((1, 2)).min():.1f} pixels")
+                stop_if_asked()
+            found.append(jax.device_get(state.best))
+    return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *found)
+
+
+@jit
+def _start(
+    key: jax.Array, targets: np.ndarray, images: jax.Array, classifier: Classifier, config: NeuralCleanse
+) -> _Search:
+    """The searches of some classes before their first round."""
+    shape = images.shape[1:]
+
+    def one(key: jax.Array) -> _Search:
+        raw = (jax.random.normal(key, shape[:2]), jax.random.normal(jax.random.fold_in(key, 1), shape))
+        zero = jnp.int32(0)
+        first = Trigger(*_trigger(raw), jnp.float32(0))
+        return _Search(raw, config.optimizer.init(raw), jnp.float32(0), zero, zero, first)
+
+    return jax.vmap(one)(jax.random.split(key, classifier.num_classes)[targets])
+
+
+@jit
+def _search(
+    states: _Search,
+    key: jax.Array,
+    number: int,
+    targets: np.ndarray,
+    classifier: Classifier,
+    variables: Variables,
+    images: jax.Array,
+    config: NeuralCleanse,
+) -> _Search:
+    """One round for some classes: gradient steps at one lambda, which is then adapted."""
+    batch = min(config.batch_size, len(images))
+    keys = jax.random.split(key, (config.rounds, config.round_steps))[number]
 
     def loss(raw: Any, weight: jax.Array, target: jax.Array, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask, pattern = _trigger(raw)
@@ -168,39 +217,28 @@ def invert_triggers(
         success = jnp.mean(jnp.argmax(logits, -1) == target)
         return jnp.mean(cross_entropy(logits, jnp.full(len(batch), target))) + weight * jnp.sum(mask), success
 
-    def one(target_and_key: tuple[jax.Array, jax.Array]) -> Trigger:
-        target, key = target_and_key
-        raw = (jax.random.normal(key, shape[:2]), jax.random.normal(jax.random.fold_in(key, 1), shape))
-
+    def one(state: _Search, target: jax.Array) -> _Search:
         def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-            raw, state, weight = carry
+            raw, inner = carry
             rows = jax.random.randint(key, (batch,), 0, len(images))
             (_, success), gradient = jax.value_and_grad(loss, has_aux=True)(
-                raw, weight, target, images[rows].astype(jnp.float32)
+                raw, state.weight, target, images[rows].astype(jnp.float32)
             )
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(raw, updates), state, weight), success
+            updates, inner = config.optimizer.update(gradient, inner)
+            return (optax.apply_updates(raw, updates), inner), success
 
-        def search(state: _Search, keys: jax.Array) -> tuple[_Search, None]:
-            (raw, inner, _), successes = jax.lax.scan(step, (state.raw, state.optimizer, state.weight), keys)
-            success = jnp.mean(successes)
-            reached = success >= config.success
-            mask, pattern = _trigger(raw)
-            better = reached & ((state.best.success < config.success) | (jnp.sum(mask) < jnp.sum(state.best.mask)))
-            better |= ~reached & (state.best.success < config.success)
-            best = jax.tree.map(partial(jnp.where, better), Trigger(mask, pattern, success), state.best)
-            above, below = jnp.where(reached, state.above + 1, 0), jnp.where(reached, 0, state.below + 1)
-            up, down = above >= config.patience, below >= config.patience
-            raised = jnp.where(state.weight > 0, state.weight * config.multiplier, config.weight)
-            weight = jnp.where(up, raised, jnp.where(down, state.weight / config.multiplier**1.5, state.weight))
-            above, below = jnp.where(up, 0, above), jnp.where(down, 0, below)
-            return _Search(raw, inner, weight, above, below, best), None
+        (raw, inner), successes = jax.lax.scan(step, (state.raw, state.optimizer), keys)
+        success = jnp.mean(successes)
+        reached = success >= config.success
+        mask, pattern = _trigger(raw)
+        better = reached & ((state.best.success < config.success) | (jnp.sum(mask) < jnp.sum(state.best.mask)))
+        better |= ~reached & (state.best.success < config.success)
+        best = jax.tree.map(partial(jnp.where, better), Trigger(mask, pattern, success), state.best)
+        above, below = jnp.where(reached, state.above + 1, 0), jnp.where(reached, 0, state.below + 1)
+        up, down = above >= config.patience, below >= config.patience
+        raised = jnp.where(state.weight > 0, state.weight * config.multiplier, config.weight)
+        weight = jnp.where(up, raised, jnp.where(down, state.weight / config.multiplier**1.5, state.weight))
+        above, below = jnp.where(up, 0, above), jnp.where(down, 0, below)
+        return _Search(raw, inner, weight, above, below, best)
 
-        zero = jnp.int32(0)
-        first = Trigger(*_trigger(raw), jnp.float32(0))
-        start = _Search(raw, optimizer.init(raw), jnp.float32(0), zero, zero, first)
-        keys = jax.random.split(batch_key, (config.rounds, config.round_steps))
-        return jax.lax.scan(search, start, keys)[0].best
-
-    targets = jnp.arange(classifier.num_classes)
-    return jax.lax.map(one, (targets, jax.random.split(start_key, len(targets))), batch_size=TOGETHER)
+    return jax.vmap(one)(states, targets)

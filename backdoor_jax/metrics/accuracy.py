@@ -7,6 +7,7 @@ the drop :math:`\Delta` from before to after a defense,
 .. math:: \mathrm{DER} = \tfrac12 \bigl(\max(0, \Delta\mathrm{ASR}) - \max(0, \Delta\mathrm{ACC}) + 1\bigr) .
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from backdoor_jax.config import Count, Whole, is_number
 from backdoor_jax.data import Dataset, LabelMap, Trigger, apply_trigger, is_plain, triggered
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import map_chunks
+from backdoor_jax.training import run_chunks
 from backdoor_jax.validation import checked
 
 
@@ -33,14 +34,10 @@ class Scores(NamedTuple):
 
 @jit
 def _predict(
-    classifier: Classifier, variables: Variables, images: jax.Array, trigger: Trigger | None
+    classifier: Classifier, variables: Variables, trigger: Trigger | None, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    def one(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, _ = classifier.logits(variables, chunk if trigger is None else apply_trigger(trigger, chunk))
-        return jnp.argmax(logits, -1), jnp.all(jnp.isfinite(logits), -1)
-
-    predictions, finite = map_chunks(one, images)
-    return predictions, jnp.all(finite)
+    logits, _ = classifier.logits(variables, images if trigger is None else apply_trigger(trigger, images))
+    return jnp.argmax(logits, -1), jnp.all(jnp.isfinite(logits), -1)
 
 
 @checked
@@ -69,12 +66,13 @@ def predict(
     """
     if trigger is not None and is_plain(trigger):
         images, trigger = triggered(trigger, images), None
-    predictions, finite = _predict(classifier, variables, images, trigger)
-    if not finite:
+    program = partial(_predict, classifier, variables, trigger)
+    predictions, finite = run_chunks(program, images, name=f"evaluating {name}")
+    if not finite.all():
         raise NonFiniteError(
             f"{name}: logits are not finite, so there is no rate; the training diverged or the checkpoint is damaged"
         )
-    return np.asarray(predictions)
+    return predictions
 
 
 @typed

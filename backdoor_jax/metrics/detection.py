@@ -36,7 +36,7 @@ With fewer than five classes there is no p-value (our choice): three parameters 
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,15 @@ from backdoor_jax.compiling import jit
 from backdoor_jax.config import Config, Count, LearningRate, NonNegative
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.progress import progress_bar
+from backdoor_jax.stopping import stop_if_asked
 from backdoor_jax.validation import checked
 
 FEWEST_CLASSES = 5
 AT_ONCE = 10
 """Classes whose images pass through the network together."""
+BLOCK = 10
+"""Steps of the ascent between two signs of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,39 +95,61 @@ class Detection(NamedTuple):
         return self.target if self.p_value is not None and self.p_value <= alpha else None
 
 
+class _Ascent(NamedTuple):
+    """The search of one class: its images, the summed margin before, and the margins found."""
+
+    images: jax.Array
+    last: jax.Array
+    found: jax.Array
+    converged: jax.Array
+
+
 @partial(jit, static_argnames="shape")
+def _start(
+    key: jax.Array, targets: np.ndarray, classifier: Classifier, shape: tuple[int, int, int], config: MarginConfig
+) -> _Ascent:
+    """The searches of some classes before their first step."""
+
+    def one(key: jax.Array) -> _Ascent:
+        images = jax.random.uniform(key, (config.starts, *shape))
+        return _Ascent(images, jnp.float32(jnp.inf), jnp.full(config.starts, -jnp.inf), jnp.bool(False))
+
+    return jax.vmap(one)(jax.random.split(key, classifier.num_classes)[targets])
+
+
+@jit
 def _ascend(
-    key: jax.Array,
+    states: _Ascent,
+    steps: int,
+    targets: np.ndarray,
     classifier: Classifier,
     variables: Variables,
-    shape: tuple[int, int, int],
     config: MarginConfig,
-) -> jax.Array:
+) -> _Ascent:
+    """So many more steps for some classes."""
+
     def margins(images: jax.Array, target: jax.Array) -> jax.Array:
         logits, _ = classifier.logits(variables, 255 * jnp.clip(images, 0, 1))
         own = jnp.arange(classifier.num_classes) == target
         return logits[:, target] - jnp.max(jnp.where(own, -jnp.inf, logits), -1)
 
-    def one(target_and_key: tuple[jax.Array, jax.Array]) -> jax.Array:
-        target, key = target_and_key
-
+    def one(state: _Ascent, target: jax.Array) -> _Ascent:
         def total(images: jax.Array) -> tuple[jax.Array, jax.Array]:
             found = margins(images, target).astype(jnp.float32)
             return jnp.sum(found), found
 
-        def step(carry: Any) -> Any:
-            count, images, last, _, _ = carry
-            (summed, found), gradient = jax.value_and_grad(total, has_aux=True)(images)
-            converged = jnp.abs(last - summed) < config.tolerance * jnp.abs(last)
-            return count + 1, images + config.rate * gradient, summed, found, converged
+        def step(carry: tuple[jax.Array, _Ascent]) -> tuple[jax.Array, _Ascent]:
+            count, ascent = carry
+            (summed, found), gradient = jax.value_and_grad(total, has_aux=True)(ascent.images)
+            converged = jnp.abs(ascent.last - summed) < config.tolerance * jnp.abs(ascent.last)
+            return count + 1, _Ascent(ascent.images + config.rate * gradient, summed, found, converged)
 
-        images = jax.random.uniform(key, (config.starts, *shape))
-        start = (jnp.int32(0), images, jnp.float32(jnp.inf), jnp.full(config.starts, -jnp.inf), jnp.bool(False))
-        *_, found, _ = jax.lax.while_loop(lambda carry: (carry[0] < config.steps) & ~carry[-1], step, start)
-        return jnp.max(found)
+        _, state = jax.lax.while_loop(
+            lambda carry: (carry[0] < steps) & ~carry[1].converged, step, (jnp.int32(0), state)
+        )
+        return state
 
-    targets = jnp.arange(classifier.num_classes)
-    return jax.lax.map(one, (targets, jax.random.split(key, len(targets))), batch_size=AT_ONCE)
+    return jax.vmap(one)(states, targets)
 
 
 @checked
@@ -149,7 +175,22 @@ def maximum_margins(
     Raises:
         NonFiniteError: where a margin is not finite.
     """
-    found = np.asarray(_ascend(key, classifier, variables, shape, config))
+    classes, margins = np.arange(classifier.num_classes), []
+    with progress_bar("mm_bd", len(classes) * config.steps) as tell:
+        tell(0, "compiling")
+        for first in classes[::AT_ONCE]:
+            targets = classes[first : first + AT_ONCE]
+            states = _start(key, targets, classifier, shape, config)
+            for done in range(0, config.steps, BLOCK):
+                steps = min(BLOCK, config.steps - done)
+                states = _ascend(states, steps, targets, classifier, variables, config)
+                finished = np.asarray(states.converged).all()
+                tell(steps * len(targets))
+                stop_if_asked()
+                if finished:
+                    break
+            margins.append(np.asarray(states.found).max(1))
+    found = np.concatenate(margins)
     if not np.isfinite(found).all():
         raise NonFiniteError("mm_bd: margins are not finite; check the checkpoint, or lower MarginConfig.rate")
     return found

@@ -14,7 +14,7 @@ from backdoor_jax.training.engine import (
     split_by_path,
 )
 from backdoor_jax.training.fitting import Fitted, fit, fit_many, mesh_for, stack, unstack
-from backdoor_jax.training.inference import latents, map_chunks
+from backdoor_jax.training.inference import latents, map_chunks, run_chunks
 from backdoor_jax.training.losses import cross_entropy, smoothed_cross_entropy, symmetric_cross_entropy, unlikelihood
 from backdoor_jax.training.optimizers import (
     SGD,
@@ -72,6 +72,7 @@ __all__ = [
     "merge",
     "mesh_for",
     "pretrain",
+    "run_chunks",
     "smoothed_cross_entropy",
     "split_by_path",
     "stack",

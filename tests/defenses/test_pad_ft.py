@@ -187,18 +187,6 @@ def test_scores_do_not_depend_on_how_the_set_divides_into_chunks(gentle: Case, c
     assert purify(*case, PAD(per_class=1, alpha=0.7, log_zero=-6.0)).scores.tolist() == found.tolist()
 
 
-def test_memory_of_scoring_does_not_grow_with_the_set(gentle: Case) -> None:
-    def temporary(count: int) -> int:
-        data = Dataset(jnp.zeros((count, 8, 8, 3), jnp.uint8), jnp.zeros(count, jnp.int32))
-        compiled = score.lower(gentle.classifier, gentle.variables, data, 1.0, -4.0).compile()
-        analysis = compiled.memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
-
-    # Twice the scores themselves and twice the labels; one copy of the uint8 images would be 192 bytes each.
-    assert temporary(4000) - temporary(1000) <= 16 * 3000
-
-
 def test_scoring_traces_once_for_a_shape() -> None:
     data = random_data(30)
     variables = Classifier(Plain(), CLASSES).init(jax.random.key(0), data.images)

@@ -25,7 +25,7 @@ from backdoor_jax.detectors import (
     spectral_signatures,
     suspicious,
 )
-from backdoor_jax.detectors.neural_cleanse import invert_triggers, smallest_mask
+from backdoor_jax.detectors.neural_cleanse import _search, invert_triggers, smallest_mask
 from backdoor_jax.metrics import MarginConfig, mm_bd
 
 CLASSES = 6
@@ -73,11 +73,11 @@ def test_an_inverted_trigger_sends_images_to_its_class_as_often_as_reported() ->
 def test_the_classes_triggers_are_one_program_and_other_numbers_do_not_compile_again() -> None:
     small = miniature()
     arguments = small.classifier, small.variables, small.clean.images
-    config, before = NeuralCleanse(rounds=1, round_steps=1, batch_size=8), cache_size(invert_triggers)
+    config, before = NeuralCleanse(rounds=1, round_steps=1, batch_size=8), cache_size(_search)
     invert_triggers(jax.random.key(0), *arguments, config)
     traced = len(TRACES)
     invert_triggers(jax.random.key(1), *arguments, dataclasses.replace(config, weight=0.1, rate=0.2))
-    assert cache_size(invert_triggers) == before + 1 and len(TRACES) == traced
+    assert cache_size(_search) == before + 1 and len(TRACES) == traced
 
 
 def test_the_anomaly_index_and_its_p_value_follow_their_definitions() -> None:

@@ -1,11 +1,15 @@
 """Passes over many images in chunks."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from backdoor_jax.training import map_chunks
+from backdoor_jax.training import map_chunks, run_chunks
 
 RANDOM = np.random.default_rng(5)
 
@@ -19,16 +23,18 @@ def test_map_chunks_equals_the_function_applied_at_once(count: int, size: int) -
 
     got, expected = map_chunks(function, x, y, size=size), function(x, y)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+    jax.tree.map(np.testing.assert_array_equal, run_chunks(function, x, y, name="test", size=size), expected)
     jitted = jax.jit(lambda x, y: map_chunks(function, x, y, size=size))(x, y)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jitted, expected)
 
 
-def test_map_chunks_never_passes_more_than_its_size() -> None:
+@pytest.mark.parametrize("passes", [map_chunks, partial(run_chunks, name="test")])
+def test_passes_never_show_more_than_their_size(passes: Callable[..., Any]) -> None:
     seen = []
 
     def function(x: jax.Array) -> jax.Array:
         seen.append(x.shape[0])
         return x
 
-    map_chunks(function, jnp.arange(23), size=5)
+    passes(function, jnp.arange(23), size=5)
     assert set(seen) == {5}
