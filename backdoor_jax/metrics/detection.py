@@ -46,6 +46,7 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import jit
 from backdoor_jax.config import Config, Count, LearningRate, NonNegative
 from backdoor_jax.errors import NonFiniteError
+from backdoor_jax.memory import device_memory, largest_array, require_memory
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.validation import checked
 
@@ -147,8 +148,13 @@ def maximum_margins(
         The largest margins found, ``(C,)``, each a lower bound of the true one.
 
     Raises:
+        UserError: for images so large that there is no memory for them.
         NonFiniteError: where a margin is not finite.
     """
+    batch = jax.ShapeDtypeStruct((min(AT_ONCE, classifier.num_classes) * config.starts, *shape), jnp.float32)
+    needed = largest_array(lambda images: classifier.logits(variables, images)[0], batch)
+    what = f"mm_bd on {batch.shape[0]} images of {shape[0]}x{shape[1]}"
+    require_memory(needed, what, "give smaller images (--size)", device_memory())
     found = np.asarray(_ascend(key, classifier, variables, shape, config))
     if not np.isfinite(found).all():
         raise NonFiniteError("mm_bd: margins are not finite; check the checkpoint, or lower MarginConfig.rate")
