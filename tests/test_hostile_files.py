@@ -540,6 +540,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "list": ("rows", lambda: b"[1]\n", "line 1"),
     "empty row": ("rows", lambda: b"{}\n", "line 1"),
     "row twice": ("rows", lambda: row() + row(seed=2) + row(acc=0.4), "line 3 repeats the row of x x 1 x; remove it"),
+    "no analyses": ("rows", lambda: row(analyses=5), "line 1 is no row of an experiment (analyses)"),
     "NaN in a row": ("rows", lambda: row(acc=float("nan"), asr=1.5), "line 1 is no row of an experiment (acc, asr)"),
     "not UTF-8": ("rows", lambda: b"\xff\n", "line 1"),
 }

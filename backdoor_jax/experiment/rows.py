@@ -51,6 +51,8 @@ RESULT: dict[str, tuple[type, ...]] = {
 """Fields of a row of an experiment that other code reads, and their types in JSON."""
 LARGEST = {**dict.fromkeys(("acc", "acc_before", "asr", "ra", "der"), 1.0), "seconds": 1e12}
 """Fields that are a number from 0, and the largest that each can be."""
+OPTIONAL = {"analyses": dict, "near_chance": bool}
+"""Fields that only some rows have, and their types."""
 PLACE = ("experiment", "attack", "seed", "defense")
 """Fields that no two rows of a folder share."""
 
@@ -92,7 +94,8 @@ def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyT
 
 def _wrong_fields(row: Row, fields: Mapping[str, tuple[type, ...]]) -> list[str]:
     """The fields of a row that are missing, of another type, or out of range; NaN is in no range."""
-    return [
+    wrong = [field for field, kind in OPTIONAL.items() if fields and field in row and type(row[field]) is not kind]
+    return wrong + [
         field
         for field, kinds in fields.items()
         if field not in row
