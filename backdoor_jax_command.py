@@ -11,15 +11,26 @@ from types import FrameType
 
 def main() -> int:
     """Runs the command of `backdoor_jax.cli`; a signal before or after it ends the process at once with one line."""
+    prepare()
+    from backdoor_jax.cli import main
+
+    return main()
+
+
+def prepare() -> None:
+    """Gets ready for signals, and imports JAX, which refuses wrong variables of the environment.
+
+    Raises:
+        SystemExit: for such a variable, after one line.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     os.environ["MPLBACKEND"] = "agg"  # Figures are written and never shown, whatever the user's own are drawn with.
     try:
-        from backdoor_jax.cli import main
-    except ValueError as error:  # JAX refuses a variable of its environment.
+        import jax  # noqa: F401
+    except ValueError as error:
         os.write(2, f"backdoor-jax: {error}; correct or unset this variable of the environment\n".encode())
-        return 2
-    return main()
+        raise SystemExit(2) from error
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,13 @@ The names below are those one usually needs. The rest are in `backdoor_jax.attac
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module of ``python -m backdoor_jax``, which is the command.
+    from backdoor_jax_command import prepare
+
+    prepare()
 
 from backdoor_jax import attacks, data, defenses, detectors, metrics, models, training
 from backdoor_jax.attacks import ATTACKS, BadNets, Blended

@@ -72,23 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["run", "nowhere.yaml"])
         2
     """
+    with _safe_output() as refused:
+        code = _parse_and_run(arguments)
+    return _fail(f"the output could not be printed ({first_line(refused[0])}); results are saved") if refused else code
+
+
+def _parse_and_run(arguments: Sequence[str] | None) -> int:
+    """Runs a command; its output goes to safe streams."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command is None and not rest:
-        with _safe_output():
-            print(FIRST_STEPS, end="")
+        print(FIRST_STEPS, end="")
         return 0
     if rest and (
         parsed.command not in (_run, _defend) or any(text.startswith("-") or "=" not in text for text in rest)
     ):
         parser.error(f"unknown arguments {' '.join(rest)}; only run and defend take settings, as key=value")
     parsed.overrides = tuple(rest)
-    with _safe_output():
-        return _run_command(parsed)
-
-
-def _run_command(parsed: argparse.Namespace) -> int:
-    """Runs a parsed command, and turns every error into one line and an exit code."""
     try:
         with stopping_at_safe_points(), _quiet_libraries():
             _check_options(parsed)
@@ -102,9 +102,14 @@ def _run_command(parsed: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(_system_error(error))
     except Exception as error:
-        with tempfile.NamedTemporaryFile("w", prefix="backdoor_jax-", suffix=".log", delete=False) as log:
+        name = "what you ran"
+        with (
+            contextlib.suppress(OSError),
+            tempfile.NamedTemporaryFile("w", prefix="backdoor_jax-", suffix=".log", delete=False) as log,
+        ):
             traceback.print_exc(file=log)
-        return _fail(f"{type(error).__name__}: {first_line(error)}; this is a bug, please report it with {log.name}", 1)
+            name = log.name
+        return _fail(f"{type(error).__name__}: {first_line(error)}; this is a bug, please report it with {name}", 1)
     return code or 0
 
 
@@ -135,33 +140,49 @@ def _system_error(error: OSError) -> str:
 
 
 class _Quiet:
-    """A stream that drops what is written once its reader is gone: results are saved, whoever reads the output."""
+    """A stream that drops what cannot be written, as where its reader is gone: results are saved, whoever reads it.
+
+    Attributes:
+        refused: what the system said where the reader is not gone, such as that a disk is full.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.refused: list[OSError] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Writes, or drops, a text."""
-        with contextlib.suppress(BrokenPipeError):
+        with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Writes what is buffered, or drops it."""
-        try:
+        with self._dropping():
             self._stream.flush()
-        except BrokenPipeError:
-            # Python flushes again at exit.
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.refused.append(error)
+            # What is buffered is written again later, at the latest when Python exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextlib.contextmanager
-def _safe_output() -> Iterator[None]:
-    """Lets any text be printed in any locale, and a closed pipe or stream pass unnoticed."""
+def _safe_output() -> Iterator[list[OSError]]:
+    """Lets any text be printed in any locale, and a closed pipe or stream pass unnoticed.
+
+    At its end the list holds why text on stdout could not be written, where that is not for want of a reader.
+    """
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    refused: list[OSError] = []
     for name, stream in streams.items():
         if stream is None:  # It was closed before the command began.
             setattr(sys, name, io.StringIO())
@@ -169,10 +190,13 @@ def _safe_output() -> Iterator[None]:
             stream.reconfigure(errors="replace")
             setattr(sys, name, _Quiet(stream))
     try:
-        yield
+        yield refused
     finally:
         for name, stream in streams.items():
-            getattr(sys, name).flush()
+            safe = getattr(sys, name)
+            safe.flush()
+            if name == "stdout":
+                refused += getattr(safe, "refused", [])
             setattr(sys, name, stream)
 
 

@@ -17,6 +17,7 @@ value and an unknown name are one line each.
 import contextlib
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,10 @@ from backdoor_jax.experiment import AttackEntry, DataConfig, DefenseEntry, Exper
 from backdoor_jax.reading import DEEPEST, file_size
 from backdoor_jax.training import TrainConfig
 
-LARGEST = 1 << 20
-"""Bytes of an experiment's YAML."""
+LARGEST = 1 << 17
+"""Bytes of a YAML file; reading as many takes seconds."""
 LONGEST_LABEL = 64
-"""Characters of a label, which names folders and files."""
+"""Bytes of a label, which names folders and files."""
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -50,12 +51,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: for anything that cannot be used, naming file and key.
     """
-    fix = "give an experiment in YAML, such as those in configs/"
-    size = file_size(path, fix)
-    if size > LARGEST:
-        raise UserError(f"{path}: has {size} bytes, at most {LARGEST} are read; {fix}")
-    with _parsing_yaml(str(path)):
-        document = parse_yaml(path.read_text(encoding="utf-8"))
+    document = read_yaml(path, "give an experiment in YAML, such as those in configs/")
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected keys such as name, data, attacks and defenses")
     for override, (name, value) in zip(overrides, parse_overrides(overrides).items(), strict=True):
@@ -150,8 +146,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """The keys and values of a node."""
-        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
-        if twice := [name for name in names if names.count(name) > 1]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"{twice[0][:50]!r} is given twice")
         return super().construct_mapping(node, deep)
 
@@ -188,6 +184,23 @@ def parse_yaml(text: str) -> Any:
         {'learning_rate': 0.001}
     """
     return yaml.load(text, _Loader)
+
+
+def read_yaml(path: Path, fix: str) -> Any:
+    """The plain value that a YAML file holds.
+
+    Args:
+        path: the file.
+        fix: the end of the error where there is none.
+
+    Raises:
+        UserError: where there is no such file, or it is too large or not YAML.
+    """
+    size = file_size(path, fix)
+    if size > LARGEST:
+        raise UserError(f"{path}: has {size} bytes, at most {LARGEST} are read; {fix}")
+    with _parsing_yaml(str(path)):
+        return parse_yaml(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -293,14 +306,12 @@ def _named(entry: Any, where: str, known: Iterable[str]) -> tuple[str, str, dict
         raise UserError(f"{where}: unknown name {name!r}; known are {', '.join(known)}")
     if (
         not isinstance(label, str)
-        or not 0 < len(label) <= LONGEST_LABEL
         or not label.isprintable()
+        or not 0 < len(label.encode()) <= LONGEST_LABEL
         or label.startswith(".")
         or set(label) & set("/\\")
     ):
-        raise UserError(
-            f"{where}: label {label!r} must be text of up to {LONGEST_LABEL} characters that can name a file"
-        )
+        raise UserError(f"{where}: label {label!r} must be text of up to {LONGEST_LABEL} bytes that can name a file")
     return name, label, settings
 
 

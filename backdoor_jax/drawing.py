@@ -1,7 +1,7 @@
 """What all figures share: colors, axes, and how they are written.
 
-Importing this module turns off matplotlib's parsing of formulas, because labels are the user's and a dollar sign in one
-does not start a formula.
+Importing this module turns off matplotlib's parsing of formulas and LaTeX, because labels are the user's and a dollar
+sign in one does not start a formula.
 """
 
 import base64
@@ -23,7 +23,7 @@ from backdoor_jax.files import atomic_write
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#4d4d4d", "#b5b500", "#7f3fbf")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
-matplotlib.rcParams["text.parse_math"] = False
+matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
 # A name in other letters than the font's is drawn as boxes; tables have it in full.
 warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
 

@@ -95,7 +95,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def behind_link(path: Path) -> Path:
     """The file or folder that a link leads to, which is replaced rather than the link; other paths as they are."""
-    return path.resolve() if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if path.is_symlink() else path  # `resolve` raises for links in a circle.
 
 
 _LEFTOVER = re.compile(

@@ -71,6 +71,11 @@ class PickledArray:
         self._found = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of the array; 0 where it is not one of plain numbers."""
+        return 0 if self._found is None else self._found.nbytes
+
+    @property
     def array(self) -> np.ndarray:
         """The array.
 
@@ -155,7 +160,9 @@ class PlainUnpickler(_Machine):
         persistent: Callable[[Any], Any] | None = None,
         encoding: str = "latin1",
     ) -> None:
-        super().__init__(io.BytesIO(data) if isinstance(data, bytes) else data, encoding=encoding)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        super().__init__(file, encoding=encoding)
+        self._left = 2 * len(file.getbuffer())  # A text becomes bytes once, and these an array.
         self._known, self._persistent = {**self.names, **(names or {})}, persistent
 
     def find_class(self, module: str, name: str) -> Any:
@@ -175,12 +182,22 @@ class PlainUnpickler(_Machine):
         arguments, function = self.stack.pop(), self.stack[-1]
         if not isinstance(arguments, tuple) or function not in self._known.values():
             raise pickle.UnpicklingError("it calls what cannot be called")
-        self.stack[-1] = function(*arguments)
+        made = self.stack[-1] = function(*arguments)
+        if isinstance(made, bytes):
+            self._count(len(made))
 
     def _build(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, PickledType | PickledArray):
             made.set_state(state)
+        if isinstance(made, PickledArray):
+            self._count(made.nbytes)
+
+    def _count(self, made: int) -> None:
+        """Refuses to make more bytes than a pickle of this size can hold, such as one text again and again."""
+        self._left -= made
+        if self._left < 0:
+            raise pickle.UnpicklingError("it makes many copies of what it holds")
 
     def _set_items(self) -> None:
         items = self.pop_mark()

@@ -41,7 +41,7 @@ def as_path(path: object, where: str) -> Path:
         Traceback (most recent call last):
         backdoor_jax.errors.UserError: --data is '', expected the path of a file or folder
     """
-    if not isinstance(path, str | os.PathLike) or not str(path):
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         found = repr(path) if path is None or isinstance(path, str | int | float) else f"a {type(path).__name__}"
         raise UserError(f"{where} is {found}, expected the path of a file or folder")
     return Path(path)

@@ -440,6 +440,12 @@ def test_what_users_can_fix_is_one_line(change: dict[str, str | None], expected:
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
 
 
+def test_images_that_do_not_fit_into_memory_are_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backdoor_jax.memory.machine_memory", lambda: 1000)
+    text = error_of("scan", "--checkpoint", place / "model.safetensors", "--data", place / "clean.npz")
+    assert "GB of memory, there are 0.0 GB; give smaller images (--size)" in text
+
+
 def test_a_damaged_folder_is_one_line_on_stderr_of_the_process(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "model")
     for path in (tmp_path / "model" / "variables").rglob("d/*"):

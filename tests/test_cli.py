@@ -264,7 +264,7 @@ def test_a_closed_stdout_and_a_variable_that_jax_refuses(tmp_path: Path) -> None
     listed = subprocess.run(closed, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
     assert (listed.returncode, listed.stderr) == (0, "")
     wrong = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "foo"}
-    command = [sys.executable, "-m", "backdoor_jax_command", "list"]
+    command = [sys.executable, "-m", "backdoor_jax", "list"]
     refused = subprocess.run(command, cwd=tmp_path, env=wrong, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "jax_default_matmul_precision" in refused.stderr

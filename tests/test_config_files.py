@@ -157,6 +157,8 @@ def test_overrides_reach_every_level_and_create_missing_keys(written: Path) -> N
         ),
         ("name: small", "name: small\nseeds: 0", ["seeds", "tuple", "0"]),
         ("name: small", "name: small\nseeds: []", ["Experiment.seeds", "at least one"]),
+        ("name: small", "name: small\nseeds: [0, 1, 0]", ["Experiment.seeds is (0, 1, 0)", "each once"]),
+        ("steps: 2", "label: " + 40 * "\u00e9", ["defenses[0]", "up to 64 bytes"]),
         ("width: 2", "width: wide", ["model.width", "'wide'"]),
         ("width: 2", "name: resnet18, stem: large", ["model.stem", "'small'", "'imagenet'", "'large'"]),
         ("width: 2", "name: vit_tiny, patch: 0", ["model.patch is 0, expected a value greater than or equal to 1"]),

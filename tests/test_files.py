@@ -1,6 +1,7 @@
 """Files and folders are old or new and never between, whatever killed the process that wrote them."""
 
 import errno
+import importlib
 import os
 import re
 import subprocess
@@ -12,10 +13,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from backdoor_jax import UserError, build_classifier, load_model, save_model
+from backdoor_jax import UserError, build_classifier, drawing, load_model, save_model
 from backdoor_jax.drawing import save_figure
 from backdoor_jax.files import (
     atomic_folder,
@@ -122,6 +124,13 @@ def test_what_is_written_is_as_accessible_as_the_umask_says(tmp_path: Path) -> N
     assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
 
 
+def test_figures_need_no_latex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the user's matplotlibrc says."""
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    importlib.reload(drawing)
+    assert not matplotlib.rcParams["text.usetex"]
+
+
 def test_a_figure_that_cannot_be_drawn_keeps_the_old_one(tmp_path: Path) -> None:
     class Broken(Figure):
         def savefig(self, fname: Any, **_: Any) -> None:
@@ -180,6 +189,13 @@ def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> No
     found = load_model(tmp_path / "far" / "model")[1]
     chex.assert_trees_all_equal(found, jax.tree.map(lambda leaf: leaf + 1, variables))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "far", "model"]
+
+
+def test_links_in_a_circle_are_replaced(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).symlink_to(other)
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

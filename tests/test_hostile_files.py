@@ -211,6 +211,10 @@ defenses: [{name: d3, label: mine, preset: paper}]
 ROW = {field: {str: "x", int: 1, dict: {}}.get(kinds[0], 0.5) for field, kinds in RESULT.items()}
 
 
+def row(**changes: Any) -> bytes:
+    return json.dumps({**ROW, **changes}).encode() + b"\n"
+
+
 def read_torch(path: Path) -> Any:
     state, bounds = torch_files.unwrap(torch_files.read(path), str(path))
     return [torch_files.as_array(value, name, str(path)) for name, value in {**state, **bounds}.items()]
@@ -236,7 +240,7 @@ FORMATS: dict[str, tuple[str, Callable[[], bytes], Callable[[Path], Any]]] = {
     "CIFAR": ("a", tar, lambda path: read_official("tfds:cifar10", path)),
     "Tiny ImageNet": ("a", tiny_imagenet, lambda path: read_official("tfds:tiny_imagenet", path)),
     "YAML": ("a.yaml", lambda: CONFIG, load_experiment),
-    "rows": ("a.jsonl", lambda: 2 * (json.dumps(ROW).encode() + b"\n"), lambda path: read_rows(path, RESULT)),
+    "rows": ("a.jsonl", lambda: row() + row(seed=2), lambda path: read_rows(path, RESULT)),
 }
 
 
@@ -380,6 +384,18 @@ def test_keys_that_take_exponential_time_are_refused() -> None:
         PlainUnpickler(code).load()
 
 
+@pytest.mark.parametrize("made", [b"c_codecs\nencode\n(h\x00X\x06\0\0\0latin1tR", b"array"])
+def test_one_text_is_not_copied_again_and_again(made: bytes) -> None:
+    """A text of 1 MB, and what makes bytes or an array of it 10,000 times."""
+    size = 1 << 20
+    if made == b"array":
+        empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+        made = empty + b"(I1\n(I%d\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nh\x00tb" % size
+    text = b"X" + struct.pack("<I", size) + b"a" * size
+    with limits(), pytest.raises(pickle.UnpicklingError, match="many copies"):
+        PlainUnpickler(text + b"q\x000(" + 10_000 * made + b"l.").load()
+
+
 def header(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
     text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n"
@@ -514,6 +530,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "169 megapixels": ("image", lambda: huge_png(13_000), "676.0 MB"),
     **{f"{kind} named PNG": ("image", partial(drawn, kind), "cannot identify") for kind in FOREIGN_IMAGES},
     "tar of zeros": ("CIFAR", lambda: tar_of({"cifar-10-batches-py/batches.meta": ZEROS}), "at most 67.1 MB are read"),
+    "long": ("YAML", lambda: b"#" * (1 << 18), "262144 bytes, at most 131072 are read"),
     "references": ("YAML", lambda: b"a: &a [x, x]\nb: [*a, *a]", r"references"),
     "nesting": ("YAML", lambda: b"[" * 5000, "32 levels"),
     "date": ("YAML", lambda: b"name: 2026-99-99", "not YAML"),
@@ -522,6 +539,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "no row": ("rows", lambda: b"5\n", "line 1"),
     "list": ("rows", lambda: b"[1]\n", "line 1"),
     "empty row": ("rows", lambda: b"{}\n", "line 1"),
+    "row twice": ("rows", lambda: row() + row(seed=2) + row(acc=0.4), "line 3 repeats the row of x x 1 x; remove it"),
+    "no analyses": ("rows", lambda: row(analyses=5), "line 1 is no row of an experiment (analyses)"),
+    "NaN in a row": ("rows", lambda: row(acc=float("nan"), asr=1.5), "line 1 is no row of an experiment (acc, asr)"),
     "not UTF-8": ("rows", lambda: b"\xff\n", "line 1"),
 }
 
@@ -610,6 +630,63 @@ def test_a_description_is_checked_before_anything_is_built(changes: dict[str, An
     file = tmp_path / "model" / DESCRIPTION
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     assert str(tmp_path / "model") in refusal(lambda: load_model(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder elsewhere"])
+def test_a_model_folder_holds_files_only(what: str, tmp_path: Path) -> None:
+    """Whose description says nothing of it: Orbax would wait for the pipe, and read the folder without its digests."""
+    save_model(tmp_path / "model", *model_folder())
+    file, inner = tmp_path / "model" / DESCRIPTION, tmp_path / "model" / "variables"
+    name = "d" if what == "folder elsewhere" else "_METADATA"
+    (inner / name).rename(tmp_path / name)
+    if what == "pipe":
+        os.mkfifo(inner / name)
+    else:
+        (inner / name).symlink_to("/dev/zero" if what == "device" else tmp_path / name)
+    described = json.loads(file.read_text())
+    described["files"] = {path: digest for path, digest in described["files"].items() if not path.startswith(name)}
+    file.write_text(json.dumps(described))
+    assert f"variables/{name}: is a" in refusal(lambda: load_model(tmp_path / "model")).replace("is not a", "is a")
+
+
+def test_a_chunk_much_larger_than_its_array_is_refused(tmp_path: Path) -> None:
+    """A chunk of 128 MiB, compressed to a few KB, of which the array has two numbers."""
+    import hashlib
+
+    import tensorstore
+
+    save_model(tmp_path / "model", *model_folder())
+    file, inner = tmp_path / "model" / DESCRIPTION, tmp_path / "model" / "variables"
+    stored: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{inner}/"}
+    array = "batch_stats.bn0.mean/"
+    files = tensorstore.KvStore.open(stored).result()
+    described = {**json.loads(files.read(f"{array}.zarray").result().value), "chunks": [1 << 25]}
+    files.delete_range(tensorstore.KvStore.KeyRange(array, f"{array}~"))
+    files.write(f"{array}.zarray", json.dumps(described).encode()).result()
+    opened = tensorstore.open({"driver": "zarr", "kvstore": {**stored, "path": array}}, open=True).result()
+    opened.write(np.ones(2, np.float32)).result()
+    digests = {path.relative_to(inner).as_posix(): path.read_bytes() for path in inner.rglob("*") if path.is_file()}
+    files_of = {name: hashlib.sha256(content).hexdigest() for name, content in digests.items()}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "files": files_of}))
+    assert "declares 134.2 MB of contents in a file of" in refusal(lambda: load_model(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("size", [(10**5, 10**5), (0, 4), (4, -1)])
+def test_images_are_resized_only_to_what_fits_into_memory(size: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / "images" / "0").mkdir(parents=True)
+    for number in range(9):
+        (tmp_path / "images" / "0" / f"{number}.png").write_bytes(png())
+    np.savez(tmp_path / "a.npz", images=pixels(9, 4, 4, 3), labels=np.zeros(9, int))
+    for source in ("images", "a.npz"):
+        line = refusal(lambda source=source: load_labeled(str(tmp_path / source), 1, size=size))  # type: ignore[misc]
+        assert "9 images of 100000x100000: needs 540.0 GB of memory" in line or "greater than or equal to 1" in line
+    assert refusal(lambda: load(str(tmp_path / "images"), image_size=min(size)))
+
+
+def test_a_model_of_four_channels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.png").write_bytes(png())
+    assert "images of 4 channels, expected 1 or 3" in refusal(lambda: load_labeled(str(tmp_path), 1, 4))
 
 
 def test_an_archive_that_is_not_official_is_named(tmp_path: Path) -> None:

@@ -216,6 +216,28 @@ def test_results_are_saved_whoever_reads_the_output(
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("arguments", [["list"], []])
+def test_output_that_cannot_be_written_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert "the output could not be printed ([Errno 28] No space left on device)" in line and line.count("\n") == 1
+
+
+def test_an_error_without_room_for_its_log_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_list", raising(RuntimeError("unexpected")))
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert cli.main(["list"]) == 1
+    line = capsys.readouterr().err
+    assert "RuntimeError: unexpected" in line and line.count("\n") == 1
+
+
 @pytest.mark.parametrize("size", [100, 2000])
 def test_a_limit_of_file_sizes_is_one_line_and_the_run_resumes(
     size: int, config: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -352,6 +352,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "classifier is a str; make one",
     ),
     "saved variables second": (lambda at: bj.save_model(at / "x", wrong(variables()), wrong(CLASSIFIER)), "is a dict"),
+    "saved to a NUL": (lambda at: bj.save_model(at / "a\0b", CLASSIFIER, variables()), "expected the path"),
     "saved nothing": (lambda at: bj.save_model(at / "x", CLASSIFIER, {}), "expected a dictionary with params"),
     "saved another's": (
         lambda at: bj.save_model(at / "x.safetensors", build_classifier("small_cnn", 3, 4), variables()),

@@ -23,8 +23,10 @@ from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.interop.native import load_model
 from backdoor_jax.interop.torch_files import read, unwrap
 from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
+from backdoor_jax.memory import device_memory, largest_array, require_memory
 from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict, success_rates
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
+from backdoor_jax.training.inference import CHUNK
 
 ZOO = "zoo:"
 """What the path of a model starts with that is a name in `backdoor_jax.zoo`."""
@@ -245,10 +247,7 @@ def load_suspect(
             trigger = triggered((height, width, channels))
             shown = dataclasses.replace(judged, images=images.turn(trigger(images.turn(judged.images))))
     for part in (labeled.data, judged, *(() if shown is None else (shown,))):
-        try:
-            jax.eval_shape(lambda images: classifier.logits(variables, images)[0], part.images[:1])
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+        _require_computable(classifier, variables, part.images, name)
     accuracy = evaluate(classifier, variables, judged, name=name).acc
     labels = np.asarray(judged.labels)
     assumed = file.model is not None
@@ -274,6 +273,18 @@ def load_suspect(
         shown,
         target,
     )
+
+
+def _require_computable(classifier: Classifier, variables: Variables, images: jax.Array, name: str) -> None:
+    """Refuses images that the network cannot compute with, for their shape or for want of memory."""
+    batch = jax.ShapeDtypeStruct((min(CHUNK, len(images)), *images.shape[1:]), images.dtype)
+    try:
+        needed = largest_array(lambda images: classifier.logits(variables, images)[0], batch)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    height, width = batch.shape[1:3]
+    what = f"{name} on {batch.shape[0]} images of {height}x{width}"
+    require_memory(needed, what, "give smaller images (--size)", device_memory())
 
 
 def _assumptions(classifier: Classifier, images: Images) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from backdoor_jax.errors import UserError
+from backdoor_jax.memory import require_memory
 from backdoor_jax.reading import file_size, image_pixels, parsing, require_budget
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
@@ -58,8 +59,9 @@ def read_folder(
         UserError: where the classes are others, there are no images, one cannot be read, or their sizes differ.
     """
     found = class_folders(path)
+    known = set(found)
     classes = tuple(found) if class_names is None else class_names
-    missing = [name for name in classes if name not in found]
+    missing = [name for name in classes if name not in known]
     if missing:
         raise UserError(f"{path}: has no class folder {missing[0]!r}; there are {_few(found)}: fix --class-names")
     if num_classes is not None and len(classes) != num_classes:
@@ -88,6 +90,8 @@ def read_folder(
     empty = sorted(set(range(len(classes))) - {label for label, _ in files})
     if empty:
         notes.append(f"classes without images: {_few([classes[label] for label in empty])}")
+    if size is not None:
+        _require_room(len(files), size, channels, str(path))
     sizes = [file_size(file, "remove it") for _, file in files]
     images: list[np.ndarray] = []
     for (_, file), bytes_of_file in zip(files, sizes, strict=True):
@@ -109,6 +113,12 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _require_room(count: int, size: tuple[int, int], channels: int, where: str) -> None:
+    """Refuses a size to which no machine could resize that many images, which lie in memory twice meanwhile."""
+    what = f"{where}: {count} images of {size[0]}x{size[1]}"
+    require_memory(2 * count * size[0] * size[1] * channels, what, "give a smaller size")
+
+
 def _pixels(file: Path, channels: int, bytes_of_file: int, size: tuple[int, int] | None) -> np.ndarray:
     """One image, resized bilinearly as torchvision does it."""
     from PIL import Image
@@ -120,8 +130,16 @@ def _pixels(file: Path, channels: int, bytes_of_file: int, size: tuple[int, int]
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized(images: np.ndarray, size: tuple[int, int], where: str = "images") -> np.ndarray:
     """Images ``(N, H, W, channels)`` resized bilinearly.
+
+    Args:
+        images: uint8.
+        size: height and width.
+        where: what errors call them.
+
+    Raises:
+        UserError: where they would not fit into memory.
 
     Example:
         >>> resized(np.zeros((2, 8, 8, 1), np.uint8), (4, 6)).shape
@@ -129,6 +147,7 @@ def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     from PIL import Image
 
+    _require_room(len(images), size, images.shape[-1], where)
     out = []
     for image in images:
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -8,6 +8,7 @@ import numpy as np
 
 from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
+from backdoor_jax.config import Count
 from backdoor_jax.data.dataset import Dataset, make_dataset
 from backdoor_jax.data.folders import read_folder, resized
 from backdoor_jax.data.layouts import as_images, as_labels
@@ -48,7 +49,7 @@ def load_labeled(
     num_classes: int,
     channels: int = 3,
     *,
-    size: tuple[int, int] | None = None,
+    size: tuple[Count, Count] | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> Labeled:
     """Reads labeled images.
@@ -75,6 +76,8 @@ def load_labeled(
         1400
     """
     path = as_path(source, "data (--data)")
+    if channels not in (1, 3):
+        raise UserError(f"{source}: the model takes images of {channels} channels, expected 1 or 3; give another model")
     if source in DATASETS or source.startswith("tfds:"):
         if size is not None or class_names is not None:
             raise UserError(f"{source} has its own size and classes; leave size and class names out")
@@ -103,7 +106,7 @@ def load_labeled(
                 labels, more = as_labels(arrays[y], f"{path} {y}")
                 notes += [f"{where}: {change}" for change in (*changes, *more)]
                 if size is not None and len(images) and images.shape[1:3] != size:
-                    images = resized(images, size)
+                    images = resized(images, size, where)
                 parts[prefix] = make_dataset(images, labels, num_classes, where)
                 require_channels(parts[prefix], channels, where)
     whole = parts.get("", parts.get("train_"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
-from backdoor_jax.config import Seed
+from backdoor_jax.config import Count, Seed
 from backdoor_jax.data.dataset import Dataset, Task, make_dataset
 from backdoor_jax.data.folders import read_folder
 from backdoor_jax.data.specs import DATASETS, Signs
@@ -27,7 +27,7 @@ def load(
     test_size: int | None = None,
     seed: Seed = 0,
     root: Path = Path(),
-    image_size: int | None = None,
+    image_size: Count | None = None,
 ) -> Task:
     """Loads a data set.
 
@@ -114,7 +114,7 @@ TEST_SHARE = 0.2
 
 
 @typed
-def folder_task(path: Path, image_size: int | None = None, seed: Seed = 0) -> Task:
+def folder_task(path: Path, image_size: Count | None = None, seed: Seed = 0) -> Task:
     """Reads a folder of class folders, or one with ``train`` and ``test`` (or ``val``) in which these lie.
 
     Without splits a fifth of the images is drawn to evaluate on.

@@ -45,8 +45,16 @@ RESULT: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("acc", "acc_before", "seconds"), (float, int)),
     **dict.fromkeys(("asr", "ra", "der"), (float, int, type(None))),
     **dict.fromkeys(("versions", "config", "info"), (dict,)),
+    "data_used": (str, type(None)),
+    "target": (int, type(None)),
 }
 """Fields of a row of an experiment that other code reads, and their types in JSON."""
+LARGEST = {**dict.fromkeys(("acc", "acc_before", "asr", "ra", "der"), 1.0), "seconds": 1e12}
+"""Fields that are a number from 0, and the largest that each can be."""
+OPTIONAL = {"analyses": dict, "near_chance": bool}
+"""Fields that only some rows have, and their types."""
+PLACE = ("experiment", "attack", "seed", "defense")
+"""Fields that no two rows of a folder share."""
 
 
 def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyType({})) -> list[Row]:
@@ -55,26 +63,45 @@ def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyT
     A truncated last line, which a killed run leaves behind, is ignored.
 
     Raises:
-        UserError: where another line is not JSON, or lacks one of ``fields``, such as `RESULT`.
+        UserError: where another line is not JSON; and, where ``fields`` are given, such as `RESULT`, for a line that
+            lacks one, has a rate that is none, or repeats an earlier row.
     """
     if not os.path.lexists(path):
         return []
     file_size(path, "remove it")
-    rows = []
+    rows: list[Row] = []
+    places = set()
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if line.endswith(b"\n"):
                 raise UserError(f"{path}: line {number} is not JSON; fix or remove it") from error
             continue
-        lacking = [
-            field for field, kind in fields.items() if not isinstance(row, dict) or type(row.get(field)) not in kind
-        ]
-        if (lacking and line.strip()) or not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is no row of an experiment ({lacking}); remove it")
-        rows += [row] if line.strip() else []
+        wrong = _wrong_fields(row, fields) if isinstance(row, dict) else fields
+        if wrong or not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no row of an experiment ({', '.join(wrong)}); remove it")
+        if fields:
+            place = tuple(row[field] for field in PLACE)
+            if place in places:
+                raise UserError(f"{path}: line {number} repeats the row of {' '.join(map(str, place))}; remove it")
+            places.add(place)
+        rows.append(row)
     return rows
+
+
+def _wrong_fields(row: Row, fields: Mapping[str, tuple[type, ...]]) -> list[str]:
+    """The fields of a row that are missing, of another type, or out of range; NaN is in no range."""
+    wrong = [field for field, kind in OPTIONAL.items() if fields and field in row and type(row[field]) is not kind]
+    return wrong + [
+        field
+        for field, kinds in fields.items()
+        if field not in row
+        or type(row[field]) not in kinds
+        or (field in LARGEST and row[field] is not None and not 0 <= row[field] <= LARGEST[field])
+    ]
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -126,7 +126,7 @@ class Experiment(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(len(self.seeds) > 0, "seeds", "at least one")
+        self.require(0 < len(self.seeds) == len(set(self.seeds)), "seeds", "at least one, and each once")
         self.require(len(self.attacks) > 0, "attacks", "at least one")
         self.require(set(self.analyses) <= ANALYSES.keys(), "analyses", f"some of {', '.join(ANALYSES)}")
         self._require_labels([entry.label for entry in self.attacks])

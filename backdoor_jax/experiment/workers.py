@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import yaml
 from distributed import Client, Nanny, Scheduler, SpecCluster, WorkerPlugin
 from distributed.security import Security
 
+from backdoor_jax.config_files import read_yaml
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.reading import read_text
 
 CONNECTING = 30
 """Seconds that a scheduler has to answer."""
@@ -142,10 +141,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         ...     read_profile(path)
         {'jobs': 20, 'cores': 4, 'memory': '32GB', 'queue': 'gpu'}
     """
-    try:
-        found = yaml.safe_load(read_text(path, "give the profile of SLURM jobs"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not YAML ({first_line(error)}); fix it") from error
+    found = read_yaml(path, "give the profile of SLURM jobs")
     if not isinstance(found, dict) or type(found.get("jobs")) is not int or found["jobs"] < 1:
         raise UserError(f"{path}: lacks jobs, how many to submit; add a line such as `jobs: 10`")
     return {str(name): value for name, value in found.items()}

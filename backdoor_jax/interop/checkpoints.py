@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from backdoor_jax.errors import UserError, first_line
 
@@ -96,6 +98,25 @@ def save_tree(folder: Path, tree: Any) -> None:
 def is_tree(folder: Path) -> bool:
     """Whether Orbax wrote a folder."""
     return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def stored_bytes(folder: Path) -> int:
+    """The bytes that reading a tree takes, by the descriptions of its arrays: a chunk may be larger than its array.
+
+    Raises:
+        UserError: where it is no tree that `save_tree` wrote.
+    """
+    import orbax.checkpoint as ocp
+
+    def needed(array: Any) -> int:
+        return max(map(math.prod, (array.shape, array.storage.chunk_shape))) * np.dtype(array.dtype).itemsize
+
+    try:
+        with quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        return sum(map(needed, jax.tree.leaves(tree)))
+    except Exception as error:  # Orbax and its backends raise many kinds.
+        raise UserError(f"{folder}: is damaged ({first_line(error)}); save the model again") from error
 
 
 def load_tree(folder: Path, like: Any) -> Any:

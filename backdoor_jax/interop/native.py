@@ -28,13 +28,14 @@ from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.config import Classes, Positive, Whole, Width
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.files import atomic_folder, atomic_write, settle, write_text
-from backdoor_jax.interop.checkpoints import is_tree, load_tree, save_tree
+from backdoor_jax.interop.checkpoints import is_tree, load_tree, save_tree, stored_bytes
 from backdoor_jax.interop.file_kinds import kind_of
 from backdoor_jax.interop.pytorch import load_torch, save_torch
 from backdoor_jax.models import Classifier, Stem, Variables, VisionTransformer, build_classifier, describe
 from backdoor_jax.reading import (
     DEEPEST,
     element_count,
+    file_size,
     parse_json,
     parsing,
     read_text,
@@ -174,8 +175,8 @@ def load_model(
     if os.path.isdir(path):
         like = _abstract(described.arrays, path)
         files = [file for file in (path / VARIABLES).rglob("*") if file.is_file()]
-        needed = sum(element_count(leaf.shape) * leaf.dtype.itemsize for _, leaf in _leaves(like))
-        require_budget(needed, sum(file.stat().st_size for file in files), path)
+        size = sum(file.stat().st_size for file in files)
+        require_budget(sum(element_count(leaf.shape) * leaf.dtype.itemsize for _, leaf in _leaves(like)), size, path)
         _require_fit(loaded, like, classifier is None, path)
         found = _digests(path / VARIABLES)
         if found != described.files:
@@ -183,6 +184,7 @@ def load_model(
                 f"{path}: variables lacks files, or some are damaged or belong to another model; copy or save it again"
             )
         try:
+            require_budget(stored_bytes(path / VARIABLES), size, path)
             return loaded, load_tree(path / VARIABLES, like)
         except UserError as error:
             cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else error
@@ -262,9 +264,16 @@ def _folder_description(path: Path) -> Description:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file under a folder, by its relative path."""
+    """SHA-256 of every file under a folder, by its relative path.
+
+    Raises:
+        UserError: where something lies there that is neither a file nor a folder itself: Orbax would open it.
+    """
     digests = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        file_size(path, "copy or save the model again")
         with path.open("rb") as file:
             digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests

@@ -58,6 +58,9 @@ def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: i
     Raises:
         UserError: for a module that cannot be made, or the tensors of another one.
     """
+    for name, value in state.items():
+        if not hasattr(value, "shape"):
+            as_array(value, name, where)
     module = _make(model, num_classes)
     if not hasattr(module, "state_dict"):
         raise UserError(

@@ -153,7 +153,7 @@ def test_what_cannot_be_a_cluster_is_refused(
     with pytest.raises(UserError, match="fix the address"), workers_of("nowhere"):
         pass
     profile = tmp_path / "profile.yaml"
-    for text in ("", "cores: 2", "jobs: 0", "jobs: [", "jobs: true"):
+    for text in ("", "cores: 2", "jobs: 0", "jobs: [", "jobs: true", "jobs: !!int x", "[" * 5000, "a: 2026-99-99"):
         profile.write_text(text)
         with pytest.raises(UserError, match=r"profile\.yaml"):
             read_profile(profile)

@@ -23,6 +23,7 @@ from backdoor_jax import (
 )
 from backdoor_jax.attacks import AttackContext
 from backdoor_jax.data import LabelMap
+from backdoor_jax.interop.pytorch import zeros
 from backdoor_jax.metrics import MarginConfig, largest_margin, maximum_margins, mm_bd
 from backdoor_jax.metrics.detection import _ascend
 from backdoor_jax.models import Variables
@@ -77,6 +78,12 @@ def test_margins_approach_those_of_linear_programs_from_below(classes: int) -> N
     expected = np.array([exact(variables, target) for target in range(classes)])
     assert (found <= expected + 1e-4).all()
     assert (found >= expected - 0.05 * np.abs(expected) - 0.1).all()
+
+
+def test_images_that_do_not_fit_into_memory_are_an_error() -> None:
+    classifier = build_classifier("resnet18", 2, width=2)
+    with pytest.raises(UserError, match=r"mm_bd on 60 images of 100000x100000: needs .* GB of memory"):
+        maximum_margins(jax.random.key(0), classifier, zeros(classifier), (10**5, 10**5, 3))
 
 
 def test_margins_grow_with_more_starts_and_steps() -> None:
