@@ -351,6 +351,13 @@ def _add_model_options(command: argparse.ArgumentParser, data_required: bool = T
     )
     command.add_argument("--channel-order", choices=("rgb", "bgr"), default="rgb", help="bgr: as OpenCV reads images")
     command.add_argument("--size", metavar="HxW", help="of the model's images, such as 32x32; others are resized")
+    command.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="scale the shorter side to this before the center of --size is cut out, as torchvision's Resize and "
+        "CenterCrop (default: stretch)",
+    )
     command.add_argument("--class-names", metavar="A,B,...", help="the folders of classes 0, 1, ... (default: sorted)")
     command.add_argument(
         "--healthy",
@@ -499,7 +506,7 @@ def _images(parsed: argparse.Namespace) -> "Images":
     from backdoor_jax.app import Images
 
     names = tuple(parsed.class_names.split(",")) if parsed.class_names else None
-    return Images(parse_size(parsed.size), names, parsed.channel_order)
+    return Images(parse_size(parsed.size), parsed.resize, names, parsed.channel_order)
 
 
 def _defend(parsed: argparse.Namespace) -> int:

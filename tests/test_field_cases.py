@@ -381,6 +381,25 @@ def test_images_of_unequal_sizes_are_resized_on_demand(tmp_path: Path) -> None:
     assert load_labeled(str(tmp_path), 2, size=(5, 7)).data.images.shape == (3, 5, 7, 3)
 
 
+def test_the_center_of_resized_images_is_torchvisions(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 50, 37, 3), np.uint8)
+    for name, picture in (("a", pixels[0]), ("b", pixels[0].transpose(1, 0, 2))):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "folder" / name / "1.png")
+    np.savez(tmp_path / "1.npz", images=pixels, labels=np.zeros(1, int))
+    # Resize(18) makes 24x18 of 50x37, and CenterCrop((14, 16)) cuts 5 rows and 1 column off each side of it.
+    tall = np.asarray(Image.fromarray(pixels[0]).resize((18, 24), Image.Resampling.BILINEAR))[5:19, 1:17]
+    wide = np.asarray(Image.fromarray(pixels[0].transpose(1, 0, 2)).resize((24, 18), Image.Resampling.BILINEAR))
+    found = load_labeled(str(tmp_path / "folder"), 2, size=(14, 16), resize=18)
+    np.testing.assert_allclose(found.data.images, [tall, wide[2:16, 4:20]], atol=1)  # uint8, rounded twice.
+    arrays = load_labeled(str(tmp_path / "1.npz"), 2, size=(14, 16), resize=18)
+    np.testing.assert_allclose(arrays.data.images, [tall], atol=1)
+    assert not found.notes
+    assert "2 of 2 images stretched to 16x16" in load_labeled(str(tmp_path / "folder"), 2, size=(16, 16)).notes[0]
+    for size, resize in ((None, 18), ((32, 16), 18), ((16, 16), 10**400)):
+        assert "--resize" in one_line(load_labeled, str(tmp_path), 2, size=size, resize=resize)
+
+
 def test_class_names_give_the_order(tmp_path: Path) -> None:
     write_images(tmp_path)
     assert load_labeled(str(tmp_path), 2, class_names=("b", "a")).data.labels.tolist() == [0, 1]

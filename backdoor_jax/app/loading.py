@@ -171,17 +171,21 @@ class Images:
 
     Attributes:
         size: height and width to which they are resized; as they are by default.
+        resize: pixels of the shorter side before the center of `size` is cut out; stretched by default.
         class_names: the folders of classes 0, 1, ...; their sorted names by default.
         channel_order: ``rgb``, or ``bgr`` for a model that was trained on images of OpenCV.
     """
 
     size: tuple[int, int] | None = None
+    resize: int | None = None
     class_names: tuple[str, ...] | None = None
     channel_order: Literal["rgb", "bgr"] = "rgb"
 
     def load(self, source: str, num_classes: int, channels: int) -> Labeled:
         """The labeled images of a source; see `backdoor_jax.data.load_labeled`."""
-        found = load_labeled(source, num_classes, channels, size=self.size, class_names=self.class_names)
+        found = load_labeled(
+            source, num_classes, channels, size=self.size, resize=self.resize, class_names=self.class_names
+        )
         test = found.test and dataclasses.replace(found.test, images=self.turn(found.test.images))
         return found._replace(data=dataclasses.replace(found.data, images=self.turn(found.data.images)), test=test)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,7 @@ def read_folder(
     *,
     num_classes: int | None = None,
     size: tuple[int, int] | None = None,
+    resize: int | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> FolderImages:
     """Reads a folder with one folder for each class; images may lie deeper.
@@ -53,6 +54,7 @@ def read_folder(
         channels: 1 or 3, what images are converted to.
         num_classes: how many classes there must be; any number by default.
         size: height and width to which images are resized; by default they need one size.
+        resize: see `fitted`; by default images of other proportions are stretched.
         class_names: the folders of classes 0, 1, ...; by default the sorted names, as in torchvision.
 
     Raises:
@@ -94,8 +96,13 @@ def read_folder(
         _require_room(len(files), size, channels, str(path))
     sizes = [file_size(file, "remove it") for _, file in files]
     images: list[np.ndarray] = []
+    stretched = 0
     for (_, file), bytes_of_file in zip(files, sizes, strict=True):
-        images.append(_pixels(file, channels, bytes_of_file, size))
+        picture = image_pixels(file, file, "L" if channels == 1 else "RGB", bytes_of_file)
+        if size is not None:
+            stretched += resize is None and picture.width * size[0] != picture.height * size[1]
+            picture = fitted(picture, size, resize)
+        images.append(np.asarray(picture).reshape(picture.height, picture.width, channels))
         if images[-1].shape != images[0].shape:
             (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
             raise UserError(
@@ -104,6 +111,9 @@ def read_folder(
             )
         if len(images) == 1 and size is None:
             require_budget(len(files) * images[0].nbytes, sum(sizes), path)
+    if stretched:
+        shape = "x".join(map(str, images[0].shape[:2]))
+        notes.append(f"{stretched} of {len(files)} images stretched to {shape}; --resize keeps their proportions")
     labels = np.array([label for label, _ in files])
     names = tuple(file.relative_to(path).as_posix() for _, file in files)
     return FolderImages(np.stack(images), labels, classes, names, tuple(f"{path}: {note}" for note in notes))
@@ -119,23 +129,46 @@ def _require_room(count: int, size: tuple[int, int], channels: int, where: str) 
     require_memory(2 * count * size[0] * size[1] * channels, what, "give a smaller size")
 
 
-def _pixels(file: Path, channels: int, bytes_of_file: int, size: tuple[int, int] | None) -> np.ndarray:
-    """One image, resized bilinearly as torchvision does it."""
+def fitted(picture: Any, size: tuple[int, int], resize: int | None = None) -> Any:
+    """Pillow's picture resized bilinearly: stretched, or as torchvision's ``Resize(resize)`` and ``CenterCrop(size)``.
+
+    Only the pixels that are kept are computed, so that a long narrow picture needs no more memory.
+
+    Args:
+        picture: Pillow's.
+        size: height and width.
+        resize: pixels of the shorter side before the crop, at least those of `size`; None to stretch.
+
+    Example:
+        >>> from PIL import Image
+        >>> picture = Image.fromarray(np.repeat(np.uint8([[0, 100, 200]]), 3, axis=1).repeat(3, axis=0))
+        >>> np.asarray(fitted(picture, (2, 2), resize=2)).tolist()
+        [[100, 100], [100, 100]]
+    """
     from PIL import Image
 
-    image = image_pixels(file, file, "L" if channels == 1 else "RGB", bytes_of_file)
-    if size is not None and image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels.reshape(*pixels.shape[:2], channels)
+    box = None
+    if resize is not None:
+        scaled = [int(resize * side / min(picture.size)) for side in picture.size]
+        starts = [round((whole - kept) / 2) for whole, kept in zip(scaled, size[::-1], strict=True)]
+        ends = [start + kept for start, kept in zip(starts, size[::-1], strict=True)]
+        box = tuple(
+            min(at * side / whole, side)
+            for edges in (starts, ends)
+            for at, side, whole in zip(edges, picture.size, scaled, strict=True)
+        )
+    return picture.resize(size[::-1], Image.Resampling.BILINEAR, box)
 
 
-def resized(images: np.ndarray, size: tuple[int, int], where: str = "images") -> np.ndarray:
-    """Images ``(N, H, W, channels)`` resized bilinearly.
+def resized(
+    images: np.ndarray, size: tuple[int, int], resize: int | None = None, where: str = "images"
+) -> np.ndarray:
+    """Images ``(N, H, W, channels)`` resized bilinearly; see `fitted`.
 
     Args:
         images: uint8.
         size: height and width.
+        resize: as in `fitted`.
         where: what errors call them.
 
     Raises:
@@ -151,5 +184,5 @@ def resized(images: np.ndarray, size: tuple[int, int], where: str = "images") ->
     out = []
     for image in images:
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        out.append(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, -1))
+        out.append(np.asarray(fitted(picture, size, resize)).reshape(*size, -1))
     return np.stack(out)

@@ -24,6 +24,9 @@ PARTS = {
 }
 """The names of images and labels in a ``.npz``: of all of them, those to work with, and those to evaluate on."""
 
+LARGEST = 10_000
+"""Pixels to which images are resized at most."""
+
 
 class Labeled(NamedTuple):
     """Labeled images.
@@ -50,6 +53,7 @@ def load_labeled(
     channels: int = 3,
     *,
     size: tuple[Count, Count] | None = None,
+    resize: int | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> Labeled:
     """Reads labeled images.
@@ -66,6 +70,8 @@ def load_labeled(
         num_classes: the model's number of classes C.
         channels: the model's, 1 or 3; images of a folder are converted, others must have them.
         size: height and width to which images are resized; by default they stay as they are.
+        resize: pixels of the shorter side to which they are scaled first, before the center of `size` is cut out, as by
+            torchvision's ``Resize`` and ``CenterCrop``; by default they are stretched.
         class_names: the folders of classes 0, 1, ...; by default their sorted names.
 
     Raises:
@@ -78,6 +84,11 @@ def load_labeled(
     path = as_path(source, "data (--data)")
     if channels not in (1, 3):
         raise UserError(f"{source}: the model takes images of {channels} channels, expected 1 or 3; give another model")
+    if resize is not None and (size is None or not max(size) <= resize <= LARGEST):
+        least = "the sides of --size, which is missing" if size is None else max(size)
+        raise UserError(
+            f"--resize {resize} is the shorter side before the center of --size is cut out; give {least} to {LARGEST}"
+        )
     if source in DATASETS or source.startswith("tfds:"):
         if size is not None or class_names is not None:
             raise UserError(f"{source} has its own size and classes; leave size and class names out")
@@ -89,7 +100,7 @@ def load_labeled(
         require_channels(task.train, channels, source)
         return Labeled(task.train, task.test, task.class_names)
     if os.path.isdir(path):
-        found = read_folder(path, channels, num_classes=num_classes, size=size, class_names=class_names)
+        found = read_folder(path, channels, num_classes=num_classes, size=size, resize=resize, class_names=class_names)
         data = make_dataset(found.images, found.labels, num_classes, str(path))
         return Labeled(data, None, _shown(found.classes), _shown(found.files), _shown(found.notes))
     if class_names is not None:
@@ -105,8 +116,8 @@ def load_labeled(
                 images, changes = as_images(arrays[x], where)
                 labels, more = as_labels(arrays[y], f"{path} {y}")
                 notes += [f"{where}: {change}" for change in (*changes, *more)]
-                if size is not None and len(images) and images.shape[1:3] != size:
-                    images = resized(images, size, where)
+                if size is not None and len(images) and (resize is not None or images.shape[1:3] != size):
+                    images = resized(images, size, resize, where)
                 parts[prefix] = make_dataset(images, labels, num_classes, where)
                 require_channels(parts[prefix], channels, where)
     whole = parts.get("", parts.get("train_"))
