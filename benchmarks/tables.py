@@ -228,7 +228,8 @@ def transfer() -> str:
         "finetune": "conventional",
         "super_finetune": "super-fine-tuning",
     }
-    lines, rows = [], rows_of("scenarios", "transfer.jsonl")
+    lines: list[list[str]] = []
+    rows = rows_of("scenarios", "transfer.jsonl")
     for trigger in ("badnets", "blended"):
         for method in ("finetune", "super_finetune"):
             for network in (trigger, "none"):

@@ -160,9 +160,7 @@ def fitted(picture: Any, size: tuple[int, int], resize: int | None = None) -> An
     return picture.resize(size[::-1], Image.Resampling.BILINEAR, box)
 
 
-def resized(
-    images: np.ndarray, size: tuple[int, int], resize: int | None = None, where: str = "images"
-) -> np.ndarray:
+def resized(images: np.ndarray, size: tuple[int, int], resize: int | None = None, where: str = "images") -> np.ndarray:
     """Images ``(N, H, W, channels)`` resized bilinearly; see `fitted`.
 
     Args:

@@ -112,18 +112,18 @@ def ascend(
         tell(0, "compiling")
         while count < config.steps and not state.done:
             state = _ascend(state, key, classifier, data, config)
-            before, count = count, int(state.count)
+            before, count = count, int(state.taken)
             tell(count - before)
             stop_if_asked()
     return state.variables, count
 
 
 class _Ascent(NamedTuple):
-    """The state of the ascent; ``count`` are the steps taken."""
+    """The state of the ascent; ``taken`` counts its steps."""
 
     variables: Variables
     optimizer: Any
-    count: jax.Array
+    taken: jax.Array
     done: jax.Array
 
 
@@ -149,5 +149,5 @@ def _ascend(state: _Ascent, key: jax.Array, classifier: Classifier, data: Datase
         variables, state = jax.tree.map(partial(jnp.where, done), (variables, state), (moved, inner))
         return _Ascent(variables, state, count + ~done, done)
 
-    until = jnp.minimum(state.count + BLOCK, config.steps)
-    return jax.lax.while_loop(lambda ascent: (ascent.count < until) & ~ascent.done, step, state)
+    until = jnp.minimum(state.taken + BLOCK, config.steps)
+    return jax.lax.while_loop(lambda ascent: (ascent.taken < until) & ~ascent.done, step, state)

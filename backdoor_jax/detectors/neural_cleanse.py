@@ -181,7 +181,7 @@ def invert_triggers(
 
 @jit
 def _start(
-    key: jax.Array, targets: np.ndarray, images: jax.Array, classifier: Classifier, config: NeuralCleanse
+    key: jax.Array, targets: jax.Array, images: jax.Array, classifier: Classifier, config: NeuralCleanse
 ) -> _Search:
     """The searches of some classes before their first round."""
     shape = images.shape[1:]
@@ -200,7 +200,7 @@ def _search(
     states: _Search,
     key: jax.Array,
     number: int,
-    targets: np.ndarray,
+    targets: jax.Array,
     classifier: Classifier,
     variables: Variables,
     images: jax.Array,

@@ -107,7 +107,7 @@ class _Ascent(NamedTuple):
 
 @partial(jit, static_argnames="shape")
 def _start(
-    key: jax.Array, targets: np.ndarray, classifier: Classifier, shape: tuple[int, int, int], config: MarginConfig
+    key: jax.Array, targets: jax.Array, classifier: Classifier, shape: tuple[int, int, int], config: MarginConfig
 ) -> _Ascent:
     """The searches of some classes before their first step."""
 
@@ -122,7 +122,7 @@ def _start(
 def _ascend(
     states: _Ascent,
     steps: int,
-    targets: np.ndarray,
+    targets: jax.Array,
     classifier: Classifier,
     variables: Variables,
     config: MarginConfig,
