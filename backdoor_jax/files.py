@@ -94,8 +94,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def behind_link(path: Path) -> Path:
-    """The file or folder that a link leads to, which is replaced rather than the link; other paths as they are."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path  # `resolve` raises for links in a circle.
+    """The file or folder that a link or ``.`` stands for, which is replaced; other paths as they are."""
+    return Path(os.path.realpath(path)) if path.is_symlink() or not path.name else path
 
 
 _LEFTOVER = re.compile(
@@ -117,7 +117,7 @@ def beside(path: Path, kind: str, suffix: str = "", process: int | None = None) 
         False
     """
     owner = f"backdoor_jax-{_host()}-{process or os.getpid()}-{secrets.token_hex(4)}"
-    return path.with_name(f".{path.name}.{owner}.{kind}{suffix}")
+    return path.parent / f".{path.name}.{owner}.{kind}{suffix}"  # The root has no name to replace.
 
 
 def _host() -> str:

@@ -18,6 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from backdoor_jax import UserError, build_classifier, drawing, load_model, save_model
+from backdoor_jax.app.outputs import MODEL_SUFFIXES, require_free
 from backdoor_jax.drawing import save_figure
 from backdoor_jax.files import (
     atomic_folder,
@@ -196,6 +197,12 @@ def test_links_in_a_circle_are_replaced(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(other)
     write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_folder_without_a_name_is_one_line(path: str) -> None:
+    with pytest.raises(UserError, match=r"is a folder that holds no model|cannot be written"):
+        require_free(Path(path), True, MODEL_SUFFIXES)
 
 
 def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
