@@ -36,6 +36,7 @@ import numpy as np
 
 from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.attacks import ATTACKS
+from backdoor_jax.config import is_number, is_whole
 from backdoor_jax.config_files import check
 from backdoor_jax.data import LabelMap, Trigger
 from backdoor_jax.errors import UserError
@@ -46,6 +47,8 @@ from backdoor_jax.models import Classifier, Variables, build_classifier
 from backdoor_jax.reading import parse_json, parsing, read_text
 
 INDEX = "index.json"
+LARGEST_SIDE = 4096
+"""Pixels of an image's side; a trigger of its size is made before the file is read."""
 FOLDER = "BACKDOOR_JAX_ZOO"
 """The environment variable that names another folder."""
 NAME = re.compile(r"[A-Za-z0-9_]+/[A-Za-z0-9_.-]+")
@@ -119,8 +122,12 @@ def load(name: str, folder: Path | str | None = None) -> ZooVictim:
         raise UserError(f"{name!r} is not in the zoo {home}; it has {', '.join(sorted(index)) or 'nothing'}"[:500])
     path, recipe = _path(home, name), index[name]
     with parsing(home / INDEX, f"the recipe of {name} is damaged", "copy the zoo again"):
-        digest, shape, rates = recipe["sha256"], tuple(map(int, recipe["shape"])), recipe["rates"]
+        digest, shape, rates = recipe["sha256"], tuple(recipe["shape"]), recipe["rates"]
         scores = Scores(*(rates[field] for field in Scores._fields))
+        if len(shape) != 3 or not all(is_whole(side) and 0 < side <= LARGEST_SIDE for side in shape):
+            raise ValueError(f"{shape} is no shape of an image of up to {LARGEST_SIDE} pixels a side")
+        if not all(rate is None or (is_number(rate) and 0 <= rate <= 1) for rate in scores):
+            raise ValueError("its rates are no numbers from 0 to 1")
         settings = {key: value for key, value in (recipe["attack"] or {}).items() if key != "name"}
         attack = check(ATTACKS[recipe["attack"]["name"]], settings, name) if recipe["attack"] else None
         model: ModelConfig = check(ModelConfig, recipe["model"], name)

@@ -68,7 +68,11 @@ def test_a_damaged_file_and_a_damaged_index_are_refused(damaged: Path) -> None:
     with pytest.raises(UserError, match="is damaged or another file"):
         bj.zoo.load(NAMES[0], damaged)
     index = json.loads((damaged / "index.json").read_text())
-    for field, value in (("attack", {"name": "nothing"}), ("model", {"width": -1}), ("rates", {}), ("shape", [8])):
+    rates, sizes = {"acc": "x", "asr": None, "ra": 5}, [10**9, 10**9, 3]
+    for field, value in (
+        *(("attack", {"name": "nothing"}), ("model", {"width": -1}), ("rates", {}), ("shape", [8])),
+        *(("rates", rates), ("shape", sizes), ("shape", "883"), ("shape", [8.5, 8, 3])),
+    ):
         (damaged / "index.json").write_text(json.dumps({NAMES[1]: index[NAMES[1]] | {field: value}}))
         with pytest.raises(UserError, match=r"copy the zoo again|expected"):
             bj.zoo.load(NAMES[1], damaged)
