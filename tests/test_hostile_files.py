@@ -298,7 +298,7 @@ def test_what_is_complete_is_read(name: str, tmp_path: Path) -> None:
     assert not refusal(lambda: read(path))
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.fuzz)])
 def test_a_damaged_model_is_refused_or_read(count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A folder, in which one file is damaged and its digest agrees or not, and a file with a description.
 
