@@ -378,7 +378,9 @@ def test_a_model_near_chance_is_refused_and_normalization_is_named(place: Path, 
         given = ("--checkpoint", place / "blind.safetensors", "--data", place / "clean.npz", "--out", out)
         error = error_of(command, *given, *more)
         assert "10 of 60 images classified correctly (16.7 %) is near chance (16.7 %)" in error
-        assert "normalized" in error and "here 1,1,1/1,1,1" in error and "--normalize" in error
+        assert "here normalized by 1,1,1/1,1,1" in error
+        causes = ("--class-names", "--normalize", "--stem", "--size", "--channel-order")
+        assert sorted(causes, key=error.index) == list(causes)
     assert not list(tmp_path.iterdir())
 
 

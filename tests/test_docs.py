@@ -2,12 +2,16 @@
 
 import functools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from torch_networks import torchvision_models
+
+from backdoor_jax.cli import _parser, parse_normalization, parse_size
+from backdoor_jax.config_files import make_defense
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -59,6 +63,16 @@ def test_a_network_of_torchvision_is_repaired_in_ten_lines(tmp_path: Path, monke
     repaired = torch.load("repaired.pt", weights_only=True)
     assert set(repaired) == set(state)
     assert not torch.equal(repaired["conv1.weight"], state["conv1.weight"])
+
+
+def test_commands_of_the_documentation_have_options_that_exist() -> None:
+    for page in PAGES:
+        for line in re.findall(r"^backdoor-jax +(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            parsed = _parser().parse_args(shlex.split(line, comments=True))
+            parse_normalization(getattr(parsed, "normalize", None))
+            parse_size(getattr(parsed, "size", None))
+            if hasattr(parsed, "defense"):
+                make_defense(parsed.defense, parsed.preset)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -347,8 +347,9 @@ def require_better_than_chance(
         f"({100 * chance:.1f} %); "
         + (
             better
-            or f"most likely the images are not normalized as in its training (here {mean}/{std}): see --normalize; or "
-            "the channels have another order (--channel-order), the images another size (--size), the network another "
-            "stem (--stem, or the module itself as --model), or the labels number the classes in another order"
+            # What costs most accuracy comes first, by benchmarks/mistakes.py.
+            or "most likely classes are numbered otherwise (--class-names), or pixels had another range (here "
+            f"normalized by {mean}/{std}: see --normalize); or else the network another stem (--stem, or the module "
+            "itself as --model), or images another size (--size), order of channels (--channel-order) or normalization"
         )
     )

@@ -34,9 +34,13 @@ from backdoor_jax.models.torch_module import TorchNetwork, image_shape, read_mod
 
 NORMALIZATIONS: dict[str, Normalization] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     **{spec.name: spec.normalization for spec in DATASETS.values() if spec.normalization},
 }
-"""Mean and standard deviation of pixels in [0, 1], by the name of the data set; ``none`` leaves them as they are."""
+"""Mean and standard deviation of pixels in [0, 1], by the name of the data set; ``none`` leaves them as they are.
+
+Those of ``imagenet`` are torchvision's.
+"""
 
 
 @jax.tree_util.register_static

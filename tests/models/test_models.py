@@ -205,12 +205,13 @@ def test_an_equal_classifier_is_a_jit_argument_without_another_trace(
 
 PUBLISHED = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-"""The published benchmark's, copied from there and not from the package."""
+"""The published benchmark's, and torchvision's of ImageNet, copied from there and not from the package."""
 
 
 @pytest.mark.parametrize("name", sorted({*NORMALIZATIONS, *PUBLISHED}))
