@@ -229,18 +229,14 @@ def transfer() -> str:
         "super_finetune": "super-fine-tuning",
     }
     lines: list[list[str]] = []
-    rows = rows_of("scenarios", "transfer.jsonl")
     for trigger in ("badnets", "blended"):
         for method in ("finetune", "super_finetune"):
-            for network in (trigger, "none"):
-                row = one(rows, trigger=trigger, method=method, pretrained=network)
+            for kind, network in (("victim", trigger), ("clean", "none")):
+                row = one(rows_of("scenarios", "transfer.jsonl"), trigger=trigger, method=method, pretrained=network)
                 assert row
-                shown = names[trigger] if not lines or lines[-1][-1] != trigger else ""
                 cells = [percent(row[name]) for name in ("acc", "asr", "unprovoked")]
-                network = "clean" if network == "none" else "victim"
-                lines.append([shown, network, names[method], *cells, f"{row['seconds']:.0f}", trigger])
-    head = ["trigger", "network", "method", "ACC", "triggered", "without", "seconds"]
-    return table(head, [line[:-1] for line in lines])
+                lines.append([names[trigger], kind, names[method], *cells, f"{row['seconds']:.0f}"])
+    return table(["trigger", "network", "method", "ACC", "triggered", "without", "seconds"], lines)
 
 
 def encoders() -> str:
@@ -273,7 +269,7 @@ def verdicts() -> str:
         "BadNets that ignores its trigger": [],
     }
     for (_, attack, _), row in victims.items():
-        title = next((title for title in groups if _kind(attack) in title), "")
+        title = next(title for title in groups if _kind(attack) in title)
         groups["BadNets that ignores its trigger" if title == "BadNets" and _ignores(row) else title].append(row)
     lines = []
     for title, rows in groups.items():

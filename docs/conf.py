@@ -68,6 +68,7 @@ nb_execution_in_temp = True
 nb_execution_timeout = 3600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
+nb_merge_streams = True
 
 
 def _publish_files(app: Any, name: str, source: list[str]) -> None:
@@ -98,7 +99,7 @@ def _find_broken_links(app: Any, doctree: nodes.document, name: str) -> None:
     """Warns of links that are shown as they are written, because Markdown does not take them for any."""
     del app
     for text in doctree.findall(nodes.Text):
-        if "](" in text and not isinstance(text.parent, nodes.literal | nodes.literal_block):
+        if "](" in text and not isinstance(text.parent, nodes.literal | nodes.FixedTextElement):
             logging.getLogger(__name__).warning("no link: %s", text.astext()[-80:], location=name)
 
 

@@ -2,7 +2,7 @@ r"""Calibrated p-values: how often a clean model is as suspicious to a detector 
 
 A detector's own test knows no other model. Grubbs' test, for one, keeps its level on normal values, and the values of
 real models are not normal. So each detector examined clean models (`benchmarks/detection.py`), and their own p-values
-:math:`q_1 \le \dots \le q_n` are the reference for another model's own p-value :math:`p`:
+:math:`q_1 \le \ldots \le q_n` are the reference for another model's own p-value :math:`p`:
 
 .. math:: \hat p = \frac{1 + \#\{i : q_i \le p\}}{n + 1}, \qquad
     \hat p = \frac{k + 1}{n + 1} \Bigl(\frac{p}{q_k}\Bigr)^{1/\gamma} \text{ where } p < q_k,\ k = \lfloor n/2 \rfloor .
