@@ -90,7 +90,9 @@ def test_methods_of_one_name_and_other_settings_have_lines_of_their_own() -> Non
 @pytest.mark.slow
 def test_a_committed_cell_has_the_same_rates_when_it_is_run_again(tmp_path: Path) -> None:
     experiment = load_experiment(ROOT / "configs" / f"{CELL}.yaml")
-    cell = dataclasses.replace(experiment, attacks=experiment.attacks[:1], defenses=experiment.defenses[:1])
+    # What fine-tuning leaves depends on rounding; TAC leaves nothing.
+    tac = next(entry for entry in experiment.defenses if entry.label == "tac")
+    cell = dataclasses.replace(experiment, attacks=experiment.attacks[:1], defenses=(tac,))
     rows = run_experiment(cell, tmp_path / "cell", report=lambda line: None)
     committed = [measured.row for measured in leaderboard.collect(leaderboard.measuring.RESULTS)]
     same = ("experiment", "attack", "defense")

@@ -143,7 +143,7 @@ def fitted(picture: Any, size: tuple[int, int], resize: int | None = None) -> An
         >>> from PIL import Image
         >>> picture = Image.fromarray(np.repeat(np.uint8([[0, 100, 200]]), 3, axis=1).repeat(3, axis=0))
         >>> np.asarray(fitted(picture, (2, 2), resize=2)).tolist()
-        [[100, 100], [100, 100]]
+        [[89, 111], [89, 111]]
     """
     from PIL import Image
 
