@@ -30,6 +30,27 @@ def require_memory(needed: int, where: str, fix: str, available: int | None = No
         raise UserError(f"{where}: needs {needed / 1e9:.1f} GB of memory, there are {available / 1e9:.1f} GB; {fix}")
 
 
+def require_batch_memory(needed: int, shape: tuple[int, ...], name: str) -> None:
+    """Refuses a batch of images for which the device has less memory than needed.
+
+    Args:
+        needed: a lower bound, in bytes; see `largest_array`.
+        shape: the batch's, ``(B, H, W, channels)``.
+        name: what computes, for the error.
+
+    Raises:
+        UserError: with both figures.
+
+    Example:
+        >>> require_batch_memory(10**17, (9, 4096, 4096, 3), "mm_bd")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: mm_bd on 9 images of 4096x4096: needs 100000000.0 GB of memory, ...
+    """
+    count, height, width, _ = shape
+    what = f"{name} on {count} images of {height}x{width}"
+    require_memory(needed, what, "give smaller images (--size)", device_memory())
+
+
 def machine_memory() -> int:
     """The bytes of the machine's memory; beyond all bounds where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63

@@ -23,7 +23,7 @@ from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.interop.native import load_model
 from backdoor_jax.interop.torch_files import read, unwrap
 from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
-from backdoor_jax.memory import device_memory, largest_array, require_memory
+from backdoor_jax.memory import largest_array, require_batch_memory
 from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict, success_rates
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
 from backdoor_jax.training.inference import CHUNK
@@ -286,9 +286,7 @@ def _require_computable(classifier: Classifier, variables: Variables, images: ja
         needed = largest_array(lambda images: classifier.logits(variables, images)[0], batch)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    height, width = batch.shape[1:3]
-    what = f"{name} on {batch.shape[0]} images of {height}x{width}"
-    require_memory(needed, what, "give smaller images (--size)", device_memory())
+    require_batch_memory(needed, batch.shape, name)
 
 
 def _assumptions(classifier: Classifier, images: Images) -> str:

@@ -46,7 +46,7 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import jit
 from backdoor_jax.config import Config, Count, LearningRate, NonNegative
 from backdoor_jax.errors import NonFiniteError
-from backdoor_jax.memory import device_memory, largest_array, require_memory
+from backdoor_jax.memory import largest_array, require_batch_memory
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.progress import progress_bar
 from backdoor_jax.stopping import stop_if_asked
@@ -179,8 +179,7 @@ def maximum_margins(
     """
     batch = jax.ShapeDtypeStruct((min(AT_ONCE, classifier.num_classes) * config.starts, *shape), jnp.float32)
     needed = largest_array(lambda images: classifier.logits(variables, images)[0], batch)
-    what = f"mm_bd on {batch.shape[0]} images of {shape[0]}x{shape[1]}"
-    require_memory(needed, what, "give smaller images (--size)", device_memory())
+    require_batch_memory(needed, batch.shape, "mm_bd")
     classes, margins = np.arange(classifier.num_classes), []
     with progress_bar("mm_bd", len(classes) * config.steps) as tell:
         tell(0, "compiling")
