@@ -25,7 +25,7 @@ from rich.table import Table
 
 import backdoor_jax as bj
 from backdoor_jax.attacks import AttackContext
-from backdoor_jax.cli import parse_normalization
+from backdoor_jax.cli.suspects import parse_normalization
 from backdoor_jax.data import clean_indices
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

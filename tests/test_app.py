@@ -20,7 +20,8 @@ from PIL import Image
 
 from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model, scan
 from backdoor_jax.app import ModelFile, load_suspect, repair_model, require_better_than_chance, scan_model
-from backdoor_jax.cli import main, parse_normalization
+from backdoor_jax.cli import main
+from backdoor_jax.cli.suspects import parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import CLP, Midway
 from backdoor_jax.detectors import DETECTORS

@@ -16,6 +16,7 @@ import pytest
 
 from backdoor_jax.attacks import ATTACKS
 from backdoor_jax.cli import main
+from backdoor_jax.cli.command import COMMANDS
 from backdoor_jax.data import SOURCES
 from backdoor_jax.defenses import DEFENSES
 from backdoor_jax.experiment import read_rows
@@ -162,7 +163,7 @@ def test_notes_of_libraries_do_not_reach_the_terminal(
         logging.getLogger("absl").warning("a note of Orbax")
         warnings.warn_explicit("a note of Flax", UserWarning, "x.py", 1, module="flax.core")
 
-    monkeypatch.setattr("backdoor_jax.cli._list", noisy)
+    monkeypatch.setitem(COMMANDS, "list", noisy)
     assert main(["list"]) == 0
     assert capfd.readouterr() == ("", "")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from torch_networks import torchvision_models
 
-from backdoor_jax.cli import _parser, parse_normalization, parse_size
+from backdoor_jax.cli.options import make_parser
+from backdoor_jax.cli.suspects import parse_normalization, parse_size
 from backdoor_jax.config_files import make_defense
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def test_a_network_of_torchvision_is_repaired_in_ten_lines(tmp_path: Path, monke
 def test_commands_of_the_documentation_have_options_that_exist() -> None:
     for page in PAGES:
         for line in re.findall(r"^backdoor-jax +(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
-            parsed = _parser().parse_args(shlex.split(line, comments=True))
+            parsed = make_parser().parse_args(shlex.split(line, comments=True))
             parse_normalization(getattr(parsed, "normalize", None))
             parse_size(getattr(parsed, "size", None))
             if hasattr(parsed, "defense"):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from backdoor_jax import cli, load_model, stopping
+from backdoor_jax.cli.command import COMMANDS
 from backdoor_jax.errors import UserError
 from backdoor_jax.experiment import read_rows, rows, runner
 from backdoor_jax.files import beside, is_leftover
@@ -189,7 +190,7 @@ def raising(error: BaseException) -> Callable[..., None]:
 def test_every_error_is_one_line(
     error: Exception, code: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_list", raising(error))
+    monkeypatch.setitem(COMMANDS, "list", raising(error))
     assert cli.main(["list"]) == code
     line = capsys.readouterr().err
     assert expected in line and line.count("\n") == 1 and len(line) <= 501
@@ -231,7 +232,7 @@ def test_output_that_cannot_be_written_is_one_line(
 def test_an_error_without_room_for_its_log_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_list", raising(RuntimeError("unexpected")))
+    monkeypatch.setitem(COMMANDS, "list", raising(RuntimeError("unexpected")))
     monkeypatch.setattr("tempfile.NamedTemporaryFile", raising(OSError(errno.ENOSPC, "No space left on device")))
     assert cli.main(["list"]) == 1
     line = capsys.readouterr().err
@@ -445,8 +446,8 @@ def test_strict_settings_of_jax_a_c_locale_and_a_cache_that_cannot_be_written_ar
 
 CACHED = """
 import jax
-from backdoor_jax import cli
-cli._set_up_jax(distributes=False)
+from backdoor_jax.cli import command
+command._set_up_jax(distributes=False)
 assert jax.config.jax_compilation_cache_dir == "/proc/backdoor_jax/programs"
 print(jax.jit(lambda x: x + 1)(1))
 """

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from backdoor_jax.analyses.base import Row
-from backdoor_jax.cli import print_table
+from backdoor_jax.cli.experiments import print_table
 from backdoor_jax.defenses import DEFENSES, NAD, FineTune, GradientDefense, SuperFineTune
 from backdoor_jax.files import beside
 from backdoor_jax.report import compact, figures, markdown, render, summarize, write_page

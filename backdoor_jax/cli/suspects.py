@@ -1,0 +1,143 @@
+"""The model, images and trigger that a command's options describe."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from backdoor_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from backdoor_jax.app import Images, ModelFile, Suspect
+
+
+def parse_normalization(text: str | None) -> dict[str, Any]:
+    """The normalization of pixels in [0, 1], as `backdoor_jax.load_model` takes it.
+
+    Args:
+        text: a name in `backdoor_jax.models.NORMALIZATIONS`, ``none`` for [0, 1] as they are, or means and standard
+            deviations of the channels as ``0.49,0.48,0.45/0.25,0.24,0.26``; None for the default.
+
+    Raises:
+        UserError: for other text.
+
+    Example:
+        >>> parse_normalization("0.5/0.25"), parse_normalization("gtsrb")
+        ({'mean': (0.5,), 'std': (0.25,)}, {'normalization': 'gtsrb'})
+    """
+    from backdoor_jax.models import NORMALIZATIONS
+
+    if text is None:
+        return {}
+    if text in NORMALIZATIONS:
+        return {"normalization": text}
+    try:
+        mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
+    except ValueError as error:
+        raise UserError(
+            f"--normalize {text!r} is neither {', '.join(sorted(NORMALIZATIONS))} nor MEAN/STD, such as "
+            "0.49,0.48,0.45/0.25,0.24,0.26"
+        ) from error
+    return {"mean": mean, "std": std}
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of a text such as ``224x224``, or ``224`` for both.
+
+    Raises:
+        UserError: for other text.
+
+    Example:
+        >>> parse_size("32x48"), parse_size("32"), parse_size(None)
+        ((32, 48), (32, 32), None)
+    """
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    known = all(len(side) <= 4 and side.isascii() and side.isdigit() and 0 < int(side) <= 4096 for side in sides)
+    if len(sides) not in (1, 2) or not known:
+        raise UserError(f"--size {text!r} is no size; give height and width, such as 224x224")
+    return int(sides[0]), int(sides[-1])
+
+
+def parse_position(text: str | None) -> tuple[int, int] | None:
+    """Row and column of a text such as ``28,28``.
+
+    Raises:
+        UserError: for other text.
+
+    Example:
+        >>> parse_position("0,29"), parse_position(None)
+        ((0, 29), None)
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(len(part) <= 4 and part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f"--position {text!r} is no position; give row and column of the upper left pixel, as 28,28")
+    return int(parts[0]), int(parts[1])
+
+
+def model_of(parsed: argparse.Namespace) -> "ModelFile":
+    """The model of a command."""
+    from backdoor_jax.app import ModelFile
+
+    given = {name: getattr(parsed, name) for name in ("model", "key", "stem", "classes")}
+    return ModelFile(parsed.checkpoint, **given, **parse_normalization(parsed.normalize))
+
+
+def images_of(parsed: argparse.Namespace) -> "Images":
+    """How a command reads images."""
+    from backdoor_jax.app import Images
+
+    names = tuple(parsed.class_names.split(",")) if parsed.class_names else None
+    return Images(parse_size(parsed.size), parsed.resize, names, parsed.channel_order)
+
+
+def _trigger(parsed: argparse.Namespace) -> Any:
+    """The user's trigger: images that carry it, or what makes it for images of a shape."""
+    import jax
+
+    from backdoor_jax.attacks import Blended, picture_patch
+
+    given = [f"--{name}" for name in ("triggered", "patch", "blend") if getattr(parsed, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are several triggers; give one")
+    for option, whole in (("position", "patch"), ("strength", "blend")):
+        if getattr(parsed, option) is not None and getattr(parsed, whole) is None:
+            raise UserError(f"--{option} belongs to --{whole}; give both")
+    if parsed.patch is not None:
+        position = parse_position(parsed.position)
+        return lambda shape: picture_patch(parsed.patch, shape, position, "--patch")
+    if parsed.blend is not None:
+        blended = Blended(alpha=0.2 if parsed.strength is None else parsed.strength, image=parsed.blend)
+        return lambda shape: blended.trigger(jax.random.key(0), shape)
+    return parsed.triggered
+
+
+def suspect_of(parsed: argparse.Namespace) -> "Suspect":
+    """Loads the model of a command, with images."""
+    from backdoor_jax.app import load_suspect
+
+    return load_suspect(
+        model_of(parsed),
+        parsed.data,
+        test=parsed.test,
+        images=images_of(parsed),
+        healthy=parsed.healthy,
+        triggered=_trigger(parsed),
+        target=parsed.target,
+    )
+
+
+def judged_on(suspect: "Suspect") -> str:
+    """How many images of which kind a model is judged on."""
+    return f"{len(suspect.test)} {'test images' if suspect.held_out else 'images'}"
+
+
+def print_accuracy(suspect: "Suspect") -> None:
+    """Prints how good a model is, what was assumed about it, and its attack success rate where it is known."""
+    print(f"{suspect.name}: {100 * suspect.accuracy:.1f} % of {judged_on(suspect)} classified correctly")
+    for note in suspect.notes:
+        print(note)
+    rate = suspect.success_rate(suspect.variables)
+    if rate is not None:
+        print(f"{suspect.name}: {100 * rate:.1f} % of the triggered images classified as {suspect.target}")
