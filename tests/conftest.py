@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 # Eight devices for the sharding tests, and less work for the compiler, which would take most of the suite's time
 # (later versions do not know the last flag). A later flag wins, so what is set outside stays.
@@ -26,6 +25,7 @@ import numpy as np
 import pytest
 
 from backdoor_jax import Classifier, Dataset, make_dataset
+from backdoor_jax.compiling import make_room
 from backdoor_jax.models import Variables
 from backdoor_jax.models.layers import BatchNorm, ReLU, conv
 
@@ -39,18 +39,13 @@ hypothesis.settings.load_profile("suite")
 
 
 class Programs:
-    """Forgets compiled programs before they are too many: Linux maps 65,530 regions a process, LLVM crashes with more.
-
-    No file needs more than 10,000.
-    """
+    """Makes room between files, of which none needs more than 10,000 regions: many compile without training."""
 
     @pytest.fixture(autouse=True, scope="module")
     @classmethod
     def forgotten(cls) -> Iterator[None]:
         yield
-        maps = Path("/proc/self/maps")
-        if maps.exists() and maps.read_bytes().count(b"\n") > 55_000:
-            jax.clear_caches()
+        make_room()
 
 
 def pytest_configure(config: pytest.Config) -> None:

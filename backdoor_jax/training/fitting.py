@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from backdoor_jax.compiling import jit
+from backdoor_jax.compiling import jit, make_room
 from backdoor_jax.data import Augment, Dataset
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.interop.checkpoints import Checkpoints
@@ -218,6 +218,7 @@ def _loop(
 
     ``state.step`` may have a leading axis, of runs that go together; so has their info then, before that of the steps.
     """
+    make_room()
     history: list[Info] = []
     with contextlib.ExitStack() as closing:
         saved = None if checkpoints is None else closing.enter_context(contextlib.closing(Checkpoints(checkpoints)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.compiling import jit, one_program
+from backdoor_jax.compiling import jit, make_room, one_program
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.progress import progress_bar
 from backdoor_jax.stopping import stop_if_asked
@@ -68,6 +68,7 @@ def run_chunks(program: Callable[..., Any], *arrays: jax.Array, name: str, size:
         >>> run_chunks(lambda x: 2 * x, jnp.arange(5), name="doubling", size=2).tolist()
         [0, 2, 4, 6, 8]
     """
+    make_room()
     count = arrays[0].shape[0]
     size = min(size, count)
     parts = []
