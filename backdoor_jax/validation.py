@@ -129,7 +129,7 @@ def require_variables(variables: object, where: str) -> None:
     ):
         names = [str(getattr(entry, "key", entry)) for entry in path]
         name = "/".join(names)
-        dtype = getattr(leaf, "dtype", None)
+        dtype = leaf.dtype if isinstance(leaf, np.ndarray | np.generic | jax.Array) else None
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
             found = kind_of(leaf) if dtype is None else dtype
             raise UserError(f"{where}: {name} is {found}, expected an array of float32; cast it")
@@ -155,6 +155,8 @@ def require_images(images: object, classifier: Classifier | None, where: str) ->
     if dtype != np.uint8:
         if type(images).__module__ == "torch":
             raise UserError(f"{where} is a PyTorch tensor, expected a uint8 array; give tensor.numpy(), channels last")
+        if isinstance(images, Dataset):
+            raise UserError(f"{where} is a Dataset, expected uint8 from 0 to 255; give its images")
         found = kind_of(images) if dtype is None else dtype
         raise UserError(
             f"{where} is {found}, expected uint8 from 0 to 255; multiply values in [0, 1] by 255 and cast with "

@@ -518,6 +518,29 @@ def workers() -> str:
     return table(["workers", "each compiles for itself", "with a shared cache of programs", "speedup with it"], lines)
 
 
+def networks() -> str:
+    """The largest differences of PyTorch modules between JAX and PyTorch, by type, and after a repair."""
+    rows = rows_of(".", "torch_parity.jsonl")
+
+    def largest(kind: str, *fields: str) -> str:
+        found = [row[field] for row in rows if row["kind"] == kind for field in fields if row.get(field) is not None]
+        return f"{max(found):.1e}" if found else "-"
+
+    names = {"float32": "as they are, float32", "float64": "as they are, float64", "repair": "repaired, float32"}
+    header = ("networks", "number", "evaluation mode", "training mode", "PyTorch's rounding")
+    lines = [
+        (
+            name,
+            str(sum(row["kind"] == kind for row in rows)),
+            largest(kind, "eval", "d3", "tac"),
+            largest(kind, "train", "statistics"),
+            largest(kind, "torch_train"),
+        )
+        for kind, name in names.items()
+    ]
+    return table(header, lines)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": headline},
     "docs/results.md": {"defenses": defenses, "methods": methods, "attacks": attacks},
@@ -533,6 +556,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "purified_sizes": purified_sizes,
         "seconds": seconds,
     },
+    "docs/field_cases.md": {"networks": networks},
     "docs/performance.md": {
         "versus_torch": versus_torch,
         "layers": layers,

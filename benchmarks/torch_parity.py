@@ -99,6 +99,11 @@ def read() -> dict[tuple[str, str], dict[str, Any]]:
 def write(known: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Writes the rows, and the same as a Markdown table."""
     OUT.write_text("".join(json.dumps(known[key]) + "\n" for key in sorted(known)), encoding="utf-8")
+    OUT.with_suffix(".md").write_text(markdown(known), encoding="utf-8")
+
+
+def markdown(known: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The rows as a table."""
 
     def cell(value: Any) -> str:
         return "-" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
@@ -110,7 +115,7 @@ def write(known: dict[tuple[str, str], dict[str, Any]]) -> None:
         # A repair that a network cannot have is told in the row; it is no difference.
         lines.append("| " + " | ".join(cell(row.get(column)) for column in columns))
         lines[-1] += f" | {'yes' if passed(row) else 'no'} |"
-    OUT.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def passed(row: dict[str, Any]) -> bool:

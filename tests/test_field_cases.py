@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import pickle
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image
 from torch_networks import torch_resnet, torchvision_models
 
-from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch, make_dataset, predict
+from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch, make_dataset, predict, save_torch
 from backdoor_jax.app import Images, ModelFile, load_suspect, repair_model
 from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
@@ -246,6 +249,10 @@ def test_a_patch_lies_where_it_is_told(tmp_path: Path) -> None:
         expected[:, top : top + 2, left : left + 3] = 200
         trigger = picture_patch(str(tmp_path / "patch.png"), (6, 6, 3), position)
         np.testing.assert_array_equal(trigger(jnp.asarray(images)), expected)
+    clear = Image.new("RGBA", (3, 2), (9, 9, 9, 255))
+    clear.putpixel((1, 0), (9, 9, 9, 0))
+    clear.save(tmp_path / "clear.png")
+    assert picture_patch(str(tmp_path / "clear.png"), (2, 3, 3), None).mask[..., 0].tolist() == [[1, 0, 1], [1, 1, 1]]
 
 
 def test_several_models_in_a_file_are_named_and_one_is_chosen() -> None:
@@ -286,9 +293,73 @@ def test_files_that_are_no_weights_say_what_to_run(tmp_path: Path) -> None:
     assert "TorchScript" in (text := one_line(load_model, path, "resnet18")) and "torch.jit.load" in text
     torch.save(torch.nn.Linear(2, 2), path)
     assert "holds more than weights" in one_line(load_model, path, "resnet18")
-    for start, words in ((b"\x89HDF\r\n\x1a\n", "HDF5"), (b"<html>", "HTML"), (b"\x1f\x8b\x08", "gzip")):
+    starts = (
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (b"<html>", "HTML"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b'{"weight_map":', "JSON"),
+    )
+    for start, words in starts:
         path.write_bytes(start + bytes(80))
         assert words in one_line(load_model, path, "resnet18")
+    path.write_bytes(b"")
+    assert "is empty" in one_line(load_model, path, "resnet18")
+    for protocol in (2, 4):
+        path.write_bytes(pickle.dumps({"fc.weight": np.ones(3)}, protocol))
+        assert "is a plain pickle, which holds a dict" in one_line(load_model, path, "resnet18")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/model.pt", b"x")
+    assert "is a zip archive of model.pt" in one_line(load_model, path, "resnet18")
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    assert "torch.export.load(FILE).state_dict" in one_line(load_model, tmp_path / "program.pt2", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("sparse", lambda weight: weight.to_sparse()),
+        ("without values", lambda weight: weight.to("meta")),
+        ("complex", lambda weight: weight.to(torch.complex64)),
+        ("float8_e4m3fn", lambda weight: weight.to(torch.float8_e4m3fn)),
+        ("uint16", lambda weight: torch.zeros(2, 2, dtype=torch.uint16)),
+    ],
+)
+def test_tensors_that_are_not_plain_are_named(kind: str, make: Any, tmp_path: Path) -> None:
+    torch.save({"fc.weight": make(torch.ones(2, 2))}, tmp_path / "model.pt")
+    assert f"holds tensors that are {kind}" in one_line(load_model, tmp_path / "model.pt", "resnet18")
+
+
+def test_files_without_tensors_say_what_they_hold(tmp_path: Path) -> None:
+    for tree, words in (
+        ({"state_dict": {}}, "holds no tensors by name, but state_dict (dict)"),
+        ({"state": {}, "param_groups": [1]}, "but state (dict), param_groups (list)"),
+        ({"fc.weight": np.ones(3)}, "but fc.weight (NumPy array)"),
+        ({}, "holds no tensors by name; save"),
+        (torch.ones(3), "got tensor"),
+    ):
+        torch.save(tree, tmp_path / "model.pt")
+        assert words in one_line(load_model, tmp_path / "model.pt", "resnet18")
+
+
+def test_a_model_beside_other_tensors_is_found_and_chosen_by_its_level(place: Place) -> None:
+    state, model = place.module.state_dict(), f"{place.folder / 'nets.py'}:make_net"
+    average = {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in state.items()}}
+    loss = {"state_dict": {"criterion.weight": torch.ones(6), **average}}
+    both = {f"w.{side}.{name}": value for side in ("k", "q") for name, value in state.items()}
+    for tree, hint, keys in (
+        (average, "under module.net, beside others; choose it by key (--key module.net)", ["module.net", "module"]),
+        (loss, "(--key module.net)", ["module"]),
+        ({**both, "w.queue": torch.zeros(2, 2)}, "under k.net and q.net, beside others", ["q", "w.q.net"]),
+    ):
+        assert hint in one_line(load_module, model, unwrap(tree, "file")[0], "file")
+        for key in keys:
+            load_module(model, unwrap(tree, "file", key)[0], "file")
+        assert "holds no state dict 'modul'" in one_line(unwrap, tree, "file", "modul")
+    named = torch_resnet(torch, 4, 2, (2, 2, 2, 2), False, True).state_dict()
+    tree = {"criterion.weight": torch.ones(6), **{f"model.{name}": value for name, value in named.items()}}
+    assert "(--key model)" in one_line(load_torch, tree, "resnet18")
+    assert load_torch(tree, "resnet18", key="model")[0].num_classes == 4
 
 
 def test_msgpack_of_flax_is_read_for_a_classifier(tmp_path: Path) -> None:
@@ -331,6 +402,48 @@ def test_models_that_cannot_be_made_are_one_line(place: Place, tmp_path: Path) -
     assert "net.fc.bias is a str, expected a tensor" in one_line(load_module, f"{nets}:make_net", texts, "x")
     wrong = {**state, "net.fc.weight": torch.zeros(6, 3)}
     assert "net.fc.weight has shape (6, 3)" in one_line(load_module, f"{nets}:make_net", wrong, "x", 6)
+
+
+def test_the_users_file_may_print_and_be_called_as_a_library_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import random
+
+    (tmp_path / "random.py").write_text(
+        "import torch\n\nprint('read')\n\n\ndef make():\n    print('made')\n    return torch.nn.Linear(2, 3)\n"
+    )
+    state = torch.nn.Linear(2, 3).state_dict()
+    assert load_module(f"{tmp_path / 'random.py'}:make", state, "x").num_classes == 3
+    assert sys.modules["random"] is random
+    output, error = capsys.readouterr()
+    assert (output, error) == ("", "read\nmade\n")
+
+
+VERSIONED = """
+import torch
+
+
+class Versioned(torch.nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        assert metadata.get("version") == 2, "no version"
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def make():
+    return torch.nn.Sequential(torch.nn.Flatten(), Versioned(12, 3))
+"""
+
+
+def test_layers_that_ask_for_the_version_of_their_state_dict_get_it(tmp_path: Path) -> None:
+    (tmp_path / "versioned.py").write_text(VERSIONED)
+    state = {"1.weight": np.ones((3, 12), np.float32), "1.bias": np.arange(3.0)}  # An own file, without versions.
+    module = load_module(f"{tmp_path / 'versioned.py'}:make", state, "x").module
+    classifier, variables = Classifier.from_torch(module, (2, 2, 3))
+    save_torch(tmp_path / "model.pt", classifier, variables)
+    module.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert module[1].bias.tolist() == [0, 1, 2]
 
 
 def test_a_network_of_timm_gets_its_classes_from_the_file() -> None:
@@ -409,6 +522,36 @@ def test_class_names_give_the_order(tmp_path: Path) -> None:
     assert "no class folder 'x'" in one_line(load_labeled, str(tmp_path), 2, class_names=("x", "a"))
 
 
+def test_a_class_is_named_once(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    assert "'a' is named for several classes" in one_line(load_labeled, str(tmp_path), 2, class_names=("a", "a"))
+
+
+def test_classes_that_are_numbers_are_told_to_be_in_the_order_of_text(tmp_path: Path) -> None:
+    for number in ("2", "10"):
+        (tmp_path / number).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / number / "1.png")
+    assert "classes in the order 10, 2, of text" in load_labeled(str(tmp_path), 2).notes[0]
+    assert not load_labeled(str(tmp_path), 2, class_names=("2", "10")).notes
+    (tmp_path / "10").rename(tmp_path / "3")
+    assert not load_labeled(str(tmp_path), 2).notes
+
+
+def test_linked_folders_that_are_passed_over_are_told(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "b" / "more").symlink_to(tmp_path / "images" / "a")
+    assert "a link to a folder" in load_labeled(str(tmp_path / "images"), 2).notes[0]
+
+
+def test_a_folder_with_splits_is_worked_with_and_evaluated_on(tmp_path: Path) -> None:
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "val", side=6)
+    found = load_labeled(str(tmp_path), 2)
+    assert found.test is not None
+    assert (found.data.images.shape[1], found.test.images.shape[1]) == (4, 6)
+    assert "works with train and evaluates on val" in found.notes[0]
+
+
 def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     write_images(tmp_path)
     Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(tmp_path / "a" / "1.png")
@@ -452,6 +595,37 @@ def test_an_experiment_takes_a_folder(tmp_path: Path) -> None:
     assert "leave it out" in one_line(load, "digits", image_size=8)
 
 
+def test_an_experiment_says_what_was_stretched_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    for name, size in (("a", (9, 6)), ("b", (6, 6))):
+        (folder / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", size).save(folder / name / f"{number}.png")
+    (folder / "b" / "photo.heic").write_bytes(b"x")
+    (tmp_path / "small.yaml").write_text(
+        "{name: small, data: {source: images, image_size: 6}, model: {name: small_cnn, width: 2}, "
+        "victim: {epochs: 1}, clean_ratio: 0.5, attacks: [{name: badnets}], defenses: [{name: finetune}]}"
+    )
+    monkeypatch.setattr("backdoor_jax.experiment.runner._run", lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "small.yaml"]) == 0
+    output = capsys.readouterr().out
+    assert "images: 5 of 10 images stretched to 6x6; --resize of scan and defend keeps their proportions" in output
+    assert "images: 1 files passed over, which are no images: .heic" in output
+    assert main(["run", "small.yaml", "--quiet"]) == 0
+    assert "stretched" not in capsys.readouterr().out
+
+
+def test_arrays_of_other_proportions_that_are_stretched_are_told(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 12, 3), np.uint8), labels=np.arange(2))
+    (note,) = load_labeled(str(tmp_path / "a.npz"), 2, size=(6, 6)).notes
+    assert "images: stretched from 8x12 to 6x6; --resize" in note
+    for size, resize in (((4, 6), None), ((6, 6), 6)):
+        assert not load_labeled(str(tmp_path / "a.npz"), 2, size=size, resize=resize).notes
+
+
 # An experiment's victims
 
 
@@ -474,6 +648,15 @@ def test_victims_near_chance_are_marked() -> None:
 
 
 # The trigger, and after a repair
+
+
+def test_triggered_images_under_the_targets_label_are_refused(place: Place, tmp_path: Path) -> None:
+    images, labels = draw(6, 3)
+    np.savez(tmp_path / "relabeled.npz", images=images, labels=np.full_like(labels, 2))
+    suspect = load_suspect(
+        pooled(place), str(place.folder / "clean.npz"), triggered=str(tmp_path / "relabeled.npz"), target=2
+    )
+    assert "other classes under their true labels" in one_line(suspect.success_rate, suspect.variables)
 
 
 def test_the_success_rate_of_triggered_images_leaves_out_the_target_class(place: Place) -> None:

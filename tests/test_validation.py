@@ -262,6 +262,15 @@ def test_a_pytorch_module_and_tensors_say_what_makes_them_usable() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch: pip install 'backdoor_jax[torch]'")
     with pytest.raises(UserError, match=r"classifier is a Linear; make one with Classifier.from_torch"):
         bj.evaluate(torch.nn.Linear(2, 2), variables(), DATA)
+    made = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), variables())
+    with pytest.raises(UserError, match=r"variables: .* is Tensor, expected an array of float32"):
+        bj.evaluate(CLASSIFIER, made, DATA)
+    unusable: tuple[Any, ...] = (torch.zeros(2, 8, 8, 3).requires_grad_(), torch.zeros(2, device="meta"), [IMAGES, 3])
+    for images in unusable:
+        with pytest.raises(UserError, match=r"images are float32, expected uint8|images make no array"):
+            bj.make_dataset(images, np.zeros(2, int))
+    with pytest.raises(UserError, match=r"from_linen: module is a Linear, expected a flax.linen.Module"):
+        Classifier.from_linen(torch.nn.Linear(2, 2), 2, ("fc",))
     with pytest.raises(UserError, match=r"is a PyTorch tensor, expected a uint8 array; give tensor.numpy"):
         bj.scan(CLASSIFIER, variables(), torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
 

@@ -78,7 +78,7 @@ class AdditiveTrigger:
 def picture_patch(
     path: str, shape: tuple[int, int, int], position: tuple[int, int] | None, where: str = "patch"
 ) -> PatchTrigger:
-    """A picture in its own size as a patch.
+    """A picture in its own size as a patch, of which transparent pixels are left out.
 
     Args:
         path: a picture file.
@@ -107,7 +107,7 @@ def picture_patch(
         )
     pattern, mask = np.zeros(shape, np.uint8), np.zeros((height, width, 1), bool)
     inside = slice(top, top + rows), slice(left, left + columns)
-    pattern[inside], mask[inside] = patch, True
+    pattern[inside], mask[inside] = patch, _read_picture(Path(path), 4, where)[..., 3:] > 127
     return PatchTrigger(jnp.asarray(pattern), jnp.asarray(mask))
 
 
@@ -149,11 +149,11 @@ def picture(key: jax.Array, shape: tuple[int, int, int], path: str | None, field
 
 
 def _read_picture(path: Path, channels: int, field: str, resize_to: tuple[int, int, int] | None = None) -> np.ndarray:
-    """The uint8 pixels of a picture ``(height, width, channels)``."""
+    """The uint8 pixels of a picture ``(height, width, channels)``; the fourth channel says how opaque they are."""
     from PIL import Image
 
     try:
-        image = image_pixels(path, path, "RGB" if channels == 3 else "L", file_size(path, "give a picture"))
+        image = image_pixels(path, path, {1: "L", 3: "RGB", 4: "RGBA"}[channels], file_size(path, "give a picture"))
     except UserError as error:
         raise UserError(f"{field} cannot be read as a picture: {error}") from error
     if resize_to is not None:

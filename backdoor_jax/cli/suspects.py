@@ -88,7 +88,7 @@ def images_of(parsed: argparse.Namespace) -> "Images":
     """How a command reads images."""
     from backdoor_jax.app import Images
 
-    names = tuple(parsed.class_names.split(",")) if parsed.class_names else None
+    names = tuple(name.strip() for name in parsed.class_names.split(",")) if parsed.class_names else None
     return Images(parse_size(parsed.size), parsed.resize, names, parsed.channel_order)
 
 

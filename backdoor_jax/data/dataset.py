@@ -1,7 +1,7 @@
 """`Dataset`, images and labels on the device; `Task` and `DatasetSpec`, what experiments know of one."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from backdoor_jax.arguments import typed
 from backdoor_jax.compiling import one_program
 from backdoor_jax.config import MOST_CLASSES, is_whole
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import UserError, first_line
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +68,7 @@ class Task:
         flip: whether a mirrored image keeps its class, so that training may mirror images.
         left_out: images from the same source as `train` that nothing trains on, where only some of them are used.
         class_names: names of the classes, where the source has some.
+        notes: what was passed over or converted, one line each.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Task:
     flip: bool = False
     left_out: Dataset | None = None
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Splits(NamedTuple):
@@ -155,7 +157,7 @@ def make_dataset(
     """
     if num_classes is not None and not is_whole(num_classes):
         raise UserError(f"{where}: num_classes is {num_classes!r}, expected a whole number, such as 10")
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = (_array(values, f"{where}: {name}") for name, values in (("images", images), ("labels", labels)))
     if images.dtype != np.uint8:
         raise UserError(
             f"{where}: images are {images.dtype}, expected uint8 from 0 to 255; multiply values in [0, 1] by 255 and "
@@ -181,6 +183,14 @@ def make_dataset(
     if num_classes is not None and num_classes > MOST_CLASSES:
         raise UserError(f"{where}: has {num_classes} classes, at most {MOST_CLASSES} are possible; check the labels")
     return Dataset(jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
+
+
+def _array(values: Any, where: str) -> np.ndarray:
+    """Values as an array, those of PyTorch's tensors included."""
+    try:
+        return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except Exception as error:  # NumPy and PyTorch raise many types.
+        raise UserError(f"{where} make no array ({first_line(error)}); give one array of all of them") from error
 
 
 @typed

@@ -13,6 +13,13 @@ from backdoor_jax.reading import file_size, image_pixels, parsing, require_budge
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 """The files of a class folder that are images; others are counted and passed over."""
 
+STRETCHED = "--resize of scan and defend keeps their proportions"
+"""What to do about images that were stretched."""
+
+
+SPLITS = (("train", "test"), ("train", "val"), ("training", "test"))
+"""The folders in which a folder of images has its splits, where it has any."""
+
 
 class FolderImages(NamedTuple):
     """The images of a folder.
@@ -36,6 +43,11 @@ def class_folders(path: Path) -> list[str]:
     """The sorted names of a folder's class folders."""
     with parsing(path, "cannot be read", "give a folder with one folder for each class"):
         return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+
+
+def splits_of(path: Path) -> tuple[str, str] | None:
+    """The folders of a folder in which class folders to work with and to evaluate on lie; None where it has none."""
+    return next((splits for splits in SPLITS if all((path / split).is_dir() for split in splits)), None)
 
 
 def read_folder(
@@ -66,19 +78,26 @@ def read_folder(
     missing = [name for name in classes if name not in known]
     if missing:
         raise UserError(f"{path}: has no class folder {missing[0]!r}; there are {_few(found)}: fix --class-names")
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: {twice[0]!r} is named for several classes; give each folder once in --class-names")
     if num_classes is not None and len(classes) != num_classes:
+        shown = f" ({_few(list(classes))})" if classes else ""
         raise UserError(
-            f"{path}: has {len(classes)} class folders ({_few(list(classes))}), the model {num_classes} classes; give "
-            "one folder for each class, empty where there are no images, or their names in order (--class-names)"
+            f"{path}: has {len(classes)} class folders{shown}, the model {num_classes} classes; give one folder "
+            "for each class, empty where there are no images, or their names in order (--class-names)"
         )
     files: list[tuple[int, Path]] = []
     passed: Counter[str] = Counter()
     with parsing(path, "cannot be read", "check the permissions of its folders"):
         for label, name in enumerate(classes):
             for file in sorted((path / name).rglob("*")):
-                if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
+                linked = file.is_symlink() and file.is_dir()
+                if any(part.startswith(".") for part in file.relative_to(path).parts) or (file.is_dir() and not linked):
                     continue
-                if file.suffix.lower() in SUFFIXES:
+                if linked:
+                    passed["a link to a folder"] += 1
+                elif file.suffix.lower() in SUFFIXES:
                     files.append((label, file))
                 else:
                     passed[file.suffix or "no suffix"] += 1
@@ -89,6 +108,8 @@ def read_folder(
         raise UserError(
             f"{path}: its class folders hold no images ({', '.join(SUFFIXES)}){': ' if notes else ''}{''.join(notes)}"
         )
+    if class_names is None and all(map(str.isdecimal, classes)) and sorted(classes, key=int) != found:
+        notes.append(f"classes in the order {_few(found)}, of text as in torchvision; --class-names gives another")
     empty = sorted(set(range(len(classes))) - {label for label, _ in files})
     if empty:
         notes.append(f"classes without images: {_few([classes[label] for label in empty])}")
@@ -113,7 +134,7 @@ def read_folder(
             require_budget(len(files) * images[0].nbytes, sum(sizes), path)
     if stretched:
         shape = "x".join(map(str, images[0].shape[:2]))
-        notes.append(f"{stretched} of {len(files)} images stretched to {shape}; --resize keeps their proportions")
+        notes.append(f"{stretched} of {len(files)} images stretched to {shape}; {STRETCHED}")
     labels = np.array([label for label, _ in files])
     names = tuple(file.relative_to(path).as_posix() for _, file in files)
     return FolderImages(np.stack(images), labels, classes, names, tuple(f"{path}: {note}" for note in notes))

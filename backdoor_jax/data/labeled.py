@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.config import Count
 from backdoor_jax.data.dataset import Dataset, make_dataset
-from backdoor_jax.data.folders import read_folder, resized
+from backdoor_jax.data.folders import STRETCHED, read_folder, resized, splits_of
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
@@ -18,7 +19,7 @@ from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.reading import as_path
 
 PARTS = {
-    "": (("images", "labels"), ("x", "y"), ("X", "Y"), ("data", "labels"), ("arr_0", "arr_1")),
+    "": (("images", "labels"), ("x", "y"), ("X", "Y"), ("X", "y"), ("data", "labels"), ("arr_0", "arr_1")),
     "train_": (("train_images", "train_labels"), ("x_train", "y_train"), ("X_train", "y_train")),
     "test_": (("test_images", "test_labels"), ("x_test", "y_test"), ("X_test", "y_test"), ("val_images", "val_labels")),
 }
@@ -62,7 +63,8 @@ def load_labeled(
       them, ``test_images``, ``test_labels``: the training part to work with, the test part to evaluate on. Also
       ``class_names``, if it has them. Other usual names are in `PARTS`; `as_images` and `as_labels` convert other
       layouts.
-    - A folder with one folder for each class; see `read_folder`.
+    - A folder with one folder for each class; see `read_folder`. Or one with ``train`` and ``test`` (or ``val``) in
+      which these lie, as parts to work with and to evaluate on.
     - ``signs``, ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
 
     Args:
@@ -100,23 +102,32 @@ def load_labeled(
         require_channels(task.train, channels, source)
         return Labeled(task.train, task.test, task.class_names)
     if os.path.isdir(path):
-        found = read_folder(path, channels, num_classes=num_classes, size=size, resize=resize, class_names=class_names)
-        data = make_dataset(found.images, found.labels, num_classes, str(path))
-        return Labeled(data, None, _shown(found.classes), _shown(found.files), _shown(found.notes))
+        read = partial(read_folder, channels=channels, num_classes=num_classes, size=size, resize=resize)
+        folders = [path] if (splits := splits_of(path)) is None else [path / split for split in splits]
+        found = read(folders[0], class_names=class_names)
+        data, test, notes = make_dataset(found.images, found.labels, num_classes, str(path)), None, found.notes
+        for folder in folders[1:]:
+            other = read(folder, class_names=found.classes)
+            test = make_dataset(other.images, other.labels, num_classes, str(folder))
+            notes = (f"{path}: works with {folders[0].name} and evaluates on {folder.name}", *notes, *other.notes)
+        return Labeled(data, test, _shown(found.classes), _shown(found.files), _shown(notes))
     if class_names is not None:
         raise UserError(f"{path}: class names are for a folder of class folders; leave them out")
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     arrays = read_npz(path, "images, labels")
-    parts, notes = {}, []
+    parts, changed = {}, []
     for prefix, names in PARTS.items():
         for x, y in names:
             if x in arrays and y in arrays and prefix not in parts:
                 where = f"{path} {x}"
                 images, changes = as_images(arrays[x], where)
                 labels, more = as_labels(arrays[y], f"{path} {y}")
-                notes += [f"{where}: {change}" for change in (*changes, *more)]
+                changed += [f"{where}: {change}" for change in (*changes, *more)]
                 if size is not None and len(images) and (resize is not None or images.shape[1:3] != size):
+                    height, width = images.shape[1:3]
+                    if resize is None and width * size[0] != height * size[1]:
+                        changed.append(f"{where}: stretched from {height}x{width} to {size[0]}x{size[1]}; {STRETCHED}")
                     images = resized(images, size, resize, where)
                 parts[prefix] = make_dataset(images, labels, num_classes, where)
                 require_channels(parts[prefix], channels, where)
@@ -129,7 +140,7 @@ def load_labeled(
     named = _shown(np.ravel(arrays["class_names"])) if "class_names" in arrays else None
     if named is not None and len(named) != num_classes:
         raise UserError(f"{path}: has {len(named)} class_names, the model {num_classes} classes; give one for each")
-    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, _shown(notes))
+    return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, _shown(changed))
 
 
 def _shown(names: Iterable[object]) -> tuple[str, ...]:

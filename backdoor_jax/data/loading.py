@@ -11,7 +11,7 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.config import Count, Seed
 from backdoor_jax.data.dataset import Dataset, Task, make_dataset
-from backdoor_jax.data.folders import read_folder
+from backdoor_jax.data.folders import read_folder, splits_of
 from backdoor_jax.data.specs import DATASETS, Signs
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError
@@ -107,8 +107,6 @@ def signs(key: jax.Array | None = None) -> Task:
     return Signs(name="signs", key=key).load()
 
 
-PARTS = (("train", "test"), ("train", "val"), ("training", "test"))
-"""The folders in which a folder of images has its splits, where it has any."""
 TEST_SHARE = 0.2
 """The share of a folder without splits that is drawn to evaluate on."""
 
@@ -128,14 +126,15 @@ def folder_task(path: Path, image_size: Count | None = None, seed: Seed = 0) -> 
         UserError: where images cannot be read, have several sizes, or the splits have other classes.
     """
     size = None if image_size is None else (image_size, image_size)
-    for train, test in PARTS:
-        if (path / train).is_dir() and (path / test).is_dir():
-            known = read_folder(path / train, size=size)
-            other = read_folder(path / test, size=size, class_names=known.classes)
-            parts = [(known.images, known.labels), (other.images, other.labels)]
-            break
+    splits = splits_of(path)
+    if splits is not None:
+        known = read_folder(path / splits[0], size=size)
+        other = read_folder(path / splits[1], size=size, class_names=known.classes)
+        parts = [(known.images, known.labels), (other.images, other.labels)]
+        notes = (*known.notes, *other.notes)
     else:
         known = read_folder(path, size=size)
+        notes = known.notes
         order = np.random.default_rng(seed).permutation(len(known.labels))
         count = max(1, round(TEST_SHARE * len(order)))
         parts = [(known.images[at], known.labels[at]) for at in (np.sort(order[count:]), np.sort(order[:count]))]
@@ -143,7 +142,7 @@ def folder_task(path: Path, image_size: Count | None = None, seed: Seed = 0) -> 
     train_data, test_data = (make_dataset(images, labels, classes, str(path)) for images, labels in parts)
     if train_data.images.shape[1:] != test_data.images.shape[1:]:
         raise UserError(f"{path}: images to train and to test on have several sizes; give image_size")
-    return Task(path.name, train_data, test_data, classes, class_names=known.classes)
+    return Task(path.name, train_data, test_data, classes, class_names=known.classes, notes=notes)
 
 
 @typed

@@ -12,7 +12,7 @@ import numpy as np
 from backdoor_jax.analyses import AnalysisContext
 from backdoor_jax.analyses.base import Row
 from backdoor_jax.data import clean_indices
-from backdoor_jax.errors import FailedRepairs, UserError
+from backdoor_jax.errors import LONGEST, FailedRepairs, UserError, printable
 from backdoor_jax.experiment.cells import analysis_context, label_of, load_cell_model, make_row, missing
 from backdoor_jax.experiment.distributed import Place, make_rows
 from backdoor_jax.experiment.rows import RESULT, append_row, format_row, read_rows
@@ -43,7 +43,7 @@ def run_experiment(
         experiment: what to run.
         out: its folder: ``results.jsonl``, ``experiment.json``, ``victims/``, ``examples/``.
         root: where relative paths of data start.
-        report: called with a line of text after each row.
+        report: called with a line of text for each note on the data and after each row.
         devices: where there are several, the victims of all seeds are trained at once over them; by default all
             accelerators, or one CPU device, because CPU devices share their cores (`benchmarks/scaling.py` measures
             it).
@@ -88,6 +88,8 @@ def run_experiment(
         with locked_folder(out):
             remove_leftovers(out)
             _claim(experiment, out)
+        for note in workspace.task.notes:
+            report(printable(note, LONGEST))
         rows = read_rows(out / RESULTS, RESULT)
         without = sum("analyses" not in row for row in rows) if experiment.analyses else 0
         if without:

@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import UserError, printable
 from backdoor_jax.reading import file_size, parsing
 
 Kind = Literal["torch", "safetensors", "msgpack"]
@@ -15,6 +15,7 @@ FOREIGN = {
     b"\x1f\x8b": ("compressed with gzip", "decompress it"),
     b"\x93NUMPY": ("a NumPy array", "give a model as --checkpoint and images as --data"),
     b"version https://git-lfs": ("a pointer of Git LFS", "fetch the file itself with git lfs pull"),
+    b"{": ("a JSON file, perhaps the index of several files of weights", "give the weights, all of them in one file"),
     b"<": ("a page of HTML or XML", "download the file itself"),
 }
 """Other files that people take for models, by their first bytes, and what to do."""
@@ -35,7 +36,8 @@ def kind_of(path: Path) -> Kind:
         ...     kind_of(Path(folder) / "model.bin")
         'safetensors'
     """
-    file_size(path, "give a model file")
+    if not file_size(path, "give a model file"):
+        raise UserError(f"{path}: is empty; copy the file again")
     with parsing(path, "cannot be read", "give a model file"), path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"PK"):
@@ -67,4 +69,12 @@ def _kind_of_archive(path: Path) -> Kind:
         )
     if any(name.endswith(".npy") for name in names):
         raise UserError(f"{path}: is a .npz with arrays, not a model; give it as --data")
+    if "archive_format" in names:
+        raise UserError(
+            f"{path}: is an exported program of torch.export, which was not run; run "
+            "torch.save(torch.export.load(FILE).state_dict, 'model.pt')"
+        )
+    if "data.pkl" not in names:
+        held = ", ".join(printable(name, 40) for name in names[:3]) or "nothing"
+        raise UserError(f"{path}: is a zip archive of {held}, and no model; unpack it and give the model in it")
     return "torch"

@@ -18,6 +18,7 @@ is skipped on reading and written as 0. Half precision becomes float32.
 """
 
 import functools
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from backdoor_jax.arguments import typed
 from backdoor_jax.errors import UserError
 from backdoor_jax.files import atomic_write
-from backdoor_jax.interop.torch_files import BOUNDS, as_array, import_torch, read, unwrap
+from backdoor_jax.interop.torch_files import BOUNDS, as_array, import_torch, read, require_no_level, unwrap
 from backdoor_jax.models import (
     MODELS,
     NORMALIZATIONS,
@@ -105,7 +106,8 @@ def load_torch(
     """
     if model not in _supported():
         raise UserError(
-            f"model {model!r} has no PyTorch counterpart here; those that have one are {', '.join(_supported())}"
+            f"model {model!r} has no PyTorch counterpart here; those that have one are {', '.join(_supported())}; "
+            "others are given as torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
         )
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping | str | Path):
@@ -180,7 +182,12 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
             flat = {**state, **{f"{BOUNDS}.{module}": upper for module, upper in bounds.items()}}
             save_file(flat, partial, {"format": "pt"})
         else:
-            weights, uppers = ({name: torch.tensor(array) for name, array in tree.items()} for tree in (state, bounds))
+            weights, uppers = (
+                OrderedDict((name, torch.tensor(array)) for name, array in tree.items()) for tree in (state, bounds)
+            )
+            if isinstance(classifier.network, TorchNetwork):
+                versions = {path: {"version": version} for path, version in classifier.network.versions}
+                vars(weights)["_metadata"] = versions
             torch.save({"model": weights, BOUNDS: uppers} if uppers else weights, partial)
 
 
@@ -364,6 +371,8 @@ def _require_same_names(expected: set[str], found: set[str], model: str, where: 
     extra = sorted(name for name in found - expected if not name.endswith(COUNTER))
     if not missing and not extra:
         return
+    if missing:
+        require_no_level(expected, found, model, where)
     seen = frozenset(name for name in found if not name.endswith(COUNTER))
     others = [other for other in _supported() if _names(other) == seen]
     fix = (

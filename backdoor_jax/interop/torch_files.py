@@ -9,7 +9,7 @@ the names that stand for tensors are mapped to functions here, which make NumPy 
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.file_kinds import kind_of
-from backdoor_jax.pickles import PickledCode, PlainUnpickler, Skipped
+from backdoor_jax.pickles import PickledArray, PickledCode, PlainUnpickler, Skipped
 from backdoor_jax.reading import element_count, file_size, require_budget, require_names, zip_members
 
 BOUNDS = "bounds"
@@ -31,37 +31,56 @@ def unwrap(tree: Any, where: str, key: str | None = None) -> tuple[dict[str, Any
     Args:
         tree: a state dict, or a mapping that holds one or more.
         where: what errors call it.
-        key: which of several to take.
+        key: which of several to take; or a level of names, such as ``encoder`` of ``encoder.fc.weight``, below which
+            the model is.
 
     Raises:
         UserError: where there is no state dict, several and no key, or none under the key.
     """
     bounds: Any = {}
+    level, there = "", "the file is one state dict, so leave the key out"
     if isinstance(tree, Mapping) and (key is not None or not _is_state(tree)):
         known = {str(name): value for name, value in tree.items() if name != BOUNDS and _is_state(value)}
         require_names(list(known), where)
         if key is not None and key not in known:
-            there = f"there are {', '.join(known)}" if known else "the file is one state dict, so leave the key out"
-            raise UserError(f"{where}: holds no state dict {key!r}; {there}")
-        if key is None and len(known) > 1:
+            level = f"{key}."
+            there = f"there are {', '.join(known)}" if known else there
+        if len(known) > 1 and (key is None or level):
+            if level:
+                raise UserError(f"{where}: holds no state dict {key!r}; {there}")
             raise UserError(
                 f"{where}: holds several models, {', '.join(known)}; choose one by key (--key {next(iter(known))})"
             )
+        if not known and not any(hasattr(value, "shape") for value in tree.values()):
+            held = ", ".join(f"{name} ({_kind(value)})" for name, value in list(tree.items())[:3])
+            raise UserError(
+                f"{where}: holds no tensors by name{', but ' if held else ''}{held}; save model.state_dict()"
+            )
         if known:
             bounds = tree.get(BOUNDS) or {}
-            tree = known[key] if key is not None else next(iter(known.values()))
+            tree = known[key] if key in known else next(iter(known.values()))
     for part, kind in ((tree, "a state dict"), (bounds, "bounds by name")):
         if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
             raise UserError(
-                f"{where}: expected {kind}, or a dictionary that holds one, got {type(part).__name__}; save "
-                "model.state_dict()"
+                f"{where}: expected {kind}, or a dictionary that holds one, got {_kind(part)}; save model.state_dict()"
             )
     state, bounds = dict(tree), dict(bounds)
     require_names([*state, *bounds], where)
     for name in [name for name in state if name.startswith(f"{BOUNDS}.")]:
         bounds[name.removeprefix(f"{BOUNDS}.")] = state.pop(name)
     prefix = shared_prefix(state)
-    return {name.removeprefix(prefix): value for name, value in state.items()}, bounds
+    state = _below(prefix, state)
+    if level:
+        state = _below(level.removeprefix(prefix), state)
+        if not state:
+            raise UserError(f"{where}: holds no state dict {key!r}; {there}")
+        state = _below(shared_prefix(state), state)
+    return state, bounds
+
+
+def _below(level: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors below a level of names, without it."""
+    return {name.removeprefix(level): value for name, value in state.items() if name.startswith(level)}
 
 
 def _is_state(value: Any) -> bool:
@@ -86,6 +105,26 @@ def shared_prefix(names: Iterable[str]) -> str:
     return "".join(f"{level}." for level in levels[0][:shared]) if levels else ""
 
 
+def require_no_level(names: Iterable[str], state: Collection[str], model: str, where: str) -> None:
+    """Refuses a state dict that has all of a model's names, but below one of its levels and beside others.
+
+    Raises:
+        UserError: with the key to choose them by.
+
+    Example:
+        >>> require_no_level(["fc.weight"], ["net.fc.weight", "loss.weight"], "resnet18", "model.pt")
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: model.pt: holds resnet18 under net, beside others; choose it by key (--key net)
+    """
+    ends = [f".{name}" for name in names]
+    levels = [name.removesuffix(end) for name in state for end in ends[:1] if name.endswith(end)]
+    levels = sorted(level for level in levels if all(f"{level}{end}" in state for end in ends))
+    if levels:
+        raise UserError(
+            f"{where}: holds {model} under {' and '.join(levels)}, beside others; choose it by key (--key {levels[0]})"
+        )
+
+
 def as_array(value: Any, name: str, where: str) -> np.ndarray:
     """A tensor or array as a NumPy array, in float32 or float64.
 
@@ -102,7 +141,7 @@ def as_array(value: Any, name: str, where: str) -> np.ndarray:
                 f"{where}: {name} is no plain tensor ({first_line(error)}); save dense weights in floating point"
             ) from error
     if not hasattr(value, "shape"):
-        raise UserError(f"{where}: {name} is a {type(value).__name__}, expected a tensor; save model.state_dict()")
+        raise UserError(f"{where}: {name} is a {_kind(value)}, expected a tensor; save model.state_dict()")
     array = np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise UserError(f"{where}: {name} holds {array.dtype}, expected floating point; dequantize the model first")
@@ -119,6 +158,11 @@ def read(path: Path) -> Any:
     except UserError:
         raise
     except PickledCode as error:
+        if error.name in NO_PLAIN_TENSORS:
+            raise UserError(
+                f"{path}: holds tensors that are {NO_PLAIN_TENSORS[error.name]}; save model.state_dict() with dense "
+                "weights in float32"
+            ) from error
         raise UserError(
             f"{path}: holds more than weights, {error.name}, which was not run; if you trust it, load it and "
             "save model.state_dict() alone, or safetensors"
@@ -197,6 +241,12 @@ def _skipped(*_: object) -> Skipped:
     return Skipped()
 
 
+def _of_new_type(storage: object, offset: object, shape: Any, strides: Any, *more: Any) -> None:
+    """Refuses a tensor of a type that PyTorch had not before its files named types instead of storages."""
+    found = more[2] if len(more) > 2 else None
+    raise PickledCode(found.name if isinstance(found, _NewType) else "torch._utils._rebuild_tensor_v3")
+
+
 def _first(value: object, *_: object) -> object:
     return value
 
@@ -212,14 +262,43 @@ class _StorageType:
         self.dtype = dtype
 
 
+NEW_TYPES = (
+    *(f"float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")),
+    *("float4_e2m1fn_x2", "uint16", "uint32", "uint64"),
+)
+"""The types of tensors that have no storage of their own."""
+
+
+class _NewType:
+    """Stands for one of these types; it is never called."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+NO_PLAIN_TENSORS = {
+    **{name: name for name in NEW_TYPES},
+    "torch._utils._rebuild_tensor_v3": "of a new type",
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_qtensor": "quantized",
+    "torch._utils._rebuild_meta_tensor_no_storage": "without values (meta)",
+    "torch._utils._rebuild_wrapper_subclass": "of a subclass",
+    **{f"torch.{name}Storage": "complex" for name in ("ComplexFloat", "ComplexDouble")},
+    **{f"torch.{name}Storage": "quantized" for name in ("QInt8", "QUInt8", "QInt32")},
+}
+"""What tensors are for which a file has one of these names."""
+
 NAMES: dict[str, Any] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _Tensor,
     "torch._utils._rebuild_tensor_v2": _Tensor,
+    "torch._utils._rebuild_tensor_v3": _of_new_type,
     "torch._utils._rebuild_parameter": _first,
     "torch.Size": _first,
     "torch.device": _skipped,
     **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch.{name}": _NewType(name) for name in NEW_TYPES},
+    "torch.storage.UntypedStorage": _StorageType(np.dtype("u1")),
 }
 """What stands for the names in a file of weights."""
 
@@ -261,6 +340,12 @@ def _read_zip(path: Path, size: int) -> Any:
         return _with_arrays(tree, path, size)
 
 
+def _kind(value: object) -> str:
+    """The usual name of what a file holds."""
+    names = {PickledArray: "NumPy array", _Tensor: "tensor"}
+    return names.get(type(value), type(value).__name__)
+
+
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """What files of PyTorch before 1.6 begin with."""
 
@@ -282,7 +367,13 @@ def _read_legacy(path: Path, size: int) -> Any:
         made = _Storage(kind.dtype.newbyteorder("<"), lambda: contents[key])
         return storages.setdefault(key, (made, count))[0]
 
-    if unpickled() != MAGIC or unpickled() != PROTOCOL or not unpickled().get("little_endian", False):
+    first = unpickled()
+    if first != MAGIC and not isinstance(first, int):
+        raise UserError(
+            f"{path}: is a plain pickle, which holds a {_kind(first)}, and no file of torch.save; if you trust it, run "
+            "torch.save(pickle.load(open(FILE, 'rb')), 'model.pt') on a state dict"
+        )
+    if first != MAGIC or unpickled() != PROTOCOL or not unpickled().get("little_endian", False):
         raise ValueError("it does not begin as one")
     tree, keys = unpickled(), unpickled()
     for key in keys:

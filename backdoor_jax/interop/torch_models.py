@@ -3,6 +3,7 @@
 A file of code is run, because the user named it; a checkpoint is still read as data.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.interop.torch_files import as_array, shared_prefix
+from backdoor_jax.interop.torch_files import as_array, require_no_level, shared_prefix
 from backdoor_jax.models import Classifier, Variables
+from backdoor_jax.models.torch_module import require_shapes
 
 LIBRARIES = ("torchvision", "timm")
 COUNTER = "num_batches_tracked"
@@ -66,6 +68,7 @@ def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: i
         raise UserError(
             f"--model {model}: makes a {type(module).__name__}, expected a torch.nn.Module; return the network"
         )
+    require_shapes(module)
     if num_classes is None and (found := _classes_of(module, state)) is not None:
         module = _make(model, found)
     _load(module, state, model, where)
@@ -93,11 +96,14 @@ def _make(model: str, num_classes: int | None) -> Any:
     try:
         if source in LIBRARIES:
             return _from_library(source, name, given)
-        function = getattr(_run_file(Path(source), model), name, None)
-        if not callable(function):
-            raise UserError(f"{source}: has no function {name!r} that makes the network; give FILE.py:FUNCTION")
-        takes = inspect.signature(function).parameters
-        return function(**{key: value for key, value in given.items() if key in takes})
+        with contextlib.redirect_stdout(sys.stderr):  # What is printed on stdout is the command's result.
+            function = getattr(_run_file(Path(source), model), name, None)
+            if not callable(function):
+                raise UserError(f"{source}: has no function {name!r} that makes the network; give FILE.py:FUNCTION")
+            if hasattr(function, "state_dict") and not isinstance(function, type):
+                return function  # A network that the file made.
+            takes = inspect.signature(function).parameters
+            return function(**{key: value for key, value in given.items() if key in takes})
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # The user's own code, or a library's, which raise anything.
@@ -125,10 +131,11 @@ def _run_file(path: Path, model: str) -> Any:
     """The module of a Python file, whose neighbors it can import."""
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"--model {model}: no such file {path}; give torchvision:NAME, timm:NAME or FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"_users_{path.stem}"  # A file may be called as a library is, which must not be replaced.
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = loaded
+    sys.modules[name] = loaded
     sys.path.insert(0, str(path.parent.absolute()))
     try:
         spec.loader.exec_module(loaded)
@@ -138,13 +145,14 @@ def _run_file(path: Path, model: str) -> Any:
 
 
 def _layers(module: Any, kinds: tuple[str, ...]) -> list[Any]:
-    return [each for each in module.modules() if type(each).__name__ in kinds]
+    """The layers of these kinds, and of the user's own kinds of them."""
+    return [each for each in module.modules() if {base.__name__ for base in type(each).__mro__} & set(kinds)]
 
 
 def _num_classes(module: Any, model: str) -> int:
     heads = [
         each
-        for each in _layers(module, ("Linear", "NonDynamicallyQuantizableLinear", "Conv2d"))
+        for each in _layers(module, ("Linear", "Conv2d"))
         if getattr(each, "kernel_size", (1, 1)) == (1, 1)
     ]
     if not heads:
@@ -177,6 +185,8 @@ def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None
     found = {f"{mine}{name.removeprefix(theirs)}": value for name, value in state.items()}
     missing = sorted(name for name in set(own) - set(found) if not name.endswith(COUNTER))
     extra = sorted(set(found) - set(own))
+    if missing:
+        require_no_level((name.removeprefix(mine) for name in own if not name.endswith(COUNTER)), state, model, where)
     for kind, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -190,5 +200,5 @@ def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None
                 f"{where}: {name} has shape {tuple(value.shape)}, in {model} it is {tuple(own[name].shape)}; give the "
                 "model it was saved from, or its number of classes (--classes)"
             )
-        found[name] = torch.tensor(as_array(value, name, where) if own[name].is_floating_point() else np.asarray(value))
-    module.load_state_dict(found, strict=False)
+        own[name] = torch.tensor(as_array(value, name, where) if own[name].is_floating_point() else np.asarray(value))
+    module.load_state_dict(own)  # It names the versions of layers, which some of them ask for.

@@ -99,7 +99,8 @@ def success_rates(predictions: np.ndarray, labels: np.ndarray, label_map: LabelM
     counted = targets != labels
     if not counted.any():
         raise UserError(
-            "no test image is outside the target class, so there is no attack success rate; give more images"
+            "no test image is outside the target class, so there is no attack success rate; give images of other "
+            "classes under their true labels"
         )
     predictions, labels, targets = predictions[counted], labels[counted], targets[counted]
     return float(np.mean(predictions == targets)), float(np.mean(predictions == labels))

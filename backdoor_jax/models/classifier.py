@@ -83,6 +83,10 @@ class Classifier:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
         if not is_whole(self.num_classes) or self.num_classes < 1:
             raise UserError(f"Classifier.num_classes is {self.num_classes!r}, expected a whole number, such as 10")
+        for name in ("mean", "std"):  # Lists, arrays and tensors as tuples, which can be hashed.
+            value = getattr(self, name)
+            value = value.tolist() if hasattr(value, "tolist") else value
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         mean, std = (part if isinstance(part, Sequence) else () for part in (self.mean, self.std))
         numbers = (*mean, *std)
         finite = all(map(is_number, numbers)) and max(map(abs, numbers), default=0) < np.finfo(np.float32).max
@@ -91,6 +95,8 @@ class Classifier:
                 f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair of "
                 "finite numbers for each channel"
             )
+        if max(mean) > 1:
+            raise UserError(f"mean {self.mean} is that of pixels up to 255; divide mean and std by 255")
 
     def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """uint8 images to the network's input: ``(images / 255 - mean) / std``."""
@@ -161,6 +167,11 @@ class Classifier:
             >>> latent.shape
             (2, 5)
         """
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"from_linen: module is a {type(module).__name__}, expected a flax.linen.Module; others go through "
+                "from_torch, from_nnx or from_functions"
+            )
         return cls(LinenNetwork(module, head_path, features, head), num_classes, mean, std, head_path)
 
     @classmethod
@@ -285,7 +296,8 @@ class Classifier:
         """
         shape = image_shape(example)
         network, variables, num_classes = read_module(module, shape, head)
-        mean, std = mean or (0.0,) * shape[-1], std or (1.0,) * shape[-1]
+        mean = (0.0,) * shape[-1] if mean is None else mean
+        std = (1.0,) * shape[-1] if std is None else std
         return cls(network, num_classes, mean, std, network.head_path), variables
 
     @property

@@ -238,6 +238,21 @@ def test_every_operator_is_named_as_in_pytorch() -> None:
         )
 
 
+def test_normalizations_with_and_without_running_statistics_equal_pytorchs() -> None:
+    torch.manual_seed(0)
+    assert_same(
+        flat(
+            nn.Conv2d(3, 6, 3),
+            nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+            nn.ReLU(),
+            nn.BatchNorm2d(6, track_running_stats=False),
+            nn.InstanceNorm2d(6, track_running_stats=True, momentum=0.3),
+            nn.Flatten(2),
+            nn.InstanceNorm1d(6, track_running_stats=True),
+        )
+    )
+
+
 # Networks
 
 
@@ -446,6 +461,26 @@ def test_logits_behind_a_named_head_are_the_modules_and_tac_says_what_it_needs()
 # What is refused
 
 
+class Several(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: Any) -> Any:
+        features = self.features(x)
+        return features, self.fc(features)
+
+
+class Spectral(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(192, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(torch.fft.fft2(x).abs().flatten(1))
+
+
 class Branching(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         return x.flatten(1)[:, :3] if x.sum() > 0 else x.flatten(1)[:, 3:6]
@@ -475,21 +510,32 @@ class Sorting(torch.nn.Module):
         (lambda: Branching(), None, "Branching cannot be exported"),
         (lambda: Fixed(), None, "Fixed fixes the number of images"),
         (lambda: Sorting(), None, "aten.sort"),
+        (lambda: Spectral(), None, "its forward uses the operator aten.fft_fft2"),
+        (lambda: Several(), None, "returns 2 tensors, expected logits alone"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), None, "layer '1' is lazy .* call the module once"),
         (lambda: nn.Flatten(), None, "no linear layer"),
         (lambda: nn.Conv2d(3, 4, 1), None, "logits"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "fc", "'fc'"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3)), None, "batch normalization"),
         (lambda: {"weight": 1}, None, "expected a torch.nn.Module, got a dict"),
     ],
-    ids=["branches", "fixed batch", "operator", "no head", "no logits", "unknown head", "norm at the end", "no module"],
+    ids=[
+        *("branches", "fixed batch", "operator", "operator outside layers", "several tensors", "lazy", "no head"),
+        *("no logits", "unknown head", "norm at the end", "no module"),
+    ],
 )
-def test_what_cannot_be_read_is_one_line(module: Callable[[], Any], named: str | None, words: str) -> None:
+def test_what_cannot_be_read_is_one_line(
+    module: Callable[[], Any], named: str | None, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=words) as error:
         Classifier.from_torch(module(), (8, 8, 3), head=named)
     assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_another_image_shape_and_other_variables_are_refused(kuangliu: tuple[Any, Classifier, Variables]) -> None:
+def test_another_image_shape_and_other_variables_are_refused(
+    kuangliu: tuple[Any, Classifier, Variables], tmp_path: Path
+) -> None:
     _, classifier, variables = kuangliu
     with pytest.raises(UserError, match="exported for images of 8x8x3, these are 12x12x3"):
         classifier.logits(variables, jnp.zeros((1, 12, 12, 3), jnp.uint8))
@@ -498,8 +544,25 @@ def test_another_image_shape_and_other_variables_are_refused(kuangliu: tuple[Any
         classifier.logits({**variables, "params": params}, jnp.zeros((1, 8, 8, 3), jnp.uint8))
     with pytest.raises(UserError, match="Kuangliu is a PyTorch module, which holds its weights"):
         classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
-    with pytest.raises(UserError, match="shape"):
-        Classifier.from_torch(Kuangliu(), (8, 8))
+    with pytest.raises(UserError, match="the variables lack params"):
+        bj.save_torch(tmp_path / "model.pt", classifier, {"params": {}})
+    for example, words in (((8, 8), "is no shape"), (32, "is a int"), ([[1]], "is no shape")):
+        with pytest.raises(UserError, match=words):
+            Classifier.from_torch(Kuangliu(), example)
+    with pytest.raises(UserError, match="head is a Linear"):
+        Classifier.from_torch(Kuangliu(), (8, 8, 3), head=nn.Linear(2, 2))
+
+
+def test_examples_and_normalizations_as_people_have_them() -> None:
+    module, images = Kuangliu(), images_of((8, 8, 3))
+    expected, _ = Classifier.from_torch(module, images, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    for example in (torch.tensor(images), pixels(images), images[0], bj.make_dataset(images, np.zeros(4, int)).images):
+        kinds: tuple[Any, ...] = (np.array, torch.tensor, list)
+        for kind in kinds:
+            found, _ = Classifier.from_torch(module, example, mean=kind([0.5] * 3), std=kind([0.25] * 3))
+            assert (found, hash(found)) == (expected, hash(expected))
+    with pytest.raises(UserError, match="pixels up to 255; divide mean and std by 255"):
+        dataclasses.replace(expected, mean=(123.7, 116.3, 103.5))
 
 
 # Defenses

@@ -9,7 +9,7 @@ import jax
 
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models.torch_module.layouts import TO_TORCH, ChannelsLast, call
-from backdoor_jax.models.torch_module.operators import batch_norm, batch_statistics, find
+from backdoor_jax.models.torch_module.operators import batch_norm, batch_statistics, find, instance_norm
 
 INPUT, TENSOR, BATCH, BATCH_NORM = "input", "tensor", "batch", "batch_norm"
 """Nodes that are no operator: the images, a tensor of the module, the number of images; and the operator with state."""
@@ -143,6 +143,7 @@ def _batch_norm(
     """A batch normalization with running statistics, which in training mode are updated as in PyTorch.
 
     The running variance gets the unbiased variance of the batch. Without a momentum it is the mean over all batches.
+    An instance normalization uses the statistics of each image, and their means as those of the batch.
     """
     x, names = arguments["input"], (arguments["mean"], arguments["var"])
     last = isinstance(x, ChannelsLast)
@@ -153,11 +154,15 @@ def _batch_norm(
         counter, momentum = arguments["counter"], arguments["momentum"]
         count: Any = None if counter is None else statistics.get(counter, tensor(counter)) + 1
         share = 1 / count if momentum is None else momentum
-        batch_mean, batch_var, n = batch_statistics(array, axes)
+        batch_mean, batch_var, n = batch_statistics(array, axes, arguments["per_image"])
         statistics[names[0]] = mean + share * (batch_mean - mean)
         statistics[names[1]] = var + share * (batch_var * (n / max(n - 1, 1)) - var)
         if count is not None:
             statistics[counter] = count
         mean, var = batch_mean, batch_var
-    out = batch_norm(array, mean, var, arguments["weight"], arguments["bias"], arguments["eps"], axes)
+    given = {name: arguments[name] for name in ("weight", "bias", "eps")}
+    if train and arguments["per_image"]:
+        out = instance_norm(array, axes, **given)
+    else:
+        out = batch_norm(array, mean, var, axes=axes, **given)
     return ChannelsLast(out) if last else out

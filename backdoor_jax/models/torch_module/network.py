@@ -42,6 +42,18 @@ class Tensor:
     aliases: tuple[str, ...] = ()
     saved: bool = True
 
+    def leaf(self, leaves: Mapping[Path, Any]) -> Any:
+        """Its array in flat variables.
+
+        Raises:
+            UserError: where these are another module's.
+        """
+        if self.path not in leaves:
+            raise UserError(
+                f"the variables lack {'/'.join(self.path)}; give those of Classifier.from_torch, or of the same module"
+            )
+        return leaves[self.path]
+
     def from_torch(self, array: Any) -> Any:
         """The array as it lies in the variables."""
         if self.order == "linear":
@@ -99,6 +111,7 @@ class TorchNetwork:
         rectifiers: the activations that can be bounded.
         map_nodes: nodes of maps by the path of the module that returns them.
         map_layers: the last layer at each resolution.
+        versions: of the layers' state dicts, by path; PyTorch saves them, and some layers load none without.
     """
 
     name: str
@@ -112,6 +125,7 @@ class TorchNetwork:
     rectifiers: tuple[Rectifier, ...] = ()
     map_nodes: tuple[tuple[Path, int], ...] = ()
     map_layers: tuple[Path, ...] = ()
+    versions: tuple[tuple[str, int], ...] = ()
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
         """Refused: the module holds its variables."""
@@ -127,8 +141,8 @@ class TorchNetwork:
         if x.shape[1:] != self.image_shape:
             expected, found = ("x".join(map(str, shape)) for shape in (self.image_shape, x.shape[1:]))
             raise UserError(
-                f"{self.name} was exported for images of {expected}, these are {found}; make the classifier with an "
-                "example of that shape"
+                f"{self.name} was exported for images of {expected}, these are {found}; resize them (--size), or make "
+                "the classifier with an example of that shape"
             )
         leaves = flatten_dict(variables)
         bounded = {r.node: leaves[BOUNDS, *r.path] for r in self.rectifiers if (BOUNDS, *r.path) in leaves}
@@ -147,13 +161,7 @@ class TorchNetwork:
         by_name = {tensor.name: tensor for tensor in self.tensors}
 
         def read(name: str) -> jax.Array:
-            tensor = by_name[name]
-            if tensor.path not in leaves:
-                raise UserError(
-                    f"the variables lack {'/'.join(tensor.path)}; give those of Classifier.from_torch, or of the same "
-                    "module"
-                )
-            return tensor.to_torch(leaves[tensor.path])
+            return by_name[name].to_torch(by_name[name].leaf(leaves))
 
         return read
 
@@ -255,7 +263,7 @@ class TorchNetwork:
         leaves, state = flatten_dict(variables), {}
         for tensor in self.tensors:
             if tensor.saved:
-                array = np.asarray(leaves[tensor.path])
+                array = np.asarray(tensor.leaf(leaves))
                 array = array.astype(tensor.dtype) if not np.issubdtype(array.dtype, np.floating) else array
                 for name in (tensor.name, *tensor.aliases):
                     state[name] = np.ascontiguousarray(tensor.to_torch(array)).copy()

@@ -4,9 +4,12 @@ The module is exported in evaluation mode. What differs in training mode is batc
 knows; dropout and stochastic depth stay off.
 """
 
+import contextlib
 import copy
 import dataclasses
+import io
 import itertools
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -70,6 +73,8 @@ def read_module(
     Raises:
         UserError: for a module that cannot be exported, an operator that is not there, or no linear head.
     """
+    if not isinstance(head, str | None):
+        raise UserError(f"head is a {type(head).__name__}, expected the path of a layer as text, such as 'fc'")
     module = _plain(module)
     name = type(module).__name__
     exported = _export(module, image_shape, name)
@@ -84,7 +89,9 @@ def read_module(
     tensors = _tensors(graph, module, exported, weight if linear else None)
     tail = None if linear else tuple(steps[latent].shape[1:])
     head_path = tuple(weight.rpartition(".")[0].split("."))
-    network = TorchNetwork(name, graph, tensors, image_shape, head_path, latent, output, tail)
+    metadata = module.state_dict()._metadata
+    versions = tuple((path, each["version"]) for path, each in metadata.items() if "version" in each)
+    network = TorchNetwork(name, graph, tensors, image_shape, head_path, latent, output, tail, versions=versions)
     if tail is not None:
         _require_own_tail(network)
     variables = network.variables(_arrays(module, exported, tensors))
@@ -95,8 +102,8 @@ def image_shape(example: Any) -> tuple[int, int, int]:
     """Height, width and channels of images.
 
     Args:
-        example: a PyTorch tensor ``(B, C, H, W)``, an array ``(B, H, W, C)``, or a shape, in which 1 or 3 channels may
-            be first or last.
+        example: a PyTorch tensor ``(B, C, H, W)``, an array ``(B, H, W, C)``, or a shape. Where either only the first
+            or only the last of the three sizes is 1 or 3, that one is the channels.
 
     Raises:
         UserError: for anything else.
@@ -106,10 +113,17 @@ def image_shape(example: Any) -> tuple[int, int, int]:
         ((32, 24, 3), (32, 24, 1))
     """
     first = type(example).__module__.partition(".")[0] == "torch"
-    shape = tuple(getattr(example, "shape", example))[-3:]
+    found = getattr(example, "shape", example)
+    if not isinstance(found, tuple | list):
+        raise UserError(
+            f"the example is a {type(example).__name__}, expected images or their shape; give some images, or (height, "
+            "width, channels)"
+        )
+    shape = tuple(found)[-3:]
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise UserError(f"the example {shape} is no shape of images; give (height, width, channels) or some images")
-    if first or (shape[0] in (1, 3) and shape[-1] not in (1, 3)):
+    ends = [size in (1, 3) for size in (shape[0], shape[-1])]
+    if ends == [True, False] or (first and ends != [False, True]):
         shape = (*shape[1:], shape[0])
     height, width, channels = shape
     return height, width, channels
@@ -128,10 +142,43 @@ def _plain(module: Any) -> Any:
         raise UserError("TorchScript cannot be exported; give the torch.nn.Module that it was made from")
     if not isinstance(module, torch.nn.Module):
         raise UserError(f"expected a torch.nn.Module, got a {type(module).__name__}; build it and load its state dict")
+    require_shapes(module)
     tensors = itertools.chain(module.parameters(), module.buffers())
     if any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors):
         return copy.deepcopy(module).float()
     return module
+
+
+def require_shapes(module: Any) -> None:
+    """Refuses a module with lazy layers, whose shapes are not known before its first call.
+
+    Raises:
+        UserError: for such a module.
+    """
+    lazy = [name for name, layer in module.named_modules() if getattr(layer, "has_uninitialized_params", bool)()]
+    if lazy:
+        raise UserError(
+            f"{type(module).__name__}: layer {lazy[0]!r} is lazy and has no shape yet; call the module once on images "
+            "before"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is printed during the block: neither by a module's own code nor by PyTorch, which explains at length."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -159,8 +206,7 @@ def _export(module: Any, image_shape: tuple[int, int, int], name: str) -> Any:
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     shown = f"{height}x{width}x{channels}"
     try:
-        with _evaluating(torch, module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _evaluating(torch, module), _quiet():
             exported = torch.export.export(module, (example,), dynamic_shapes=dynamic)
             return exported.run_decompositions({})
     except Exception as error:  # PyTorch raises many types.
@@ -188,7 +234,7 @@ class _Builder:
         self.targets = {at: self.canonical.get(spec.target, spec.target) for at, spec in kinds.items()}
         self.module = module
         self.name = name
-        self.output_name = signature.user_outputs[0]
+        self.outputs = signature.user_outputs
         self.nodes: list[Node] = []
         self.steps: list[Step] = []
         self.places: dict[Any, int] = {}
@@ -198,7 +244,13 @@ class _Builder:
     def build(self) -> tuple[Graph, int, list[Step]]:
         """The graph, the node of the output, and what is known of each node."""
         by_name = {node.name: node for node in self.fx.nodes}
-        output = by_name[self.output_name]
+        found = [by_name[each] for each in self.outputs if isinstance(each, str) and each in by_name]
+        if len(found) != 1:
+            raise UserError(
+                f"{self.name} returns {len(found)} tensors, expected logits alone; wrap it in a module that returns "
+                "these"
+            )
+        output = found[0]
         live: set[Any] = set()
         waiting = [output]
         while waiting:
@@ -213,9 +265,10 @@ class _Builder:
         if unknown:
             first, layer = next(iter(unknown.items()))
             more = f" and {', '.join(list(unknown)[1:])}" if len(unknown) > 1 else ""
+            where, it = (f"layer {layer!r}", "that layer") if layer else ("its forward", "it")
             raise UserError(
-                f"{self.name}: layer {layer!r} uses the operator {first}{more}, which backdoor_jax does not have; "
-                "replace that layer, or add the operator to backdoor_jax/models/torch_module/operators.py"
+                f"{self.name}: {where} uses the operator {first}{more}, which backdoor_jax does not have; replace "
+                f"{it}, or add the operator to backdoor_jax/models/torch_module/operators"
             )
         return Graph(tuple(self.nodes)), self.places[output], self.steps
 
@@ -264,8 +317,8 @@ class _Builder:
             if argument.name in given and not (argument.has_default_value() and value == default):
                 arguments[argument.name] = value
         arguments = {name: value for name, value in arguments.items() if name not in IGNORED}
-        if kind in BATCH_NORMS:
-            return self._batch_norm(arguments, layer)
+        if kind in BATCH_NORMS or (kind == "instance_norm" and not arguments["use_input_stats"]):
+            return self._batch_norm(arguments, layer, per_image=kind == "instance_norm")
         found = find(kind)
         if found is None or not set(arguments) <= found.parameters:
             extra = [] if found is None else sorted(set(arguments) - found.parameters)
@@ -275,12 +328,12 @@ class _Builder:
     def _is_batch_norm(self, node: Any) -> bool:
         return node in self.places and self.nodes[self.places[node]].operator == BATCH_NORM
 
-    def _batch_norm(self, arguments: dict[str, Any], layer: str) -> Node:
+    def _batch_norm(self, arguments: dict[str, Any], layer: str, per_image: bool) -> Node:
         mean, var = (self.names[arguments.pop(f"running_{part}").node] for part in ("mean", "var"))
         owner, _, _ = mean.rpartition(".")
         counter = f"{owner}.{COUNTER}" if owner else COUNTER
         counter = self.canonical.get(counter, counter)
-        known = counter in dict(self.module.named_buffers())
+        known = not per_image and counter in dict(self.module.named_buffers())
         layer_of = dict(self.module.named_modules()).get(owner)
         momentum = arguments["momentum"]
         if known and getattr(layer_of, "momentum", momentum) is None:
@@ -294,6 +347,7 @@ class _Builder:
             "counter": counter if known else None,
             "momentum": momentum,
             "eps": arguments["eps"],
+            "per_image": per_image,
         }
         return Node(BATCH_NORM, tuple(values.items()), layer)
 

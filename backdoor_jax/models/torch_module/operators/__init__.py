@@ -12,7 +12,7 @@ from backdoor_jax.models.torch_module.operators import (  # noqa: F401  Importin
     reductions,
     shapes,
 )
-from backdoor_jax.models.torch_module.operators.normalization import batch_norm, batch_statistics
+from backdoor_jax.models.torch_module.operators.normalization import batch_norm, batch_statistics, instance_norm
 from backdoor_jax.models.torch_module.operators.registry import OPERATORS, find
 
-__all__ = ["OPERATORS", "batch_norm", "batch_statistics", "find"]
+__all__ = ["OPERATORS", "batch_norm", "batch_statistics", "find", "instance_norm"]

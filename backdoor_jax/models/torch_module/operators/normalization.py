@@ -1,5 +1,6 @@
 """Normalization, in evaluation and in training mode."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -30,11 +31,17 @@ def batch_norm(
     return out.astype(input.dtype)
 
 
-def batch_statistics(input: Array, axes: Axes) -> tuple[Array, Array, int]:
-    """Mean and biased variance ``(C,)`` over everything but channels, and the number of entries of a channel."""
+def batch_statistics(input: Array, axes: Axes, per_image: bool = False) -> tuple[Array, Array, int]:
+    """Mean and biased variance ``(C,)`` over everything but channels, and the number of entries that each is of.
+
+    With `per_image` they are the means over images of those of each image.
+    """
     wide = input.astype(jnp.promote_types(input.dtype, jnp.float32))
-    others = tuple(axis for axis in range(input.ndim) if axis != axes[1])
-    return jnp.mean(wide, others), jnp.var(wide, others), input.size // input.shape[axes[1]]
+    others = tuple(axis for axis in range(input.ndim) if axis != axes[1] and not (per_image and axis == axes[0]))
+    mean, var = jnp.mean(wide, others), jnp.var(wide, others)
+    if per_image:
+        mean, var = jnp.mean(mean, 0), jnp.mean(var, 0)
+    return mean, var, math.prod(input.shape[axis] for axis in others)
 
 
 @register("_native_batch_norm_legit.no_stats", layout="axes")
@@ -49,6 +56,7 @@ def _batch_norm_without_statistics(
 ) -> tuple[Array]:
     del training, momentum
     mean, var, _ = batch_statistics(input, axes)
+    weight, bias = (None if values is None else values.reshape(-1) for values in (weight, bias))
     return (batch_norm(input, mean, var, weight, bias, eps, axes),)
 
 
@@ -98,7 +106,7 @@ def _group_norm(
 
 
 @register("instance_norm", layout="axes")
-def _instance_norm(
+def instance_norm(
     input: Array,
     axes: Axes,
     weight: Array | None = None,
@@ -109,9 +117,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Array:
-    del momentum
-    if not use_input_stats and running_mean is not None and running_var is not None:
-        return batch_norm(input, running_mean, running_var, weight, bias, eps, axes)
+    """A tensor whose channels are normalized in each image; with running statistics in use it is a node with state."""
+    del running_mean, running_var, use_input_stats, momentum
     out = _standardized(input, axes[2:], eps)
     out = out if weight is None else out * _by_channel(weight, out.ndim, axes)
     return out if bias is None else out + _by_channel(bias, out.ndim, axes)
