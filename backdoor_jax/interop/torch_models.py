@@ -150,11 +150,7 @@ def _layers(module: Any, kinds: tuple[str, ...]) -> list[Any]:
 
 
 def _num_classes(module: Any, model: str) -> int:
-    heads = [
-        each
-        for each in _layers(module, ("Linear", "Conv2d"))
-        if getattr(each, "kernel_size", (1, 1)) == (1, 1)
-    ]
+    heads = [each for each in _layers(module, ("Linear", "Conv2d")) if getattr(each, "kernel_size", (1, 1)) == (1, 1)]
     if not heads:
         raise UserError(f"--model {model}: has no linear layer, so its number of classes is not known")
     return getattr(heads[-1], "out_features", None) or heads[-1].out_channels
