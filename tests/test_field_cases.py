@@ -303,7 +303,7 @@ def test_files_that_are_no_weights_say_what_to_run(tmp_path: Path) -> None:
         path.write_bytes(start + bytes(80))
         assert words in one_line(load_model, path, "resnet18")
     path.write_bytes(b"")
-    assert "is empty" in one_line(load_model, path, "resnet18")
+    assert "it is empty" in one_line(load_model, path, "resnet18")
     for protocol in (2, 4):
         path.write_bytes(pickle.dumps({"fc.weight": np.ones(3)}, protocol))
         assert "is a plain pickle, which holds a dict" in one_line(load_model, path, "resnet18")

@@ -37,7 +37,8 @@ def kind_of(path: Path) -> Kind:
         'safetensors'
     """
     if not file_size(path, "give a model file"):
-        raise UserError(f"{path}: is empty; copy the file again")
+        complete = "safetensors file" if path.suffix == ".safetensors" else "file of weights"
+        raise UserError(f"{path}: not a complete {complete}, it is empty; copy it again")
     with parsing(path, "cannot be read", "give a model file"), path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"PK"):
