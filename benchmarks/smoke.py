@@ -25,6 +25,7 @@ def main() -> None:
     labels = attack.label_map(task.num_classes)
     before = bj.evaluate(classifier, victim.variables, task.test, victim.trigger, labels)
     after = bj.evaluate(again, variables, task.test, victim.trigger, labels)
+    assert before.asr is not None and after.asr is not None
     rates = f"class {target}: ACC {before.acc:.3f} to {after.acc:.3f}, ASR {before.asr:.3f} to {after.asr:.3f}"
     if not (target == attack.target and before.asr > 0.5 and after.asr < 0.1 and after.acc > 0.7):
         raise SystemExit(f"backdoor_jax {bj.__version__} did not remove the backdoor of class {attack.target}: {rates}")
