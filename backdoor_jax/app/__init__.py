@@ -1,4 +1,6 @@
-"""Scan or repair a model in a file, given some labeled images: the work of ``backdoor-jax scan`` and ``defend``::
+"""Scan or repair a model in a file, given some labeled images: the work of ``backdoor-jax scan`` and ``defend``.
+
+Example::
 
     suspect = load_suspect(ModelFile(Path("model.pt"), "resnet18"), "clean.npz")
     print(scan_model(suspect, Path("scan.png")).verdict)

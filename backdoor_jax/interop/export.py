@@ -1,4 +1,6 @@
-"""A model as one program made by `jax.export`, weights included, that runs without this package::
+"""A model as one program made by `jax.export`, weights included, that runs without this package.
+
+Example::
 
     import jax
     program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read()))
