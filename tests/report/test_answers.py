@@ -205,6 +205,6 @@ def test_a_browser_shows_every_image_and_sorts_the_table(experiment: tuple[list[
     found = json.loads(match[1])
     assert len(found["images"]) >= 4
     assert all(found["images"]) and all(found["alts"])
-    assert found["up"] == ["-", "-", "-", "1.0", "30.0", "60.0", "99.0"]
+    assert found["up"] == ["-", "-", "-", "1.0", "30.0", "60.0", "70.0", "99.0"]
     assert found["down"] == found["up"][::-1]
     assert found["wide"] <= 0
