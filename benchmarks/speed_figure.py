@@ -51,7 +51,8 @@ def draw(speed: dict[str, Any], versus: dict[str, Any], scaling: dict[str, Any],
     axis.set_xticks(range(len(titles)), [title.replace(", ", "\n") for title in titles], fontsize=8)
     axis.set_ylabel("PyTorch's seconds / ours")
     axis.set_title("Against tuned PyTorch in the same run", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.margins(y=0.15)
+    axis.legend(fontsize=8, loc="upper left", ncols=3)
 
     axis = axes[0, 1]
     shown = {name: found for name, found in speed["results"].items() if not name.startswith("tac_programs")}

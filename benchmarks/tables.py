@@ -149,6 +149,41 @@ def attacks() -> str:
     return "\n".join(lines)
 
 
+# docs/which_defense.md
+
+
+def choices() -> str:
+    """What each advised defense left and cost, over all seeds and both widths on which it ran."""
+    everything = "all of the training set, clean"
+    flagged = "a few clean images a class; the scan flags a class"
+    unflagged = "the same; nothing is flagged, or little accuracy may be lost"
+    patch = "the same; the trigger is likely a patch"
+    advice = (
+        (everything, "super_finetune", {"super_finetune_small": "super_finetune_guide"}),
+        (flagged, "tac", {"defenses_gtsrb": "tac", "gtsrb_small": "tac_smallest"}),
+        (unflagged, "ft_sam", {"defenses_gtsrb": "ft_sam"}),
+        ("the same; no trace of the trigger may stay", "sau", {"defenses_gtsrb": "sau"}),
+        ("", "d3", {"defenses_gtsrb": "d3", "gtsrb_small": "d3"}),
+        ("the same; very little time", "fst", {"defenses_gtsrb": "fst"}),
+        (patch, "nad", {"defenses_gtsrb": "nad"}),
+        ("", "finetune", {"defenses_gtsrb": "finetune", "gtsrb_small": "finetune"}),
+        ("", "fine_pruning", {"defenses_gtsrb": "fine_pruning"}),
+        ("the poisoned training set, no clean image", "pad_ft", {"defenses_gtsrb": "pad_ft", "gtsrb_small": "pad_ft"}),
+        ("no data", "clp", {"defenses_gtsrb": "clp"}),
+    )
+    lines = []
+    for situation, defense, sources in advice:
+        rows = [row for name, called in sources.items() for row in rows_of(name) if row["defense"] == called]
+        left = [
+            [100 * row["asr"] for row in rows if row["attack"].startswith(attack)] for attack in ("badnets", "blended")
+        ]
+        points = [(row["attack"] == "none", 100 * (row["acc"] - row["acc_before"])) for row in rows]
+        change = [[value for clean, value in points if clean == kind] for kind in (False, True)]
+        cells = (span([value + 0.0 for value in values], 1).replace("-0.0", "0.0") for values in (*left, *change))
+        lines.append([situation, code(defense), *cells])
+    return table(["you have", "use", "BadNets: ASR", "Blended: ASR", "victims: ACC", "clean model: ACC"], lines)
+
+
 # docs/claims.md
 
 
@@ -544,6 +579,7 @@ def networks() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": headline},
     "docs/results.md": {"defenses": defenses, "methods": methods, "attacks": attacks},
+    "docs/which_defense.md": {"choices": choices},
     "docs/claims.md": {
         "little_clean_data": little_clean_data,
         "poisoning_rates": poisoning_rates,

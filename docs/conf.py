@@ -103,6 +103,22 @@ def _find_broken_links(app: Any, doctree: nodes.document, name: str) -> None:
             logging.getLogger(__name__).warning("no link: %s", text.astext()[-80:], location=name)
 
 
+def _keep_numbers_together(app: Any, doctree: nodes.document, name: str) -> None:
+    """A cell of numbers, such as 94.8 ± 0.3, stays on one line."""
+    del app, name
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            if re.fullmatch(r"-?[\d.,]+ (±|/|to) [-\d.,/ ]+", text):
+                text.parent.replace(text, nodes.Text(text.replace(" ", "\N{NO-BREAK SPACE}")))
+
+
+def _find_comments(app: Any, name: str, source: list[str]) -> None:
+    """Warns of lines that begin with a percent sign: Markdown here takes them for comments and leaves them out."""
+    del app
+    for line in re.findall(r"^\s*%.*", source[0], re.MULTILINE):
+        logging.getLogger(__name__).warning("a comment by mistake: %s", line.strip(), location=name)
+
+
 def _write_reference(app: Any) -> None:
     """A page for each package, with the documentation of its modules."""
     folder = Path(app.srcdir) / "api"
@@ -146,4 +162,6 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _escape_numbers, priority=400)
     app.connect("builder-inited", _write_reference)
     app.connect("source-read", _publish_files)
+    app.connect("source-read", _find_comments)
     app.connect("doctree-resolved", _find_broken_links)
+    app.connect("doctree-resolved", _keep_numbers_together)

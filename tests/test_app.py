@@ -20,6 +20,7 @@ from PIL import Image
 
 from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model, scan
 from backdoor_jax.app import ModelFile, load_suspect, repair_model, require_better_than_chance, scan_model
+from backdoor_jax.app.trials import Trial, better_input
 from backdoor_jax.cli import main
 from backdoor_jax.cli.suspects import parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
@@ -383,6 +384,30 @@ def test_a_model_near_chance_is_refused_and_normalization_is_named(place: Path, 
         causes = ("--class-names", "--normalize", "--stem", "--size", "--channel-order")
         assert sorted(causes, key=error.index) == list(causes)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_order_of_classes_is_found(place: Path, tmp_path: Path) -> None:
+    images, labels = draw(60, 0)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "images" / f"{9 - label} sign"  # Sorted, the last class is the first.
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:02}.png")
+    given = ("scan", "--checkpoint", place / "model", "--data", tmp_path / "images", "--out", tmp_path / "s.png")
+    names = "9 sign,8 sign,7 sign,6 sign,5 sign,4 sign"
+    named = f"with --class-names '{names}' it classifies 100.0 % correctly"
+    assert named in error_of(*given)
+    code, output, _ = call(*given, "--class-names", names)
+    assert code == 0
+    assert "100.0 % of 60 images classified correctly" in output
+    # An array's classes have no folders.
+    np.savez(tmp_path / "clean.npz", images=images, labels=5 - labels)
+    error = error_of("scan", "--checkpoint", place / "model", "--data", tmp_path / "clean.npz")
+    assert "in another order it classifies 100.0 % correctly; number them as the model does" in error
+
+
+def test_what_is_no_better_than_guessing_is_not_named() -> None:
+    guessing = Trial("--normalize 0,0,0/1,1,1", 0.155, 0.3, {}, near_chance=True)
+    assert better_input([guessing, Trial("", 0.013, 0.2, {}, near_chance=True)], 0.013) == ""
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import index_links
 import pytest
 import yaml
 
@@ -47,3 +48,14 @@ def test_the_version_is_described_and_cited() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(__version__)}, (unreleased|\d{{4}}-\d\d-\d\d)$", changelog, re.MULTILINE)
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_links_of_the_page_on_an_index_are_addresses_of_files() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = index_links.absolute(text, "https://example.org/owner/name", "v1")
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert len(links) == len(re.findall(r"\]\(", text)) > 20
+    found = [re.fullmatch(r"https://example.org/owner/name/(raw|blob)/v1/([^#]+)(#.*)?", link) for link in links]
+    assert all(match and (ROOT / match[2]).exists() for match in found)
+    assert [match[2] for match in found if match and match[1] == "raw"] == ["docs/figures/answers.png"]
+    assert index_links.absolute(page, "https://example.org/owner/name", "v2") == page

@@ -1,8 +1,10 @@
 """Scan or repair a model in a file, given some labeled images: the work of ``backdoor-jax scan`` and ``defend``.
 
-suspect = load_suspect(ModelFile(Path("model.pt"), "resnet18"), "clean.npz")
-print(scan_model(suspect, Path("scan.png")).verdict)
-repair_model(suspect, D3(), Path("repaired.pt")).accuracy
+Example::
+
+    suspect = load_suspect(ModelFile(Path("model.pt"), "resnet18"), "clean.npz")
+    print(scan_model(suspect, Path("scan.png")).verdict)
+    repair_model(suspect, D3(), Path("repaired.pt")).accuracy
 """
 
 from backdoor_jax.app.loading import (

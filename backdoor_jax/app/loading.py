@@ -258,7 +258,7 @@ def load_suspect(
     better = ""
     if accuracy < healthy:
         trials = try_inputs(classifier, variables, judged, assumed, "bgr" if images.channel_order == "rgb" else "rgb")
-        better = better_input(trials, accuracy)
+        better = better_input(trials, accuracy, labeled.class_names if Path(data).is_dir() else None)
     require_better_than_chance(round(accuracy * len(judged)), labels, classifier, name, better)
     if assumed:
         notes.insert(0, _assumptions(classifier, images))

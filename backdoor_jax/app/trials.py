@@ -1,8 +1,11 @@
 """How else the images of a model may have been made: a suspect that is hardly accurate is tried on alternatives.
 
-One compiled program serves all of them, since the images are normalized before it.
+One compiled program serves all of them, since the images are normalized before it. Classes in another order than the
+model's are found from the answers: the order that makes most of them correct.
 """
 
+import shlex
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,12 +14,19 @@ import numpy as np
 
 from backdoor_jax.compiling import jit
 from backdoor_jax.data import Dataset
+from backdoor_jax.metrics import is_near_chance
 from backdoor_jax.models import NORMALIZATIONS, Classifier, Variables
 
 COUNT = 200
 """How many images are tried."""
 MARGIN = 0.1
 """By how much an alternative must be better to be named."""
+REORDERED = 0.5
+"""The share of correct answers from which another order of classes is named; of guesses a quarter fit the best."""
+LONGEST_NAMES = 250
+"""How many characters of class names an error shows."""
+IMAGES_PER_CLASS = 4
+"""How many images of a class are tried at least, on average, to look for another order."""
 
 
 class Trial(NamedTuple):
@@ -25,15 +35,39 @@ class Trial(NamedTuple):
     Attributes:
         option: the options of the command line that choose it.
         accuracy: the share of the images classified correctly.
+        reordered: the same where the classes have the best order; the accuracy where there are too few images.
+        order: the class of the images for each class that the model answers, in that order.
+        near_chance: whether the accuracy is.
     """
 
     option: str
     accuracy: float
+    reordered: float
+    order: dict[int, int]
+    near_chance: bool
 
 
 @jit
-def _correct(classifier: Classifier, variables: Variables, x: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.argmax(classifier.logits_of_input(variables, x), -1) == labels)
+def _predict(classifier: Classifier, variables: Variables, x: jax.Array) -> jax.Array:
+    return jnp.argmax(classifier.logits_of_input(variables, x), -1)
+
+
+def best_order(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, dict[int, int]]:
+    """The share of answers that are correct in the best order of classes, and the label for each answer in it.
+
+    Example:
+        >>> best_order(np.array([2, 2, 0, 0, 1]), np.array([0, 0, 1, 1, 1]))
+        (0.8, {0: 1, 2: 0})
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    answers, answer = np.unique(predicted, return_inverse=True)
+    classes, label = np.unique(labels, return_inverse=True)
+    counts = np.zeros((len(answers), len(classes)), int)
+    np.add.at(counts, (answer, label), 1)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    order = {int(answers[i]): int(classes[j]) for i, j in zip(rows, columns, strict=True) if counts[i, j]}
+    return float(counts[rows, columns].sum() / len(labels)), order
 
 
 def try_inputs(
@@ -51,7 +85,8 @@ def try_inputs(
     channels = len(classifier.mean)
     stride = max(1, len(data) // COUNT)
     images = np.asarray(data.images[::stride][:COUNT], np.float32) / 255
-    labels = data.labels[::stride][:COUNT]
+    labels = np.asarray(data.labels[::stride][:COUNT])
+    enough = len(labels) >= IMAGES_PER_CLASS * len(np.unique(labels))
     ways = {"": (classifier.mean, classifier.std)}
     if any_normalization:
         ways |= {f"--normalize {name}": way for name, way in NORMALIZATIONS.items() if len(way[0]) == channels}
@@ -64,21 +99,45 @@ def try_inputs(
         for turned in ("", f"--channel-order {order}") if channels == 3 else ("",):
             pixels = images[..., ::-1] if turned else images
             x = jnp.asarray((pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32))
-            accuracy = float(_correct(classifier, variables, x, labels))
-            trials.append(Trial(" ".join(part for part in (option, turned) if part), accuracy))
+            predicted = np.asarray(_predict(classifier, variables, x))
+            correct = int(np.sum(predicted == labels))
+            accuracy = correct / len(labels)
+            reordered, fitted = best_order(predicted, labels) if enough else (accuracy, {})
+            named = " ".join(part for part in (option, turned) if part)
+            near_chance = is_near_chance(correct, labels, classifier.num_classes)
+            trials.append(Trial(named, accuracy, reordered, fitted, near_chance))
     return sorted(trials, key=lambda trial: -trial.accuracy)
 
 
-def better_input(trials: list[Trial], accuracy: float) -> str:
+def better_input(trials: list[Trial], accuracy: float, class_names: Sequence[str] | None = None) -> str:
     """A line that names the best alternative; empty where none is clearly better.
 
+    Args:
+        trials: the alternatives, the best first.
+        accuracy: that of the model without any.
+        class_names: of the images' classes, where they come in folders, whose order an option chooses.
+
     Example:
-        >>> better_input([Trial("--channel-order bgr", 0.95), Trial("", 0.2)], 0.2)
+        >>> turned, other = Trial("--channel-order bgr", 0.95, 0.95, {}, False), {0: 1, 1: 0}
+        >>> better_input([turned, Trial("", 0.2, 0.2, {}, True)], 0.2)
         'with --channel-order bgr it classifies 95.0 % correctly, so its images were probably like that'
+        >>> better_input([Trial("", 0.03, 0.97, other, True)], 0.03, ("stop", "yield"))
+        'with --class-names yield,stop it classifies 97.0 % correctly, so its classes are probably in that order'
     """
-    best = trials[0]
-    if not best.option or best.accuracy < accuracy + MARGIN:
+    best = max(trials, key=lambda trial: trial.accuracy)
+    if best.option and best.accuracy >= accuracy + MARGIN and not best.near_chance:
+        return (
+            f"with {best.option} it classifies {100 * best.accuracy:.1f} % correctly, so its images were probably "
+            "like that"
+        )
+    best = max(trials, key=lambda trial: trial.reordered)
+    if best.reordered < max(REORDERED, accuracy + MARGIN):
         return ""
-    return (
-        f"with {best.option} it classifies {100 * best.accuracy:.1f} % correctly, so its images were probably like that"
-    )
+    share = f"{100 * best.reordered:.1f} %"
+    if class_names and sorted(best.order) == list(range(len(class_names))):
+        names = shlex.quote(",".join(class_names[best.order[number]] for number in range(len(class_names))))
+        if len(names) <= LONGEST_NAMES and names.count(",") == len(class_names) - 1:
+            options = f"{best.option} --class-names {names}".strip()
+            return f"with {options} it classifies {share} correctly, so its classes are probably in that order"
+    options = f"{best.option} and " if best.option else ""
+    return f"with {options}its classes in another order it classifies {share} correctly; number them as the model does"

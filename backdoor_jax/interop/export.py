@@ -1,8 +1,10 @@
 """A model as one program made by `jax.export`, weights included, that runs without this package.
 
-import jax
-program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read()))
-logits = program.call(images)          # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
+Example::
+
+    import jax
+    program = jax.export.deserialize(bytearray(open("model.jaxexport", "rb").read()))
+    logits = program.call(images)  # uint8 (B, H, W, channels), any B, on CPU, CUDA or TPU
 """
 
 from pathlib import Path
