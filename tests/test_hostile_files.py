@@ -493,10 +493,10 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     **{
         f"{kind} tensor": ("pt", functools.partial(other_tensor, kind), expected)
         for kind, expected in {
-            "meta": "was not run",
-            "quantized": "was not run",
-            "sparse": "was not run",
-            "conjugate": "was not run",
+            "meta": "without values (meta)",
+            "quantized": "tensors that are quantized",
+            "sparse": "tensors that are sparse",
+            "conjugate": "tensors that are complex",
             "negated": "resolve_neg() first",
         }.items()
     },
