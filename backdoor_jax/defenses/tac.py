@@ -28,10 +28,12 @@ ours. The optimizer's settings are the benchmark's.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from annotated_types import Gt, Lt
 from jax.tree_util import Partial
 
@@ -113,9 +115,16 @@ class TAC(SGDDefense):
         if why is not None:
             return Repair(variables, False, why, target, summary, info={**info, "steps": 0})
 
-        loss = Partial(tac_loss, classifier, self.beta, scan.perturbations.vectors[target])
+        loss = self.loss(classifier, variables, scan.perturbations.vectors[target], target)
         repair = self.tune(key, GradientStep(loss, self.optimizer), variables, data)
         return dataclasses.replace(repair, target=target, scan=summary, info={**info, **repair.info})
+
+    def loss(
+        self, classifier: Classifier, variables: Variables, perturbation: jax.Array | np.ndarray, target: int
+    ) -> Callable[..., LossResult]:
+        """What the fine-tuning minimizes, given the victim's variables, the latent change and its class."""
+        del variables, target
+        return Partial(tac_loss, classifier, self.beta, perturbation)
 
     def choose_target(self, scan: Scan) -> int | None:
         """The class to repair according to a scan, or None where none is flagged."""
