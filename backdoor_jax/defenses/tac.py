@@ -112,7 +112,7 @@ class TAC(SGDDefense):
             why = summary["verdict"]
         elif not scan.perturbations.feasible[target]:
             why = f"no latent change sends every sample to class {target}"
-        if why is not None:
+        if target is None or why is not None:
             return Repair(variables, False, why, target, summary, info={**info, "steps": 0})
 
         loss = self.loss(classifier, variables, scan.perturbations.vectors[target], target)
