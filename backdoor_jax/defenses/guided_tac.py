@@ -9,20 +9,16 @@ A method of this package. It needs clean images only. There are two stages:
    .. math::
        \min_\theta\ \frac1n \sum_i \mathrm{CE}\bigl(W\phi(x_i) + b,\ y_i\bigr)
        + \beta\,\mathrm{CE}\bigl(W(\phi(x_i) + s_t) + b,\ y_i\bigr)
-       + \mu\,\mathrm{KL}\bigl(p_{\theta_0}^{-t}(\tilde x_i)\,\|\,p_\theta^{-t}(\tilde x_i)\bigr), \\
-       \tilde x_i = \lambda_i x_i + (1 - \lambda_i)\,x_{\pi(i)}, \quad \lambda_i \sim \mathrm{U}(0.2, 0.8),
+       + \mu\,\mathrm{KL}\bigl(p_{\theta_0}^{-t}(\tilde x_i)\,\|\,p_\theta^{-t}(\tilde x_i)\bigr).
 
-   where :math:`\pi` is a permutation of the batch and :math:`p^{-t}` are the probabilities among the classes other than
-   t. The first two terms are TAC's. The third keeps what the victim knows: few clean images overfit, and mixed ones
-   show the tuned model much more of what the victim does between them. It counts where neither image of a pair is of
-   class t, and without the target's logit it says nothing about the target.
+   The first two terms are TAC's. The third keeps what the victim knows about images that are mixed in pairs
+   (`backdoor_jax.defenses.distillation`), and says nothing about the target.
 
 Gradients are shortened to a largest length. At the start the second term is large, and how large depends on the model:
 on three kinds of victims the first gradient was 11, 18 and 39 long, and the rate that suits one ruins another.
 
 Sources. The first stage and two of the loss's terms are TAC's (see `backdoor_jax.defenses.tac` for what is published of
-it); `backdoor_jax.defenses.midway` has the sources of mixed pairs, and a victim as its own teacher is usual in
-distillation. Their use here, mu, the length and the rate are this package's, chosen on a few development victims
+it). The rest, mu, the length and the rate are this package's, chosen on a few development victims
 (``benchmarks/results/development.md``).
 
     >>> import jax
@@ -44,8 +40,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from backdoor_jax.config import Count, LearningRate, NonNegative, Positive
-from backdoor_jax.data import Dataset
-from backdoor_jax.defenses.midway import divergence_without, mix_pairs
+from backdoor_jax.defenses.distillation import distillation_loss
 from backdoor_jax.defenses.tac import TAC
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import ClippedSGD, Cosine, LossResult, Optimizer
@@ -81,38 +76,4 @@ class GuidedTAC(TAC):
     ) -> Callable[..., LossResult]:
         """TAC's loss and the weighted divergence from the victim on mixed images."""
         unlearn = super().loss(classifier, variables, perturbation, target)
-        return Partial(guided_loss, classifier, self.mu, variables, jnp.asarray(target), unlearn)
-
-
-def guided_loss(
-    classifier: Classifier,
-    mu: jax.Array | float,
-    victim: Variables,
-    target: jax.Array,
-    unlearn: Callable[..., LossResult],
-    variables: Variables,
-    batch: Dataset,
-    key: jax.Array,
-) -> LossResult:
-    """The loss of unlearning one batch, plus the weighted divergence from the victim on its mixed pairs.
-
-    The normalization statistics come from the clean images; the mixed ones are normalized by their own.
-
-    Args:
-        classifier: the network.
-        mu: weight of the divergence.
-        victim: the victim's variables.
-        target: the class whose logit and images are left out of the divergence.
-        unlearn: the loss of unlearning.
-        variables: the tuned model's.
-        batch: augmented images and labels.
-        key: for the pairs.
-    """
-    mixed, partner = mix_pairs(key, batch.images)
-    counted = (batch.labels != target) & (batch.labels[partner] != target)
-    loss, (updated, info) = unlearn(variables, batch, key)
-    learned, _ = classifier.logits(variables, mixed, train=True)
-    taught, _ = classifier.logits(victim, mixed)
-    divergences = jnp.where(counted, divergence_without(target, taught, learned), 0)
-    divergence = jnp.sum(divergences) / jnp.maximum(jnp.sum(counted), 1)
-    return loss + mu * divergence, (updated, {**info, "divergence": divergence})
+        return Partial(distillation_loss, classifier, self.mu, variables, jnp.asarray(target), unlearn)

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import assert_depends_on_key_alone, assert_near, assert_trees_equal, draw, trees_equal
+from comparison import assert_depends_on_key_alone, assert_trees_equal, draw, trees_equal
 from flax import nnx
 from miniature import CLASSES, TARGET, miniature
-from scipy.special import log_softmax
 
 from backdoor_jax import TAC, Classifier, Dataset, FineTune, UserError, scan
 from backdoor_jax.defenses import DEFAULT, DEFENSES, Midway, find_defense
-from backdoor_jax.defenses.midway import between, distillation_loss, divergence_without, mix_pairs
+from backdoor_jax.defenses.midway import between
 
 QUICK = Midway(target=TARGET, steps=60, distillation_steps=40, batch_size=40, learning_rate=0.02, crop=0)
 
@@ -26,68 +25,6 @@ def test_between_is_the_line_through_both_ends() -> None:
     assert_trees_equal(between(victim, repaired, 1.0), repaired)
     expected = jax.tree.map(lambda a, b: np.asarray(a) + 0.3 * (np.asarray(b) - np.asarray(a)), victim, repaired)
     chex.assert_trees_all_close(between(victim, repaired, 0.3), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mixed_pairs_lie_between_an_image_and_its_partner() -> None:
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3)).astype(np.uint8))
-    mixed, partner = mix_pairs(jax.random.key(0), images)
-    assert sorted(partner.tolist()) == list(range(50))
-    own, other = np.asarray(images, np.float64), np.asarray(images, np.float64)[np.asarray(partner)]
-    moved = (np.asarray(partner) != np.arange(50)).nonzero()[0]
-    weights = np.sum((mixed - other) * (own - other), (1, 2, 3))[moved] / np.sum((own - other) ** 2, (1, 2, 3))[moved]
-    assert weights.min() >= 0.2 - 1e-4
-    assert weights.max() <= 0.8 + 1e-4
-    assert weights.max() - weights.min() > 0.4
-    weight = np.full(50, 0.5)
-    weight[moved] = weights
-    weight = weight[:, None, None, None]
-    assert_near(mixed, weight * own + (1 - weight) * other)
-
-
-@pytest.mark.parametrize("target", [0, 2, 4])
-def test_the_divergence_equals_numpys_over_the_remaining_classes(target: int) -> None:
-    teacher, student = 3 * draw(6, 5, seed=1), 3 * draw(6, 5, seed=2)
-    p, q = (log_softmax(np.delete(np.asarray(part, np.float64), target, 1), axis=1) for part in (teacher, student))
-    assert_near(divergence_without(jnp.asarray(target), teacher, student), np.sum(np.exp(p) * (p - q), 1))
-
-
-def test_the_divergence_says_nothing_about_the_target() -> None:
-    teacher, student = draw(6, 5, seed=1), draw(6, 5, seed=2)
-    gradient = jax.grad(lambda logits: jnp.sum(divergence_without(jnp.asarray(3), teacher, logits)))(student)
-    assert np.isfinite(gradient).all()
-    np.testing.assert_array_equal(gradient[:, 3], 0)
-    assert np.abs(gradient).max() > 0
-
-
-def test_the_loss_leaves_out_pairs_with_an_image_of_the_target() -> None:
-    case = miniature()
-    batch = case.clean.take(np.arange(12))
-    key = jax.random.key(5)
-    teacher = jax.tree.map(lambda leaf: 1.1 * leaf, case.variables)
-    loss, (_, info) = distillation_loss(case.classifier, 0.5, teacher, jnp.asarray(TARGET), case.variables, batch, key)
-    mixed, partner = mix_pairs(key, batch.images)
-    labels = np.asarray(batch.labels)
-    counted = (labels != TARGET) & (labels[np.asarray(partner)] != TARGET)
-    assert 0 < counted.sum() < len(labels)
-    learned, taught = (
-        case.classifier.logits(case.variables, mixed, train=True)[0],
-        case.classifier.logits(teacher, mixed)[0],
-    )
-    p, q = (log_softmax(np.delete(np.asarray(part), TARGET, 1), axis=1)[counted] for part in (taught, learned))
-    divergence = np.sum(np.exp(p) * (p - q), 1).mean()
-    assert float(info["divergence"]) == pytest.approx(divergence, rel=1e-3)
-    assert float(loss) == pytest.approx(float(info["cross_entropy"]) + 0.5 * divergence, rel=1e-3)
-
-
-def test_a_batch_of_the_target_alone_leaves_cross_entropy() -> None:
-    case = miniature()
-    batch = case.clean.take(np.flatnonzero(np.asarray(case.clean.labels) == TARGET)[:8])
-    target = jnp.asarray(TARGET)
-    loss, (_, info) = distillation_loss(
-        case.classifier, 1.0, case.variables, target, case.variables, batch, jax.random.key(0)
-    )
-    assert float(info["divergence"]) == 0
-    assert float(loss) == float(info["cross_entropy"])
 
 
 def test_removes_a_backdoor_and_keeps_accuracy() -> None:
