@@ -487,7 +487,7 @@ def test_a_damaged_folder_is_one_line_on_stderr_of_the_process(place: Path, tmp_
 
 
 def test_a_pytorch_file_needs_the_name_of_its_network(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "bare.pt").write_bytes(b"")
+    (tmp_path / "bare.pt").write_bytes(b"weights")
     error = error_of("scan", "--checkpoint", tmp_path / "bare.pt", "--data", place / "clean.npz")
     assert "--model" in error
 
