@@ -4,7 +4,7 @@ import dataclasses
 
 import chex
 import jax
-import optax
+import numpy as np
 from comparison import assert_depends_on_key_alone
 from miniature import TARGET, miniature
 
@@ -28,7 +28,7 @@ def test_a_step_is_no_longer_than_the_clip_allows() -> None:
     method = dataclasses.replace(QUICK, steps=1, batch_size=70, clip=1e-3, momentum=0.0, weight_decay=0.0)
     repair = method.repair(jax.random.key(1), case.classifier, case.variables, case.clean)
     moved = jax.tree.map(lambda new, old: new - old, repair.variables["params"], case.variables["params"])
-    length = float(optax.global_norm(moved))
+    length = np.linalg.norm(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moved)]))
     steps = repair.info["steps"]
     assert 0 < length <= 1.001 * steps * 0.05 * 1e-3
 
