@@ -1,16 +1,14 @@
 """The code of the documentation runs, and its relative links lead somewhere."""
 
 import functools
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import output_as_user
 from torch_networks import torchvision_models
 
 from backdoor_jax.cli.options import make_parser
@@ -41,12 +39,7 @@ def test_the_quickstart_prints_what_it_shows(tmp_path: Path) -> None:
     code, shown = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)[0]
     assert code in (DOCS / "quickstart.md").read_text(encoding="utf-8")
     assert shown in (DOCS / "quickstart.md").read_text(encoding="utf-8")
-    # Compiled as for a user: it trains for long.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    printed = done.stdout
-    assert done.returncode == 0, done.stderr
+    printed = output_as_user("-c", code, folder=tmp_path)
     number = r"\d\.\d+"
     assert re.sub(number, "0", printed) == re.sub(number, "0", shown)
     rates, expected = ([float(rate) for rate in re.findall(number, part)] for part in (printed, shown))

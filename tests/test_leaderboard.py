@@ -1,16 +1,14 @@
 """The leaderboard: the committed pages are those of the committed rows, and a cell that is run again has its rates."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import leaderboard
 import pytest
 import yaml
+from processes import output_as_user
 
 from backdoor_jax.experiment import read_rows
 
@@ -96,11 +94,7 @@ def test_a_committed_cell_has_the_same_rates_when_it_is_run_again(tmp_path: Path
     tac = next(defense for defense in settings["defenses"] if defense["name"] == "tac")
     config = tmp_path / "cell.yaml"
     config.write_text(yaml.safe_dump({**settings, "attacks": settings["attacks"][:1], "defenses": [tac]}))
-    # Compiled as for a user: it trains for long.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "backdoor_jax.cli", "run", config.name, "--out", "cell"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    output_as_user("-m", "backdoor_jax.cli", "run", config.name, "--out", "cell", folder=tmp_path)
     rows = read_rows(tmp_path / "cell" / "results.jsonl")
     committed = [measured.row for measured in leaderboard.collect(leaderboard.measuring.RESULTS)]
     same = ("experiment", "attack", "defense")
