@@ -20,6 +20,8 @@ from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch
 from backdoor_jax.app import Images, ModelFile, load_suspect, repair_model
 from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
+from backdoor_jax.cli.options import make_parser
+from backdoor_jax.cli.suspects import images_of
 from backdoor_jax.data import LabelMap, load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.defenses import CLP, FineTune, Repair
@@ -419,6 +421,13 @@ def test_the_users_file_may_print_and_be_called_as_a_library_is(
     assert (output, error) == ("", "read\nmade\n")
 
 
+def test_the_users_file_may_hold_the_network_itself(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text("import torch\n\nnet = torch.nn.Linear(2, 3)\n")
+    state = torch.nn.Linear(2, 3).state_dict()
+    module = load_module(f"{tmp_path / 'nets.py'}:net", state, "x").module
+    np.testing.assert_array_equal(module.weight.detach(), state["weight"])
+
+
 VERSIONED = """
 import torch
 
@@ -522,6 +531,13 @@ def test_class_names_give_the_order(tmp_path: Path) -> None:
     assert "no class folder 'x'" in one_line(load_labeled, str(tmp_path), 2, class_names=("x", "a"))
 
 
+def test_class_names_may_be_written_with_spaces() -> None:
+    parsed = make_parser().parse_args(
+        ["scan", "--checkpoint", "x.pt", "--data", "x", "--class-names", "go, no entry ,stop"]
+    )
+    assert images_of(parsed).class_names == ("go", "no entry", "stop")
+
+
 def test_a_class_is_named_once(tmp_path: Path) -> None:
     write_images(tmp_path)
     assert "'a' is named for several classes" in one_line(load_labeled, str(tmp_path), 2, class_names=("a", "a"))
@@ -558,7 +574,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     assert int(load_labeled(str(tmp_path), 2).data.images[0, 0, 0, 0]) == 100
 
 
-@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels"), ("arr_0", "arr_1")])
+@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels"), ("X", "y"), ("arr_0", "arr_1")])
 def test_arrays_of_usual_layouts_are_converted_and_told(names: tuple[str, str], tmp_path: Path) -> None:
     images, labels = draw(6, 0)
     layouts = {"nchw": images.transpose(0, 3, 1, 2) / 255, "nhwc": images.astype(np.float32), "int": images.astype(int)}
@@ -569,6 +585,16 @@ def test_arrays_of_usual_layouts_are_converted_and_told(names: tuple[str, str], 
         np.testing.assert_array_equal(found.data.labels, labels)
         assert "one-hot rows to numbers" in found.notes[-1]
         assert ("channels moved last" in found.notes[0]) == (name == "nchw")
+
+
+def test_arrays_are_read_under_a_suffix_in_capitals(tmp_path: Path) -> None:
+    images, labels = draw(6, 0)
+    images = images.astype(np.uint8)
+    file = tmp_path / "A.NPZ"
+    with file.open("wb") as stream:
+        np.savez(stream, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.testing.assert_array_equal(load_labeled(str(file), 6).data.images, images)
+    np.testing.assert_array_equal(load(str(file)).train.images, images)
 
 
 def test_ambiguous_arrays_are_refused() -> None:

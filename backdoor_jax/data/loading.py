@@ -52,7 +52,7 @@ def load(
         task = DATASETS[source].load()
     elif source.startswith("tfds:"):
         task = TFDSSet(name=source.removeprefix("tfds:")).load()
-    elif source.endswith(".npz"):
+    elif source.lower().endswith(".npz"):
         task = npz_task(root / source)
     elif os.path.isdir(root / source):
         task = folder_task(root / source, image_size, seed)
