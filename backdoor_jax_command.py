@@ -26,6 +26,8 @@ def prepare() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     os.environ["MPLBACKEND"] = "agg"  # Figures are written and never shown, whatever the user's own are drawn with.
+    # XLA writes of slow compilation amid the progress, which names compilation itself.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import jax  # noqa: F401
     except ValueError as error:
