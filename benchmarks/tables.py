@@ -27,6 +27,8 @@ ALPHA = 0.05
 IGNORED = 0.02
 """The attack success rate below which a victim ignores its trigger."""
 LAYERS = "conv_layers-width16-cores2-cpu_cpu"
+VICTIMS = {"badnets": "BadNets", "blended": "Blended", "none": "clean"}
+"""What tables call the two usual victims and the clean model."""
 
 
 def main() -> None:
@@ -91,7 +93,7 @@ def seconds_of(rows: Sequence[Row], *defenses: str) -> list[float]:
 def on_one_core() -> list[Row]:
     """The rows of width 8 with ordinary victims and 800 clean images or the poisoned set."""
     names = ("analyses_small", "rates_small", "adaptive_small")
-    return [row for name in names for row in rows_of(name) if row["attack"] in ("badnets", "blended", "none")]
+    return [row for name in names for row in rows_of(name) if row["attack"] in VICTIMS]
 
 
 def code(name: str) -> str:
@@ -112,7 +114,7 @@ def at_published_width(defenses: Sequence[str], seconds: bool) -> str:
     rows = rows_of("defenses_gtsrb")
     lines = []
     for defense in defenses:
-        found = [one(rows, attack=attack, defense=defense) for attack in ("badnets", "blended", "none")]
+        found = [one(rows, attack=attack, defense=defense) for attack in VICTIMS]
         cells = [rates(row, ("acc", "asr", "ra")) for row in found]
         times = [span([row["seconds"] for row in found if row])] if seconds else []
         lines.append(["none" if defense == "none" else code(defense), *cells, *times])
@@ -200,7 +202,7 @@ def little_clean_data() -> str:
     """Repairs from 5, 1 and 0.5 % clean data."""
     defenses = ("finetune", "d3", "super_finetune", "tac")
     lines = []
-    for attack, title in {"badnets": "BadNets", "blended": "Blended", "none": "clean"}.items():
+    for attack, title in VICTIMS.items():
         for name in ("adaptive_small", "clean01_small", "clean005_small"):
             found = [one(rows_of(name), attack=attack, defense=defense) for defense in ("none", *defenses)]
             used = next(row["n_used"] for row in found[1:] if row)
@@ -248,7 +250,7 @@ def super_finetuning() -> str:
     for name, left_out in (("super_finetune_small", ()), ("super_finetune05_small", ("none",))):
         rows = rows_of(name)
         for defense in dict.fromkeys(row["defense"] for row in rows if row["defense"] not in left_out):
-            found = [one(rows, attack=attack, defense=defense) for attack in ("badnets", "blended", "none")]
+            found = [one(rows, attack=attack, defense=defense) for attack in VICTIMS]
             used = "" if defense == "none" else f"{found[0]['n_used']:,}"  # type: ignore[index]
             method, _, settings = defense.rpartition("_") if defense.startswith("super") else (defense, "", "")
             lines.append([f"{code(method)}{f', {settings}' if settings else ''}", used, *map(rates, found)])
@@ -376,7 +378,7 @@ def purified_sizes() -> str:
     rows = rows_of("pad_ft_sizes_small")
     sizes = list(dict.fromkeys(row["defense"] for row in rows if row["defense"] != "none"))
     lines = []
-    for attack, title in {"badnets": "BadNets", "blended": "Blended", "none": "clean"}.items():
+    for attack, title in VICTIMS.items():
         before = rates(one(rows, attack=attack, defense="none"))
         lines.append([f"{title} ({before})", *(rates(one(rows, attack=attack, defense=size)) for size in sizes)])
     of_size = {size: [row for row in rows if row["defense"] == size] for size in sizes}

@@ -107,12 +107,8 @@ class TAC(SGDDefense):
         target = self.choose_target(scan)
         summary = scan.summary(self.statistic, self.alpha)
         info: dict[str, Any] = {"oracle": isinstance(self.target, int)}
-        why = None
-        if target is None:
-            why = summary["verdict"]
-        elif not scan.perturbations.feasible[target]:
-            why = f"no latent change sends every sample to class {target}"
-        if target is None or why is not None:
+        if target is None or not scan.perturbations.feasible[target]:
+            why = summary["verdict"] if target is None else f"no latent change sends every sample to class {target}"
             return Repair(variables, False, why, target, summary, info={**info, "steps": 0})
 
         loss = self.loss(classifier, variables, scan.perturbations.vectors[target], target)
