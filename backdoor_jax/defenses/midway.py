@@ -5,7 +5,9 @@ A method of this package, and its default. It needs clean images only. There are
 1. **The target class.** `backdoor_jax.defenses.scan` names a class t and the latent change :math:`s_t` that sends every
    clean image to it.
 2. **TAC's repair.** From the victim :math:`\theta_0`, `TAC` tunes to :math:`\theta_1`, which keeps the true labels
-   under :math:`s_t`.
+   under :math:`s_t`. Its learning rate is such that the first step is c times as long as the weights
+   (`backdoor_jax.training.schedules.in_relative_steps`). The first gradient's length differs between kinds of victims,
+   and a rate that suits one leaves another's backdoor or ruins the model.
 3. **The point between.** On the line from one to the other,
 
    .. math:: \bar\theta = \theta_0 + a\,(\theta_1 - \theta_0),
@@ -20,12 +22,12 @@ A method of this package, and its default. It needs clean images only. There are
    the first half of the way. So what is returned lies between again: :math:`\bar\theta + b\,(\hat\theta - \bar\theta)`,
    with :math:`\hat\theta` the distilled model.
 
-Where the scan names no class there is nothing to repair, and the model is fine-tuned for `steps` instead. That was not
-chosen by measurement; fine-tuning leaves most backdoors.
+Where the scan names no class there is nothing to repair, and the model is fine-tuned for `steps` instead, at
+`learning_rate`. That was not chosen by measurement; fine-tuning leaves most backdoors.
 
 Sources. The first two stages are TAC's (see `backdoor_jax.defenses.tac` for what is published of it). That models
 between two of one basin classify well is known from work on weight averaging (Izmailov et al., UAI 2018). Its use here,
-a, b, the steps and the rates are this package's, chosen on development victims
+a, b, c, the steps and the rates are this package's, chosen on development victims
 (``benchmarks/results/development.md``).
 
     >>> import jax
@@ -44,14 +46,14 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from backdoor_jax.config import Count, LearningRate, NonNegative, Share
+from backdoor_jax.config import Count, LearningRate, NonNegative, Positive, Share
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses.base import Repair
 from backdoor_jax.defenses.distillation import distillation_loss
 from backdoor_jax.defenses.tac import TAC
 from backdoor_jax.defenses.tac_scan import Scan
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.training import GradientStep, supervised_loss
+from backdoor_jax.training import SGD, Cosine, GradientStep, Optimizer, RelativeSGD, supervised_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Midway(TAC):
 
     Attributes:
         steps: of TAC's repair; 200. Fine-tuning, where no class is named, takes as many.
+        batch_size: 128.
+        first_step: c, the length of TAC's first step relative to that of the weights; 0.016.
         share: a, how far to go from the victim to TAC's repair; 0.6.
         distillation_steps: of the distillation; 200.
         distillation_rate: its learning rate; 0.003.
@@ -72,11 +76,18 @@ class Midway(TAC):
     limits: ClassVar[str] = "it stops short of TAC's repair, and what is left there stays"
 
     steps: Count = 200
+    batch_size: Count = 128
+    first_step: Positive = 0.016
     share: Share = 0.6
     distillation_steps: Count = 200
     distillation_rate: LearningRate = 0.003
     mu: NonNegative = 1.0
     kept: Share = 0.5
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """TAC's: SGD by its first step under a cosine in 100 stages."""
+        return RelativeSGD(self.first_step, Cosine(self.steps), self.momentum, self.weight_decay)
 
     def repair(
         self,
@@ -105,16 +116,19 @@ class Midway(TAC):
             NonFiniteError: where the victim's latents or head are not finite, or a training diverges.
         """
         tac_key, distillation_key = jax.random.split(key)
-        tac = super().repair(tac_key, classifier, variables, data, scan=scan)
+        tac, clean = (
+            super().repair(tac_key, classifier, variables, data, scan=scan),
+            Partial(supervised_loss, classifier),
+        )
         if not tac.changed:
-            tuned = self.tune(key, GradientStep(Partial(supervised_loss, classifier), self.optimizer), variables, data)
+            tuned = self.tune(key, GradientStep(clean, super().optimizer), variables, data)
             return dataclasses.replace(tuned, scan=tac.scan, info={**tuned.info, "repaired": tac.why})
 
         middle = between(variables, tac.variables, self.share)
-        clean = Partial(supervised_loss, classifier)
         loss = Partial(distillation_loss, classifier, self.mu, middle, jnp.asarray(tac.target), clean)
-        last = dataclasses.replace(self, steps=self.distillation_steps, learning_rate=self.distillation_rate)
-        repair = last.tune(distillation_key, GradientStep(loss, last.optimizer), middle, data)
+        last = dataclasses.replace(self, steps=self.distillation_steps)
+        slow = SGD(self.distillation_rate, Cosine(last.steps), self.momentum, self.weight_decay)
+        repair = last.tune(distillation_key, GradientStep(loss, slow), middle, data)
         average = between(middle, repair.variables, self.kept)
         info = {**repair.info, "oracle": tac.info["oracle"], "tac": tac.info["last_epoch"]}
         return dataclasses.replace(repair, variables=average, target=tac.target, scan=tac.scan, info=info)

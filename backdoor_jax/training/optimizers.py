@@ -1,6 +1,6 @@
 """The optimizers, as configurations: their rates are traced, and the Optax transformation is made inside a step.
 
-An optimizer is a kind of update (`SGD`, `Adam`, `DecayedAdam`, `AMSGrad`) and a schedule (`Constant`, `Cosine`,
+An optimizer is a kind of update (`SGD`, `Adam`, `AMSGrad` and their variants) and a schedule (`Constant`, `Cosine`,
 `Triangular`, `Tenths`), which turns the learning rate into a rate for every step.
 
     >>> import jax.numpy as jnp
@@ -20,7 +20,14 @@ import jax
 import optax
 
 from backdoor_jax.config import Config, Count, Decay, Fraction, LearningRate, Momentum, Positive
-from backdoor_jax.training.schedules import Rate, cosine_in_stages, torch_amsgrad, torch_sgd, triangular_two_phase
+from backdoor_jax.training.schedules import (
+    Rate,
+    cosine_in_stages,
+    in_relative_steps,
+    torch_amsgrad,
+    torch_sgd,
+    triangular_two_phase,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +152,15 @@ class ClippedSGD(SGD):
     def transformation(self) -> optax.GradientTransformation:
         """The Optax transformation."""
         return optax.chain(optax.clip_by_global_norm(self.clip), super().transformation())
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeSGD(SGD):
+    """`SGD` whose learning rate is the length of its first step, relative to the weights'; see `in_relative_steps`."""
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The Optax transformation."""
+        return in_relative_steps(super().transformation())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,6 +88,36 @@ def torch_sgd(schedule: optax.Schedule, momentum: Rate = 0.9, weight_decay: Rate
     )
 
 
+def in_relative_steps(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    r"""Multiplies updates by :math:`\|w_0\| / \|g_0\|`, the length of the weights over that of the first gradient.
+
+    So a first step of SGD at rate 1 is as long as the weights. LARS (You et al., 2017) has such a ratio for each layer
+    and every step, `optax.scale_by_trust_ratio`; here one sets the scale, and momentum and a schedule the rest.
+
+    Example:
+        >>> tx = in_relative_steps(optax.sgd(0.01))
+        >>> weight = jnp.array([3.0, 4.0])
+        >>> update, _ = tx.update(jnp.array([0.0, 80.0]), tx.init(weight), weight)
+        >>> [round(float(each), 3) for each in update]
+        [-0.0, -0.05]
+    """
+
+    def init(params: optax.Params) -> tuple[jax.Array, optax.OptState]:
+        return jnp.zeros(()), inner.init(params)
+
+    def update(
+        gradient: optax.Updates, state: tuple[jax.Array, optax.OptState], params: optax.Params | None = None
+    ) -> tuple[optax.Updates, tuple[jax.Array, optax.OptState]]:
+        ratio, held = state
+        length = optax.tree.norm(gradient)
+        first = jnp.where(length > 0, optax.tree.norm(params) / jnp.where(length > 0, length, 1), 0)
+        ratio = jnp.where(ratio > 0, ratio, first.astype(ratio.dtype))
+        updates, held = inner.update(gradient, held, params)
+        return jax.tree.map(lambda update: ratio.astype(update.dtype) * update, updates), (ratio, held)
+
+    return optax.GradientTransformation(init, update)
+
+
 def torch_amsgrad(
     rate: Rate, b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8
 ) -> optax.GradientTransformation:

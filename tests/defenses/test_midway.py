@@ -16,7 +16,7 @@ from backdoor_jax import TAC, Classifier, Dataset, FineTune, UserError, scan
 from backdoor_jax.defenses import DEFAULT, DEFENSES, Midway, find_defense
 from backdoor_jax.defenses.midway import between
 
-QUICK = Midway(target=TARGET, steps=60, distillation_steps=40, batch_size=40, learning_rate=0.02, crop=0)
+QUICK = Midway(target=TARGET, steps=60, distillation_steps=40, batch_size=40, crop=0)
 
 
 def test_between_is_the_line_through_both_ends() -> None:
@@ -35,8 +35,7 @@ def test_without_distillation_it_is_a_point_on_the_line_to_tac() -> None:
     case, key = miniature(), jax.random.key(1)
     still = dataclasses.replace(QUICK, distillation_steps=1, distillation_rate=1e-12, weight_decay=0.0, share=1.0)
     repair = still.repair(key, case.classifier, case.variables, case.clean)
-    method = TAC(target=TARGET, steps=60, batch_size=40, learning_rate=0.02, weight_decay=0.0, crop=0)
-    tac = method.repair(jax.random.split(key)[0], case.classifier, case.variables, case.clean)
+    tac = TAC.repair(still, jax.random.split(key)[0], case.classifier, case.variables, case.clean)
     chex.assert_trees_all_close(repair.variables["params"], tac.variables["params"], rtol=1e-5, atol=1e-6)
 
 
@@ -56,9 +55,7 @@ def test_where_no_class_is_named_it_fine_tunes() -> None:
     case, key = miniature(), jax.random.key(1)
     method = dataclasses.replace(QUICK, target="detected", steps=8)
     repair = method.repair(key, case.classifier, case.variables, case.clean)
-    tuned = FineTune(steps=8, batch_size=40, learning_rate=0.02, crop=0).repair(
-        key, case.classifier, case.variables, case.clean
-    )
+    tuned = FineTune(steps=8, batch_size=40, crop=0).repair(key, case.classifier, case.variables, case.clean)
     assert repair.changed
     assert repair.target is None
     assert repair.scan is not None

@@ -22,6 +22,7 @@ from backdoor_jax.training import (
     Cosine,
     DecayedAdam,
     Optimizer,
+    RelativeSGD,
     Schedule,
     Separately,
     Tenths,
@@ -95,6 +96,20 @@ ANNEALED = 0.025 * (1 + np.cos(np.pi * (np.arange(STEPS) // 3) / 4))
 )
 def test_an_optimizer_equals_its_formula(optimizer: Optimizer, expected: list[np.ndarray]) -> None:
     np.testing.assert_allclose(descend(optimizer, GRADIENTS, START), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_relative_sgd_is_sgd_at_a_rate_by_the_first_gradient() -> None:
+    rate = 0.02 * np.linalg.norm(START) / np.linalg.norm(GRADIENTS[0])
+    found = descend(RelativeSGD(0.02, Cosine(STEPS, STEPS), 0.9, 0.01), GRADIENTS, START)
+    rates = rate * (1 + np.cos(np.pi * np.arange(STEPS) / STEPS)) / 2
+    np.testing.assert_allclose(found, numpy_sgd(rates, 0.9, 0.01), rtol=1e-5)
+
+
+def test_relative_sgd_waits_for_the_first_gradient_that_is_not_zero() -> None:
+    gradients = np.concatenate([np.zeros((1, 3)), GRADIENTS])
+    found = descend(RelativeSGD(0.02), gradients, START)
+    np.testing.assert_array_equal(found[0], START.astype(np.float32))
+    chex.assert_trees_all_close(found[1:], descend(RelativeSGD(0.02), GRADIENTS, START), rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [None, 2.0])
