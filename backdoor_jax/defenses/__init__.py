@@ -10,7 +10,6 @@ from backdoor_jax.defenses.fine_pruning import FinePruning, prune_dormant
 from backdoor_jax.defenses.finetune import FineTune
 from backdoor_jax.defenses.fst import FST
 from backdoor_jax.defenses.ft_sam import FTSAM
-from backdoor_jax.defenses.guided_tac import GuidedTAC
 from backdoor_jax.defenses.i_bau import IBAU
 from backdoor_jax.defenses.midway import Midway
 from backdoor_jax.defenses.mm_bm import MMBM
@@ -37,7 +36,6 @@ DEFENSES: dict[str, type[Defense]] = {
         PAD,
         PADFT,
         TAC,
-        GuidedTAC,
         CLP,
         FinePruning,
         ANP,
@@ -92,7 +90,6 @@ __all__ = [
     "FinePruning",
     "FineTune",
     "GradientDefense",
-    "GuidedTAC",
     "Midway",
     "Outlier",
     "Repair",

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import optax
 
-from backdoor_jax.config import Config, Count, Decay, Fraction, LearningRate, Momentum, Positive
+from backdoor_jax.config import Config, Count, Decay, Fraction, LearningRate, Momentum
 from backdoor_jax.training.schedules import (
     Rate,
     cosine_in_stages,
@@ -137,21 +137,6 @@ class SGD(Optimizer):
     def transformation(self) -> optax.GradientTransformation:
         """The Optax transformation."""
         return torch_sgd(self.schedule(self.learning_rate), self.momentum, self.weight_decay)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClippedSGD(SGD):
-    """`SGD` of gradients that are shortened to a largest length.
-
-    Attributes:
-        clip: the length, over all parameters that move, as PyTorch's ``clip_grad_norm_`` takes it.
-    """
-
-    clip: Positive = 1.0
-
-    def transformation(self) -> optax.GradientTransformation:
-        """The Optax transformation."""
-        return optax.chain(optax.clip_by_global_norm(self.clip), super().transformation())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,11 @@ from flax import nnx
 from miniature import CLASSES, TARGET, assert_removes_the_backdoor, miniature
 
 from backdoor_jax import TAC, Classifier, Dataset, FineTune, UserError, scan
-from backdoor_jax.defenses import DEFAULT, DEFENSES, Midway, find_defense
+from backdoor_jax.defenses import DEFAULT, DEFENSES, Midway, Repair, find_defense
 from backdoor_jax.defenses.midway import between
+from backdoor_jax.models import Variables
 
-QUICK = Midway(target=TARGET, steps=60, distillation_steps=40, batch_size=40, crop=0)
+QUICK = Midway(target=TARGET, steps=100, batch_size=40, crop=0)
 
 
 def test_between_is_the_line_through_both_ends() -> None:
@@ -31,24 +32,50 @@ def test_removes_a_backdoor_and_keeps_accuracy() -> None:
     assert_removes_the_backdoor(QUICK, miniature())
 
 
-def test_without_distillation_it_is_a_point_on_the_line_to_tac() -> None:
+def test_it_is_a_point_on_the_line_to_the_end_of_its_training() -> None:
     case, key = miniature(), jax.random.key(1)
-    still = dataclasses.replace(QUICK, distillation_steps=1, distillation_rate=1e-12, weight_decay=0.0, share=1.0)
-    repair = still.repair(key, case.classifier, case.variables, case.clean)
-    tac = TAC.repair(still, jax.random.split(key)[0], case.classifier, case.variables, case.clean)
-    chex.assert_trees_all_close(repair.variables["params"], tac.variables["params"], rtol=1e-5, atol=1e-6)
+    found = scan(case.classifier, case.variables, case.clean.images)
+    end, part = (
+        dataclasses.replace(QUICK, steps=4, share=share).repair(
+            key, case.classifier, case.variables, case.clean, scan=found
+        )
+        for share in (1.0, 0.25)
+    )
+    assert not trees_equal(end.variables, case.variables)
+    expected = between(case.variables, end.variables, 0.25)
+    chex.assert_trees_all_close(part.variables, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_it_keeps_a_share_of_the_distillation() -> None:
+def test_without_guide_it_is_tac_at_the_rate_of_its_first_step() -> None:
     case, key = miniature(), jax.random.key(1)
-    ends = [
-        dataclasses.replace(QUICK, steps=4, distillation_steps=4, kept=kept)
-        .repair(key, case.classifier, case.variables, case.clean)
-        .variables
-        for kept in (0.25, 0.5, 1.0)
-    ]
-    chex.assert_trees_all_close(ends[1], between(ends[0], ends[2], 1 / 3), rtol=1e-5, atol=1e-6)
-    assert not trees_equal(ends[0], ends[2])
+    images = len(case.clean)
+    tac = TAC(target=TARGET, steps=1, batch_size=images, momentum=0.0, weight_decay=0.0, crop=0)
+    ours = Midway(
+        target=TARGET,
+        steps=1,
+        batch_size=images,
+        momentum=0.0,
+        weight_decay=0.0,
+        crop=0,
+        first_step=0.01,
+        mu=0.0,
+        share=1.0,
+    )
+    moved = difference(ours.repair(key, case.classifier, case.variables, case.clean), case.variables)
+    expected = difference(tac.repair(key, case.classifier, case.variables, case.clean), case.variables)
+    length = np.linalg.norm(flat(case.variables["params"]))
+    np.testing.assert_allclose(np.linalg.norm(moved), 0.01 * length, rtol=1e-3)
+    np.testing.assert_allclose(moved / np.linalg.norm(moved), expected / np.linalg.norm(expected), atol=1e-3)
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All numbers of a tree, in a row."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def difference(repair: Repair, variables: Variables) -> np.ndarray:
+    """By how much a repair moved the parameters."""
+    return flat(repair.variables["params"]) - flat(variables["params"])
 
 
 def test_where_no_class_is_named_it_fine_tunes() -> None:
@@ -64,14 +91,14 @@ def test_where_no_class_is_named_it_fine_tunes() -> None:
 
 
 def test_depends_on_the_key_alone() -> None:
-    case, method = miniature(), dataclasses.replace(QUICK, steps=4, distillation_steps=4)
+    case, method = miniature(), dataclasses.replace(QUICK, steps=4)
     found = scan(case.classifier, case.variables, case.clean.images)
     repair = assert_depends_on_key_alone(
         lambda number: method.repair(jax.random.key(number), case.classifier, case.variables, case.clean, scan=found),
         case.variables,
     )
     assert repair.info["steps"] == 4
-    assert repair.info["tac"].keys() >= {"clean", "perturbed"}
+    assert repair.info["last_epoch"].keys() >= {"clean", "perturbed", "divergence"}
 
 
 def test_a_target_that_does_not_exist_is_refused() -> None:
@@ -120,7 +147,7 @@ def _foreign(kind: str, clean: Dataset) -> tuple[Classifier, Any]:
 def test_repairs_models_made_elsewhere(kind: str) -> None:
     clean = miniature().clean
     classifier, variables = _foreign(kind, clean)
-    method = Midway(target=TARGET, steps=2, distillation_steps=2, crop=0)
+    method = Midway(target=TARGET, steps=2, crop=0)
     repair = method.repair(jax.random.key(0), classifier, variables, clean)
     chex.assert_trees_all_equal_shapes_and_dtypes(repair.variables, variables)
     logits, _ = classifier.logits(repair.variables, clean.images)
