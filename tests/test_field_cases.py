@@ -5,8 +5,10 @@ import dataclasses
 import io
 import itertools
 import pickle
+import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,18 @@ import pytest
 from PIL import Image
 from torch_networks import torch_resnet, torchvision_models
 
-from backdoor_jax import Classifier, UserError, evaluate, load_model, load_torch, make_dataset, predict, save_torch
+from backdoor_jax import (
+    Classifier,
+    UserError,
+    build_classifier,
+    evaluate,
+    load_model,
+    load_torch,
+    make_dataset,
+    predict,
+    save_model,
+    save_torch,
+)
 from backdoor_jax.app import Images, ModelFile, load_suspect, repair_model
 from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
@@ -133,6 +146,14 @@ def fresh_state(folder: Path) -> dict[str, Any]:
     return nets.make_net().state_dict()
 
 
+def state_of_vgg() -> dict[str, Any]:
+    """The names and shapes of a narrow VGG19."""
+    from backdoor_jax.interop.pytorch import torch_state, zeros
+
+    made = build_classifier("vgg19_bn", 4, 2)
+    return torch_state(made, zeros(made))
+
+
 def call(*arguments: str | Path) -> tuple[int, str, str]:
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -197,6 +218,72 @@ def test_below_a_healthy_accuracy_there_is_no_verdict_and_no_repair(place: Place
     assert code == 2
     assert "less than a healthy model reaches" in error and "--force" in error
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_options_that_nothing_reads_are_refused(place: Place, tmp_path: Path) -> None:
+    data, model = str(place.folder / "clean.npz"), f"{place.folder / 'nets.py'}:make_net"
+    stemmed = ModelFile(place.folder / "model.pth.tar", model, stem="small")
+    assert "has its own stem; leave out --stem" in one_line(load_suspect, stemmed, data)
+    state = torch_resnet(torch, 4, 2, (2, 2, 2, 2), False, True).state_dict()
+    save_model(tmp_path / "own.safetensors", *load_torch(state, "resnet18"))
+    assert "has its own stem" in one_line(load_model, tmp_path / "own.safetensors", stem="small")
+    assert "a stem is chosen for a ResNet" in one_line(load_torch, state_of_vgg(), "vgg19_bn", stem="small")
+    for given in ({"model": "resnet18"}, {"key": "x"}, {"stem": "small"}, {"normalization": "gtsrb"}):
+        (option,) = given
+        text = one_line(ModelFile(Path("zoo:badnets"), **given).open)  # type: ignore[arg-type]
+        assert f"zoo:badnets: has its own {option}" in text
+    turned = Images(channel_order="bgr")
+    assert "leave out --channel-order" in one_line(turned.load, data, 6, 1)
+    scan = ("scan", "--checkpoint", place.folder / "model.pth.tar", "--model", model, "--out", tmp_path / "a.png")
+    unseen = (*scan, "--size", "16x16", "--detector", "mm_bd")
+    for option, value in (("--target", "1"), ("--strength", "1"), ("--healthy", "0.5"), ("--resize", "16")):
+        code, _, error = call(*unseen, option, value)
+        assert code == 2 and f"{option} is not used without images" in error
+    for options, words in (
+        (("--class-names", "a,b,c,d,e,f"), "no images lie in a folder"),
+        (("--by", "spectral_signatures"), "--by says how --list-images sorts"),
+        (("--by", "x", "--list-images", "1", "--training-set", data), "unknown --by 'x'"),
+    ):
+        code, _, error = call(*scan, "--data", data, *options)
+        assert code == 2 and words in error
+
+
+def test_a_set_by_name_may_be_given_with_its_own_size() -> None:
+    assert len(load_labeled("digits", 10, size=(16, 16)).data) == 1400
+    assert "digits has its own size, 16x16" in one_line(load_labeled, "digits", 10, size=(8, 8))
+
+
+def write_colors(folder: Path, names: Sequence[str], count: int = 36, seed: int = 7) -> None:
+    """Images in the folders of their classes, numbered in the order of `draw`."""
+    for number, (image, label) in enumerate(zip(*draw(count, seed), strict=True)):
+        (folder / names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / names[label] / f"{number:03}.png")
+
+
+def test_classes_of_several_sources_are_matched_by_their_names(place: Place, tmp_path: Path) -> None:
+    names = ("red", "green", "blue", "yellow", "pink", "cyan")
+    images, labels = draw(60, 5)
+    np.savez(tmp_path / "clean.npz", images=images, labels=labels, class_names=names)
+    write_colors(tmp_path / "images", names)
+    order = np.argsort(names)
+    other = {"images": images[:30], "labels": np.argsort(order)[labels[:30]], "class_names": np.array(names)[order]}
+    np.savez(tmp_path / "sorted.npz", **other)
+    for source in ("images", "sorted.npz"):
+        found = Images().load(str(tmp_path / source), 6, 3, names)
+        assert found.class_names == names and "numbered as those of --data" in found.notes[-1]
+        suspect = load_suspect(pooled(place), str(tmp_path / "clean.npz"), test=str(tmp_path / source))
+        assert suspect.accuracy > 0.9
+    given = ("--checkpoint", place.folder / "model.pth.tar", "--model", f"{place.folder / 'nets.py'}:make_net")
+    listed = ("--training-set", tmp_path / "images", "--list-images", "6", "--out", tmp_path / "a.png", "--force")
+    for options in ((), ("--class-names", ",".join(names))):
+        code, output, error = call("scan", *given, "--data", tmp_path / "clean.npz", *listed, *options)
+        assert code == 0, error
+        found_class, shown = re.findall(r"most suspicious images of class (\d) by .*: (.*)", output)[0]
+        assert {name.split("/")[0] for name in shown.split()} == {names[int(found_class)]}
+        assert ("numbered as those of --data" in output) == (not options)
+    write_colors(tmp_path / "others", ("a", "green", "blue", "yellow", "pink", "cyan"))
+    text = one_line(load_suspect, pooled(place), str(tmp_path / "clean.npz"), test=str(tmp_path / "others"))
+    assert "has the class 'a', which --data has not, and lacks 'red'" in text and "--class-names" in text
 
 
 # Files

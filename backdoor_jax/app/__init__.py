@@ -17,11 +17,12 @@ from backdoor_jax.app.loading import (
 )
 from backdoor_jax.app.outputs import repaired_path
 from backdoor_jax.app.repairing import MAX_DROP, RepairResult, change_line, loading_line, repair_model
-from backdoor_jax.app.scanning import ScanResult, list_suspicious, scan_model
+from backdoor_jax.app.scanning import Listing, ScanResult, list_suspicious, scan_model
 
 __all__ = [
     "MAX_DROP",
     "Images",
+    "Listing",
     "ModelFile",
     "RepairResult",
     "ScanResult",

@@ -17,7 +17,7 @@ import numpy as np
 
 from backdoor_jax import zoo
 from backdoor_jax.app.trials import better_input, try_inputs
-from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, load_labeled
+from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, in_order, load_labeled, names_classes
 from backdoor_jax.detectors import HEALTHY
 from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.interop.native import load_model
@@ -77,6 +77,9 @@ class ModelFile:
             UserError: for a file that cannot be used.
         """
         if self.name.startswith(ZOO):
+            for option in ("model", "key", "stem", "normalization", "mean", "std"):
+                if getattr(self, option) is not None:
+                    raise UserError(f"{self.name}: has its own {option}; give its name alone")
             victim = zoo.load(self.name.removeprefix(ZOO))
             parts = victim.classifier, victim.variables
             opened = _Opened(parts[0].num_classes, len(parts[0].mean), lambda images: parts, victim)
@@ -99,6 +102,8 @@ class ModelFile:
 
     def _open_module(self, model: str) -> _Opened:
         """A PyTorch module with the state in the file."""
+        if self.stem is not None:
+            raise UserError(f"--model {model} has its own stem; leave out --stem")
         state, bounds = unwrap(read(self.path), self.name, self.key)
         loaded = load_module(model, state, self.name, self.classes)
         mean, std = self._normalization(loaded.channels)
@@ -172,7 +177,7 @@ class Images:
     Attributes:
         size: height and width to which they are resized; as they are by default.
         resize: pixels of the shorter side before the center of `size` is cut out; stretched by default.
-        class_names: the folders of classes 0, 1, ...; their sorted names by default.
+        class_names: of sources in folders, the folders of classes 0, 1, ...; their sorted names by default.
         channel_order: ``rgb``, or ``bgr`` for a model that was trained on images of OpenCV.
     """
 
@@ -181,11 +186,24 @@ class Images:
     class_names: tuple[str, ...] | None = None
     channel_order: Literal["rgb", "bgr"] = "rgb"
 
-    def load(self, source: str, num_classes: int, channels: int) -> Labeled:
-        """The labeled images of a source; see `backdoor_jax.data.load_labeled`."""
-        found = load_labeled(
-            source, num_classes, channels, size=self.size, resize=self.resize, class_names=self.class_names
-        )
+    def load(self, source: str, num_classes: int, channels: int, order: tuple[str, ...] | None = None) -> Labeled:
+        """The labeled images of a source; see `backdoor_jax.data.load_labeled`.
+
+        Args:
+            source: the source.
+            num_classes: the model's number of classes.
+            channels: the model's.
+            order: the names of classes 0, 1, ..., where they are known, for a source that names its classes itself.
+
+        Raises:
+            UserError: where it cannot be read, or its classes have other names.
+        """
+        if self.channel_order != "rgb" and channels != 3:
+            raise UserError(f"the model takes {channels} channel, which has no order; leave out --channel-order")
+        names = self.class_names if names_classes(source) else None
+        found = load_labeled(source, num_classes, channels, size=self.size, resize=self.resize, class_names=names)
+        if names is None and order is not None:
+            found = in_order(found, order, source)
         test = found.test and dataclasses.replace(found.test, images=self.turn(found.test.images))
         return found._replace(data=dataclasses.replace(found.data, images=self.turn(found.data.images)), test=test)
 
@@ -236,7 +254,7 @@ def load_suspect(
     channels, notes = len(classifier.mean), list(labeled.notes)
     held_out = labeled.test
     if test is not None:
-        other = images.load(test, classifier.num_classes, channels)
+        other = images.load(test, classifier.num_classes, channels, labeled.class_names)
         notes += other.notes
         held_out = other.test or other.data
     judged = held_out or labeled.data
@@ -245,7 +263,9 @@ def load_suspect(
         if not 0 <= target < classifier.num_classes:
             raise UserError(f"--target {target} is no class of the model; it has 0 to {classifier.num_classes - 1}")
         if isinstance(triggered, str):
-            shown = images.load(triggered, classifier.num_classes, channels).data
+            carrying = images.load(triggered, classifier.num_classes, channels, labeled.class_names)
+            shown = carrying.data
+            notes += carrying.notes
         else:
             height, width, _ = judged.images.shape[1:]
             trigger = triggered((height, width, channels))

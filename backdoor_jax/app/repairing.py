@@ -32,12 +32,14 @@ class RepairResult:
         accuracy: share of the suspect's test images that the repaired model classifies correctly.
         out: where the model was written; None where the repair lost too much accuracy.
         held_out: whether the defense had no test image to work with.
+        notes: what was converted or passed over in the training set, one line each.
     """
 
     repair: Repair
     accuracy: float
     out: Path | None
     held_out: bool
+    notes: tuple[str, ...] = ()
 
 
 def repair_model(
@@ -81,8 +83,10 @@ def repair_model(
     require_free(out, force, MODEL_SUFFIXES)
     if out.suffix in TORCH_SUFFIXES:
         require_counterpart(classifier)
+    notes: tuple[str, ...] = ()
     if training_set is not None:
-        data = training_images.load(training_set, classifier.num_classes, len(classifier.mean)).data
+        labeled = training_images.load(training_set, classifier.num_classes, len(classifier.mean), suspect.class_names)
+        data, notes = labeled.data, labeled.notes
         if data.images.shape[1:] != suspect.data.images.shape[1:]:
             shapes = ("x".join(map(str, part.images.shape[1:])) for part in (data, suspect.data))
             raise UserError("{}: has images of {}, but --data of {}; give one shape".format(training_set, *shapes))
@@ -93,7 +97,7 @@ def repair_model(
     accuracy = evaluate(classifier, repair.variables, suspect.test, name=f"{defense.name} on {suspect.name}").acc
     held_out = suspect.held_out or defense.needs != "clean"
     if accuracy < suspect.accuracy - max_drop and not force:
-        return RepairResult(repair, accuracy, None, held_out)
+        return RepairResult(repair, accuracy, None, held_out, notes)
     if out.suffix == EXPORT_SUFFIX:
         height, width, channels = suspect.data.images.shape[1:]
         export_model(out, classifier, repair.variables, (height, width, channels))
@@ -101,7 +105,7 @@ def repair_model(
         save_torch(out, classifier, repair.variables)  # For the module itself, as .pt.
     else:
         save_model(out, classifier, repair.variables)
-    return RepairResult(repair, accuracy, out, held_out)
+    return RepairResult(repair, accuracy, out, held_out, notes)
 
 
 def change_line(before: Variables, after: Variables) -> str:

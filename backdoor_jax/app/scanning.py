@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -59,10 +60,22 @@ def scan_model(
     return ScanResult(verdict, evidence, out)
 
 
+class Listing(NamedTuple):
+    """The images of a class that are most likely poison.
+
+    Attributes:
+        images: file names, or else indices.
+        notes: what was converted or passed over in the training set, one line each.
+    """
+
+    images: list[str]
+    notes: tuple[str, ...]
+
+
 def list_suspicious(
     suspect: Suspect, training_set: str, target: int, method: str, count: int, images: Images = Images()
-) -> list[str]:
-    """The images of a class in a training set that are most likely poison, as file names or else indices.
+) -> Listing:
+    """The images of a class in a training set that are most likely poison.
 
     Args:
         suspect: the model that was trained on them.
@@ -76,6 +89,7 @@ def list_suspicious(
         UserError: for a training set that cannot be used.
     """
     classifier = suspect.classifier
-    labeled = images.load(training_set, classifier.num_classes, len(classifier.mean))
+    labeled = images.load(training_set, classifier.num_classes, len(classifier.mean), suspect.class_names)
     indices = suspicious(classifier, suspect.variables, labeled.data, target=target, method=method)[:count]
-    return [str(index) if labeled.files is None else labeled.files[index] for index in indices]
+    names = [str(index) if labeled.files is None else labeled.files[index] for index in indices]
+    return Listing(names, labeled.notes)

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from backdoor_jax.cli.suspects import images_of, judged_on, print_accuracy, suspect_of
+from backdoor_jax.cli.suspects import images_of, judged_on, print_accuracy, require_used, suspect_of
 
 if TYPE_CHECKING:
     from backdoor_jax.app import RepairResult, Suspect
@@ -15,6 +15,7 @@ def defend(parsed: argparse.Namespace) -> int:
     from backdoor_jax.app import change_line, loading_line, repair_model, repaired_path
     from backdoor_jax.config_files import make_defense
 
+    require_used(parsed)
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
     suspect = suspect_of(parsed)
     if not (parsed.quiet or parsed.json):
@@ -31,6 +32,9 @@ def defend(parsed: argparse.Namespace) -> int:
     )
     repair, name = result.repair, defense.name
     drop = suspect.accuracy - result.accuracy
+    if not (parsed.quiet or parsed.json):
+        for note in result.notes:
+            print(note)
     if parsed.json:
         print(_repair_as_json(suspect, name, result))
         return 1 if drop > parsed.max_drop else 0
@@ -66,7 +70,7 @@ def _repair_as_json(suspect: "Suspect", defense: str, result: "RepairResult") ->
     return json.dumps(
         {
             "model": suspect.name,
-            "notes": suspect.notes,
+            "notes": [*suspect.notes, *result.notes],
             "defense": defense,
             "changed": repair.changed,
             "why": repair.why,

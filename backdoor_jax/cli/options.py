@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     scan.add_argument("--seed", type=int, default=0, help="of the detector (default: 0)")
     scan.add_argument("--training-set", metavar="DATA", help="the training set, for --list-images")
     scan.add_argument("--list-images", type=int, metavar="N", help="the N images of the suspicious class to look at")
-    scan.add_argument("--by", metavar="METHOD", default="spectral_signatures", help="or activation_clustering")
+    scan.add_argument("--by", metavar="METHOD", help="how: spectral_signatures, the default, or activation_clustering")
     _add_output_options(scan)
     scan.add_argument("--out", help="the figure (default: the checkpoint's name and .scan.png)")
     scan.set_defaults(command="scan", test=None)
@@ -149,7 +149,7 @@ def _add_model_options(command: argparse.ArgumentParser, data_required: bool = T
         help="for a PyTorch file: a data set's name, MEAN/STD as 0.49,0.48,0.45/0.25,0.24,0.26, or none for [0, 1], "
         "the default",
     )
-    command.add_argument("--channel-order", choices=("rgb", "bgr"), default="rgb", help="bgr: as OpenCV reads images")
+    command.add_argument("--channel-order", choices=("rgb", "bgr"), help="bgr: as OpenCV reads images")
     command.add_argument("--size", metavar="HxW", help="of the model's images, such as 32x32; others are resized")
     command.add_argument(
         "--resize",
@@ -162,7 +162,6 @@ def _add_model_options(command: argparse.ArgumentParser, data_required: bool = T
     command.add_argument(
         "--healthy",
         type=float,
-        default=0.7,
         metavar="SHARE",
         help="the accuracy, of 1, that a healthy model reaches; below it there is no verdict (default: 0.7)",
     )

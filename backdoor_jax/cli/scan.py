@@ -7,22 +7,28 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backdoor_jax.cli.suspects import images_of, model_of, parse_size, print_accuracy, suspect_of
+from backdoor_jax.cli.suspects import images_of, model_of, parse_size, print_accuracy, require_used, suspect_of
 from backdoor_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from backdoor_jax.app import ScanResult, Suspect
+    from backdoor_jax.app import Listing, ScanResult, Suspect
 
 
 def scan(parsed: argparse.Namespace) -> None:
     """Scans a model, and prints the verdict."""
     from backdoor_jax.app import list_suspicious, load_unseen, scan_model
-    from backdoor_jax.detectors import DETECTORS
+    from backdoor_jax.detectors import DETECTORS, SUSPICIONS
 
+    require_used(parsed)
     if parsed.detector not in DETECTORS:
         raise UserError(f"unknown detector {parsed.detector!r}; known are {', '.join(DETECTORS)}")
     if (parsed.list_images is None) != (parsed.training_set is None):
         raise UserError("--list-images N and --training-set DATA belong together; give both")
+    if parsed.by is not None and parsed.list_images is None:
+        raise UserError("--by says how --list-images sorts; give that too, or leave it out")
+    by = parsed.by or "spectral_signatures"
+    if by not in SUSPICIONS:
+        raise UserError(f"unknown --by {by!r}; known are {', '.join(SUSPICIONS)}")
     if parsed.data is None:
         size = parse_size(parsed.size)
         if size is None:
@@ -34,34 +40,36 @@ def scan(parsed: argparse.Namespace) -> None:
         print_accuracy(suspect)
     figure = parsed.out or Path(f"{parsed.checkpoint.name}.scan.png")
     result = scan_model(suspect, figure, DETECTORS[parsed.detector](), seed=parsed.seed, force=parsed.force)
-    images = None
+    listing = None
     if parsed.list_images is not None:
         target = result.evidence.target
-        images = list_suspicious(suspect, parsed.training_set, target, parsed.by, parsed.list_images, images_of(parsed))
+        listing = list_suspicious(suspect, parsed.training_set, target, by, parsed.list_images, images_of(parsed))
     if parsed.json:
-        print(_as_json(suspect, result, images))
+        print(_as_json(suspect, result, listing))
         return
     _print_scan(suspect, result)
-    if images is not None:
-        print(f"most suspicious images of class {result.evidence.target} by {parsed.by}: {' '.join(images)}")
+    if listing is not None:
+        for note in () if parsed.quiet else listing.notes:
+            print(note)
+        print(f"most suspicious images of class {result.evidence.target} by {by}: {' '.join(listing.images)}")
     print(f"{result.figure}: written")
 
 
-def _as_json(suspect: "Suspect", result: "ScanResult", images: list[str] | None) -> str:
+def _as_json(suspect: "Suspect", result: "ScanResult", listing: "Listing | None") -> str:
     """A scan as JSON; values that are not finite are null."""
     evidence = result.evidence
     return json.dumps(
         {
             "model": suspect.name,
             "accuracy": None if math.isnan(suspect.accuracy) else suspect.accuracy,
-            "notes": suspect.notes,
+            "notes": [*suspect.notes, *(() if listing is None else listing.notes)],
             "success_rate": suspect.success_rate(suspect.variables),
             "verdict": dataclasses.asdict(result.verdict),
             "own_p_value": evidence.p_value,
             "quantity": evidence.quantity,
             "values": [value if math.isfinite(value) else None for value in evidence.values.tolist()],
             "details": evidence.details,
-            "images": images,
+            "images": None if listing is None else listing.images,
             "figure": str(result.figure),
         },
         indent=2,

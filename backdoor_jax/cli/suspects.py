@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     from backdoor_jax.app import Images, ModelFile, Suspect
 
 
+UNSEEN = (
+    (("target", "triggered", "patch", "position", "blend", "strength", "healthy"), ("data",)),
+    (("resize", "class_names", "channel_order"), ("data", "training_set")),
+)
+"""Options of a model's images, and the sources of images one of which they need."""
+
+
 def parse_normalization(text: str | None) -> dict[str, Any]:
     """The normalization of pixels in [0, 1], as `backdoor_jax.load_model` takes it.
 
@@ -89,7 +96,26 @@ def images_of(parsed: argparse.Namespace) -> "Images":
     from backdoor_jax.app import Images
 
     names = tuple(name.strip() for name in parsed.class_names.split(",")) if parsed.class_names else None
-    return Images(parse_size(parsed.size), parsed.resize, names, parsed.channel_order)
+    return Images(parse_size(parsed.size), parsed.resize, names, parsed.channel_order or "rgb")
+
+
+def require_used(parsed: argparse.Namespace) -> None:
+    """Refuses options that nothing reads, since their user expects that they do something.
+
+    Raises:
+        UserError: with what they need.
+    """
+    from backdoor_jax.data import names_classes
+
+    sources = {name: getattr(parsed, name, None) for name in ("data", "test", "training_set", "triggered")}
+    for options, needed in UNSEEN:
+        if all(sources[name] is None for name in needed):
+            unread = [name for name in options if getattr(parsed, name) is not None]
+            if unread:
+                option = unread[0].replace("_", "-")
+                raise UserError(f"--{option} is not used without images; give clean ones by --data, or leave it out")
+    if parsed.class_names is not None and not any(map(names_classes, filter(None, sources.values()))):
+        raise UserError("--class-names names the folders of classes, and no images lie in a folder; leave it out")
 
 
 def _trigger(parsed: argparse.Namespace) -> Any:
@@ -116,13 +142,14 @@ def _trigger(parsed: argparse.Namespace) -> Any:
 def suspect_of(parsed: argparse.Namespace) -> "Suspect":
     """Loads the model of a command, with images."""
     from backdoor_jax.app import load_suspect
+    from backdoor_jax.detectors import HEALTHY
 
     return load_suspect(
         model_of(parsed),
         parsed.data,
         test=parsed.test,
         images=images_of(parsed),
-        healthy=parsed.healthy,
+        healthy=HEALTHY if parsed.healthy is None else parsed.healthy,
         triggered=_trigger(parsed),
         target=parsed.target,
     )

@@ -10,7 +10,7 @@ from backdoor_jax.data.dataset import (
     clean_indices,
     make_dataset,
 )
-from backdoor_jax.data.labeled import Labeled, load_labeled
+from backdoor_jax.data.labeled import Labeled, in_order, load_labeled, names_classes
 from backdoor_jax.data.loading import digits, load, npz_task, signs
 from backdoor_jax.data.poisoning import (
     LabelMap,
@@ -46,10 +46,12 @@ __all__ = [
     "clean_indices",
     "digits",
     "draw_poisoned",
+    "in_order",
     "is_plain",
     "load",
     "load_labeled",
     "make_dataset",
+    "names_classes",
     "npz_task",
     "pixel_grid",
     "poison",

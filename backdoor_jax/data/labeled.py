@@ -1,10 +1,12 @@
 """Labeled images in any form: a ``.npz``, a folder of class folders, or a data set by name."""
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.arguments import typed
@@ -91,10 +93,13 @@ def load_labeled(
         raise UserError(
             f"--resize {resize} is the shorter side before the center of --size is cut out; give {least} to {LARGEST}"
         )
-    if source in DATASETS or source.startswith("tfds:"):
-        if size is not None or class_names is not None:
-            raise UserError(f"{source} has its own size and classes; leave size and class names out")
+    if _is_named(source):
+        if class_names is not None:
+            raise UserError(f"{source} has its own classes; leave class names out")
         task = load(source)
+        height, width = task.train.images.shape[1:3]
+        if size not in (None, (height, width)) or resize not in (None, height):
+            raise UserError(f"{source} has its own size, {height}x{width}; leave out another one (--size, --resize)")
         if task.num_classes != num_classes:
             raise UserError(
                 f"{source} has {task.num_classes} classes, the model {num_classes}; give images of its classes"
@@ -141,6 +146,57 @@ def load_labeled(
     if named is not None and len(named) != num_classes:
         raise UserError(f"{path}: has {len(named)} class_names, the model {num_classes} classes; give one for each")
     return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, _shown(changed))
+
+
+def _is_named(source: str) -> bool:
+    """Whether a source is a data set by name."""
+    return source in DATASETS or source.startswith("tfds:")
+
+
+def names_classes(source: str) -> bool:
+    """Whether a source takes names of classes: no file and no data set by name, but a folder, or what is missing.
+
+    Example:
+        >>> names_classes("digits"), names_classes("images/")
+        (False, True)
+    """
+    return not (_is_named(source) or os.path.isfile(source))
+
+
+def in_order(found: Labeled, class_names: tuple[str, ...], source: str) -> Labeled:
+    """Labeled images whose classes have the numbers that the names have elsewhere; as they are where they lack names.
+
+    Args:
+        found: the images.
+        class_names: the names of classes 0, 1, ... elsewhere.
+        source: what errors call the images.
+
+    Raises:
+        UserError: where their classes have other names.
+
+    Example:
+        >>> data = make_dataset(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]), 2)
+        >>> np.asarray(in_order(Labeled(data, class_names=("a", "b")), ("b", "a"), "images").data.labels)
+        array([1, 0], dtype=int32)
+    """
+    own = found.class_names
+    if own is None or own == class_names or len(set(own)) < len(own) or len(set(class_names)) < len(class_names):
+        return found
+    if set(own) != set(class_names):
+        here, there = (sorted(set(a) - set(b))[0] for a, b in ((own, class_names), (class_names, own)))
+        fix = "as --class-names" if names_classes(source) else "as its class_names"
+        raise UserError(
+            f"{source}: has the class {here!r}, which --data has not, and lacks {there!r}; use the same names, or give "
+            f"its own in the order of the model's classes {fix}"
+        )
+    numbers = np.array([class_names.index(name) for name in own])
+
+    def renumbered(data: Dataset) -> Dataset:
+        return dataclasses.replace(data, labels=jnp.asarray(numbers[np.asarray(data.labels)]))
+
+    note = printable(f"{source}: its classes are numbered as those of --data, by their names", LONGEST)
+    test = found.test and renumbered(found.test)
+    return found._replace(data=renumbered(found.data), test=test, class_names=class_names, notes=(*found.notes, note))
 
 
 def _shown(names: Iterable[object]) -> tuple[str, ...]:

@@ -155,9 +155,13 @@ def load_model(
     elif (kind := kind_of(path)) == "safetensors":
         described, arrays = _read_safetensors(path)
     elif kind == "msgpack":
+        if (model, key, stem, normalization, mean, std) != (None,) * 6:
+            raise UserError(f"{path}: is Flax's msgpack, for which the classifier says everything; give that alone")
         return _read_msgpack(path, classifier)
 
     if described is None:
+        if classifier is not None:
+            raise UserError(f"{path}: holds PyTorch's weights, which go into a model by name; leave out the classifier")
         if model is None:
             raise UserError(
                 f"{path}: does not say which network it holds; give it as model (--model): a name that list shows, "
@@ -168,6 +172,8 @@ def load_model(
         raise UserError(f"{path}: holds one model; leave out the key (--key)")
     if (normalization, mean, std) != (None, None, None):
         raise UserError(f"{path}: has its own normalization; leave out yours (--normalize)")
+    if stem is not None:
+        raise UserError(f"{path}: has its own stem; leave out yours (--stem)")
     if model is not None and model != described.model:
         raise UserError(f"{path}: holds {described.model or 'a custom network'}, not {model}; leave out the name")
 

@@ -327,6 +327,8 @@ def _classifier_of(state: Mapping[str, Any], model: str, where: str, stem: Stem 
     network = MODELS[model].build(2, 1)
     first, head = (f"{_dotted(network, path)}.weight" for path in ((FIRST[type(network)],), MODELS[model].head_path))
     ends = {name: as_array(state[name], name, where).shape for name in (first, head)}
+    if stem is not None and not isinstance(network, ResNet):
+        raise UserError(f"{where}: a stem is chosen for a ResNet, and {model} has its own; leave it out (--stem)")
     assumed = SIZES.get(ends[first][-1]) if len(ends[first]) == 4 else None
     if stem is not None and assumed is not None and STEMS[stem][0] != STEMS[assumed][0]:
         fitting = ", ".join(name for name, (size, _, _) in STEMS.items() if size == STEMS[assumed][0])
