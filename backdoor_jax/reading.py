@@ -6,13 +6,15 @@ file and the fix. Arrays are in `array_files`, pickles in `pickles`.
 """
 
 import contextlib
+import io
 import json
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from backdoor_jax.errors import UserError, first_line
 
@@ -24,8 +26,10 @@ LONGEST_NAME = 500
 """Characters of a name inside a file."""
 MOST_NAMES = 100_000
 """Names inside a file: arrays of a model, members of an archive."""
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
 """Pillow's names of the formats that are read; others hold images larger than they say, or run programs."""
+ANIMATED = "it is animated; save one frame as a picture of its own"
+"""Why a file of several frames is refused: one of them would be chosen in silence."""
 DEEPEST = 32
 """Levels of a tree inside a file."""
 
@@ -222,10 +226,22 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, parse_constant=refused, parse_float=finite)
 
 
-def image_pixels(file: Any, path: Path | str, mode: str, size: int) -> Any:
+class Picture(NamedTuple):
+    """A decoded image file.
+
+    Attributes:
+        pixels: Pillow's image.
+        mode: Pillow's mode of the file, before it was converted.
+    """
+
+    pixels: Any
+    mode: str
+
+
+def image_pixels(file: Any, path: Path | str, mode: str, size: int) -> Picture:
     """The pixels of an image file, whose dimensions are compared with the budget before it is decoded.
 
-    Channels of 16 bits are scaled to 8.
+    Channels of 16 bits are scaled to 8. Of a GIF only its one frame is given to Pillow, see `_still_gif`.
 
     Args:
         file: a path, or an open binary file.
@@ -233,24 +249,86 @@ def image_pixels(file: Any, path: Path | str, mode: str, size: int) -> Any:
         mode: Pillow's, ``RGB`` or ``L``, to which it is converted.
         size: bytes of the file.
 
-    Returns:
-        Pillow's image, decoded.
-
     Raises:
-        UserError: where it is no image of `IMAGE_FORMATS`, whatever its name, has pixels of 32 bits, or decodes to more
-            than the budget.
+        UserError: where it is no image of `IMAGE_FORMATS`, whatever its name, has pixels of 32 bits or several frames,
+            or decodes to more than the budget.
     """
     import warnings
 
     import numpy as np
     from PIL import Image
 
-    with parsing(path, "cannot be read as an image", "remove it"), warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parsing(path, "cannot be read as an image", "remove it"))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        stream = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
+        start = stream.tell()
+        if stream.read(6) in (b"GIF87a", b"GIF89a"):
+            if size > SMALL:
+                raise ValueError(f"a GIF of {_megabytes(size)} MB, at most {_megabytes(SMALL)} MB are read")
+            stream.seek(start)
+            stream = io.BytesIO(_still_gif(stream.read()))
+        else:
+            stream.seek(start)
+        with Image.open(stream, formats=IMAGE_FORMATS) as image:
             require_budget(4 * image.width * image.height, size, path)
+            if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+                raise ValueError(ANIMATED)
             if image.mode in ("I", "F"):
                 raise ValueError(f"its mode {image.mode!r} has 32 bits a channel, expected 8 or 16")
             if image.mode.startswith("I;16"):  # Pillow clips them when it converts.
-                return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert(mode)
-            return image.convert(mode)
+                scaled = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+                return Picture(scaled.convert(mode), image.mode)
+            return Picture(image.convert(mode), image.mode)
+
+
+def _still_gif(content: bytes) -> bytes:
+    """A GIF with its size, colors, transparency and one frame, and nothing else.
+
+    Pillow allocates what a frame and its disposal say when it opens a file, and skips blocks by rules of its own.
+
+    Raises:
+        ValueError: for several frames or none, or a frame that reaches beyond the image.
+    """
+    stream, kept = io.BytesIO(content), io.BytesIO()
+
+    def take(count: int) -> bytes:
+        found = stream.read(count)
+        if len(found) < count:
+            raise ValueError("it ends within a block")
+        return found
+
+    def blocks() -> bytes:
+        """A block's parts, each after its length, up to the empty one."""
+        parts = []
+        while length := take(1)[0]:
+            parts.append(bytes([length]) + take(length))
+        return b"".join(parts)
+
+    def colors(flags: int) -> bytes:
+        return take(6 << (flags & 7)) if flags & 128 else b""
+
+    header = take(13)
+    width, height, flags = struct.unpack("<HHB", header[6:11])
+    kept.write(header + colors(flags))
+    transparency, frames = b"", 0
+    while (kind := stream.read(1)) not in (b"", b";"):
+        if kind == b"!":
+            control, block = take(1)[0] == 249, blocks()
+            if control and len(block) == 5 and block[1] & 1:
+                transparency = b"!\xf9\x04\x01\0\0" + block[4:] + b"\0"
+        elif kind == b",":
+            frames += 1
+            if frames > 1:
+                raise ValueError(ANIMATED)
+            place = take(9)
+            left, top, columns, rows, flags = struct.unpack("<HHHHB", place)
+            if left + columns > width or top + rows > height:
+                raise ValueError("its frame reaches beyond the image")
+            kept.write(transparency + kind + place + colors(flags) + take(1) + blocks() + b"\0")
+        elif kind != b"\0":
+            raise ValueError(f"it has a block of the unknown kind {kind[0]}")
+    if not frames:
+        raise ValueError("it has no frame")
+    return kept.getvalue() + b";"

@@ -237,6 +237,7 @@ FORMATS: dict[str, tuple[str, Callable[[], bytes], Callable[[Path], Any]]] = {
     "safetensors": ("a.safetensors", safetensors, read_torch),
     "msgpack": ("a.msgpack", msgpack, lambda path: load_model(path, classifier=model_folder()[0])),
     "image": ("0/a.png", png, lambda path: load_labeled(str(path.parent.parent), 1)),
+    "GIF": ("0/a.gif", lambda: drawn("GIF"), lambda path: load_labeled(str(path.parent.parent), 1)),
     "CIFAR": ("a", tar, lambda path: read_official("tfds:cifar10", path)),
     "Tiny ImageNet": ("a", tiny_imagenet, lambda path: read_official("tfds:tiny_imagenet", path)),
     "YAML": ("a.yaml", lambda: CONFIG, load_experiment),
@@ -401,13 +402,19 @@ def header(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n"
 
 
-FOREIGN_IMAGES = ("ICO", "ICNS", "EPS", "GIF", "TGA")
+FOREIGN_IMAGES = ("ICO", "ICNS", "EPS", "TGA")
 
 
 def drawn(kind: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels(16, 16, 3)).save(file, kind)
     return file.getvalue()
+
+
+def gif(width: int, height: int, columns: int, rows: int) -> bytes:
+    """A GIF whose frame of any size is cleared afterwards, for which Pillow allocates it."""
+    start = b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"!\xf9\x04\x08\0\0\0\0"
+    return start + b"," + struct.pack("<HHHHB", 0, 0, columns, rows, 0) + b"\x02\x02\x44\x01\0;"
 
 
 def huge_png(side: int) -> bytes:
@@ -527,6 +534,10 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: tensor_header({"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]}),
         "shape",
     ),
+    "GIF of 100 megapixels": ("GIF", lambda: gif(10_000, 10_000, 1, 1), "400.0 MB"),
+    "frame beyond its GIF": ("GIF", lambda: gif(4, 4, 65_535, 65_535), "reaches beyond the image"),
+    "GIF that ends in a block": ("GIF", lambda: drawn("GIF")[:-3], "it ends within a block"),
+    "GIF without frames": ("GIF", lambda: drawn("GIF")[:13] + bytes(768) + b";", "it has no frame"),
     "169 megapixels": ("image", lambda: huge_png(13_000), "676.0 MB"),
     **{f"{kind} named PNG": ("image", partial(drawn, kind), "cannot identify") for kind in FOREIGN_IMAGES},
     "tar of zeros": ("CIFAR", lambda: tar_of({"cifar-10-batches-py/batches.meta": ZEROS}), "at most 67.1 MB are read"),

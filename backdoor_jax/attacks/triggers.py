@@ -153,7 +153,8 @@ def _read_picture(path: Path, channels: int, field: str, resize_to: tuple[int, i
     from PIL import Image
 
     try:
-        image = image_pixels(path, path, {1: "L", 3: "RGB", 4: "RGBA"}[channels], file_size(path, "give a picture"))
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        image = image_pixels(path, path, mode, file_size(path, "give a picture")).pixels
     except UserError as error:
         raise UserError(f"{field} cannot be read as a picture: {error}") from error
     if resize_to is not None:

@@ -13,12 +13,16 @@ from backdoor_jax.reading import file_size, image_pixels, parsing, require_budge
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 """The files of a class folder that are images; others are counted and passed over."""
 
+GRAY = ("1", "L", "LA", "La")
+"""Pillow's modes of gray images of at most 8 bits."""
+
 STRETCHED = "--resize of scan and defend keeps their proportions"
 """What to do about images that were stretched."""
 
-
-SPLITS = (("train", "test"), ("train", "val"), ("training", "test"))
-"""The folders in which a folder of images has its splits, where it has any."""
+WORK, EVALUATION = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+"""The folders in which a folder of images has its splits, where it has any; the first of each is taken."""
+WRAPPERS = 3
+"""How many levels of a folder that holds a single folder are passed."""
 
 
 class FolderImages(NamedTuple):
@@ -42,12 +46,30 @@ class FolderImages(NamedTuple):
 def class_folders(path: Path) -> list[str]:
     """The sorted names of a folder's class folders."""
     with parsing(path, "cannot be read", "give a folder with one folder for each class"):
-        return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+        found = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    return [name for name in found if name != "__MACOSX"]  # What archives of macOS hold beside the files.
 
 
 def splits_of(path: Path) -> tuple[str, str] | None:
     """The folders of a folder in which class folders to work with and to evaluate on lie; None where it has none."""
-    return next((splits for splits in SPLITS if all((path / split).is_dir() for split in splits)), None)
+    found = {name.lower(): name for name in reversed(class_folders(path))}
+    splits = [next((found[name] for name in names if name in found), None) for names in (WORK, EVALUATION)]
+    return (splits[0], splits[1]) if splits[0] and splits[1] else None
+
+
+def inner_folder(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder in which class folders or splits lie, and a note where it is not the given one.
+
+    A folder that holds a single folder, and that one others, is what an archive often unpacks to.
+    """
+    inner = path
+    for _ in range(WRAPPERS):
+        if len(found := class_folders(inner)) != 1:
+            break
+        inner /= found[0]
+    if inner == path or len(class_folders(inner)) < 2:
+        return path, ()
+    return inner, (f"{path}: holds a single folder, so {inner.relative_to(path)} is read",)
 
 
 def read_folder(
@@ -76,6 +98,12 @@ def read_folder(
     known = set(found)
     classes = tuple(found) if class_names is None else class_names
     missing = [name for name in classes if name not in known]
+    loose = missing or (num_classes is not None and len(classes) != num_classes) or not classes
+    if loose and not found and any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+        raise UserError(
+            f"{path}: its images lie in the folder itself, so their classes are not known; put them into one folder "
+            "for each class"
+        )
     if missing:
         raise UserError(f"{path}: has no class folder {missing[0]!r}; there are {_few(found)}: fix --class-names")
     twice = [name for name, count in Counter(classes).items() if count > 1]
@@ -108,6 +136,9 @@ def read_folder(
         raise UserError(
             f"{path}: its class folders hold no images ({', '.join(SUFFIXES)}){': ' if notes else ''}{''.join(notes)}"
         )
+    beside = sorted(known - set(classes))
+    if beside:
+        notes.append(f"folders passed over, which are no class: {_few(beside)}")
     if class_names is None and all(map(str.isdecimal, classes)) and sorted(classes, key=int) != found:
         notes.append(f"classes in the order {_few(found)}, of text as in torchvision; --class-names gives another")
     empty = sorted(set(range(len(classes))) - {label for label, _ in files})
@@ -117,9 +148,10 @@ def read_folder(
         _require_room(len(files), size, channels, str(path))
     sizes = [file_size(file, "remove it") for _, file in files]
     images: list[np.ndarray] = []
-    stretched = 0
+    stretched, converted = 0, 0
     for (_, file), bytes_of_file in zip(files, sizes, strict=True):
-        picture = image_pixels(file, file, "L" if channels == 1 else "RGB", bytes_of_file)
+        picture, mode = image_pixels(file, file, "L" if channels == 1 else "RGB", bytes_of_file)
+        converted += (mode in GRAY or mode.startswith("I;16")) != (channels == 1)
         if size is not None:
             stretched += resize is None and picture.width * size[0] != picture.height * size[1]
             picture = fitted(picture, size, resize)
@@ -132,6 +164,9 @@ def read_folder(
             )
         if len(images) == 1 and size is None:
             require_budget(len(files) * images[0].nbytes, sum(sizes), path)
+    if converted:
+        kinds = ("in color, and were converted to gray", "gray, and were converted to color")
+        notes.append(f"{converted} of {len(files)} images are {kinds[channels != 1]}, as the model takes them")
     if stretched:
         shape = "x".join(map(str, images[0].shape[:2]))
         notes.append(f"{stretched} of {len(files)} images stretched to {shape}; {STRETCHED}")

@@ -13,7 +13,7 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.config import Count
 from backdoor_jax.data.dataset import Dataset, make_dataset
-from backdoor_jax.data.folders import STRETCHED, read_folder, resized, splits_of
+from backdoor_jax.data.folders import STRETCHED, inner_folder, read_folder, resized, splits_of
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
@@ -66,7 +66,7 @@ def load_labeled(
       ``class_names``, if it has them. Other usual names are in `PARTS`; `as_images` and `as_labels` convert other
       layouts.
     - A folder with one folder for each class; see `read_folder`. Or one with ``train`` and ``test`` (or ``val``) in
-      which these lie, as parts to work with and to evaluate on.
+      which these lie, as parts to work with and to evaluate on; or one that holds such a folder alone.
     - ``signs``, ``digits`` and ``tfds:NAME``, as in `load`: the split ``train`` to work with, ``test`` to evaluate on.
 
     Args:
@@ -89,10 +89,8 @@ def load_labeled(
     if channels not in (1, 3):
         raise UserError(f"{source}: the model takes images of {channels} channels, expected 1 or 3; give another model")
     if resize is not None and (size is None or not max(size) <= resize <= LARGEST):
-        least = "the sides of --size, which is missing" if size is None else max(size)
-        raise UserError(
-            f"--resize {resize} is the shorter side before the center of --size is cut out; give {least} to {LARGEST}"
-        )
+        fix = "give --size as well, such as --size 224x224" if size is None else f"give {max(size)} to {LARGEST} pixels"
+        raise UserError(f"--resize {resize} is the shorter side before the center of --size is cut out; {fix}")
     if _is_named(source):
         if class_names is not None:
             raise UserError(f"{source} has its own classes; leave class names out")
@@ -108,9 +106,11 @@ def load_labeled(
         return Labeled(task.train, task.test, task.class_names)
     if os.path.isdir(path):
         read = partial(read_folder, channels=channels, num_classes=num_classes, size=size, resize=resize)
-        folders = [path] if (splits := splits_of(path)) is None else [path / split for split in splits]
+        root, outer = (path, ()) if num_classes == 1 else inner_folder(path)
+        folders = [root] if (splits := splits_of(root)) is None else [root / split for split in splits]
         found = read(folders[0], class_names=class_names)
-        data, test, notes = make_dataset(found.images, found.labels, num_classes, str(path)), None, found.notes
+        data, test = make_dataset(found.images, found.labels, num_classes, str(path)), None
+        notes = (*outer, *found.notes)
         for folder in folders[1:]:
             other = read(folder, class_names=found.classes)
             test = make_dataset(other.images, other.labels, num_classes, str(folder))

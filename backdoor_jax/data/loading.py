@@ -11,7 +11,7 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.config import Count, Seed
 from backdoor_jax.data.dataset import Dataset, Task, make_dataset
-from backdoor_jax.data.folders import read_folder, splits_of
+from backdoor_jax.data.folders import inner_folder, read_folder, splits_of
 from backdoor_jax.data.specs import DATASETS, Signs
 from backdoor_jax.data.tfds_sets import TFDSSet
 from backdoor_jax.errors import UserError
@@ -126,6 +126,8 @@ def folder_task(path: Path, image_size: Count | None = None, seed: Seed = 0) -> 
         UserError: where images cannot be read, have several sizes, or the splits have other classes.
     """
     size = None if image_size is None else (image_size, image_size)
+    name = path.name
+    path, outer = inner_folder(path)
     splits = splits_of(path)
     if splits is not None:
         known = read_folder(path / splits[0], size=size)
@@ -142,7 +144,7 @@ def folder_task(path: Path, image_size: Count | None = None, seed: Seed = 0) -> 
     train_data, test_data = (make_dataset(images, labels, classes, str(path)) for images, labels in parts)
     if train_data.images.shape[1:] != test_data.images.shape[1:]:
         raise UserError(f"{path}: images to train and to test on have several sizes; give image_size")
-    return Task(path.name, train_data, test_data, classes, class_names=known.classes, notes=notes)
+    return Task(name, train_data, test_data, classes, class_names=known.classes, notes=(*outer, *notes))
 
 
 @typed

@@ -293,7 +293,7 @@ class GTSRB(OfficialSet):
         from PIL import Image
 
         height, width, _ = self.shape
-        image = image_pixels(io.BytesIO(file), "an image", "RGB", len(file))
+        image = image_pixels(io.BytesIO(file), "an image", "RGB", len(file)).pixels
         return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
