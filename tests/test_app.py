@@ -405,6 +405,19 @@ def test_another_order_of_classes_is_found(place: Path, tmp_path: Path) -> None:
     assert "in another order it classifies 100.0 % correctly; number them as the model does" in error
 
 
+def test_of_equal_alternatives_the_one_with_the_fewest_changes_is_named() -> None:
+    other, names = {0: 1, 1: 0}, ("stop", "yield")
+    plain = Trial("", 0.1, 0.99, other, True)
+    both = Trial("--channel-order bgr", 0.1, 1.0, {0: 0, 1: 1}, True)
+    assert "with --class-names yield,stop it" in better_input([both, plain], 0.1, names)
+    turned = Trial("--channel-order bgr", 0.95, 0.97, other, False)
+    more = Trial("--normalize gtsrb --channel-order bgr", 0.96, 0.96, other, False)
+    assert "with --channel-order bgr it classifies 95.0 %" in better_input([more, turned], 0.1, names)
+    assert "--normalize gtsrb" in better_input([more._replace(accuracy=0.99), turned], 0.1, names)
+    # Another order that makes more answers correct than other channels do.
+    assert "--class-names" in better_input([turned._replace(accuracy=0.4, reordered=0.4), plain], 0.1, names)
+
+
 def test_what_is_no_better_than_guessing_is_not_named() -> None:
     guessing = Trial("--normalize 0,0,0/1,1,1", 0.155, 0.3, {}, near_chance=True)
     assert better_input([guessing, Trial("", 0.013, 0.2, {}, near_chance=True)], 0.013) == ""

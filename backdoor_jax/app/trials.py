@@ -21,6 +21,8 @@ COUNT = 200
 """How many images are tried."""
 MARGIN = 0.1
 """By how much an alternative must be better to be named."""
+TIE = 0.02
+"""By how much alternatives may differ for the one with the fewest changes to be named."""
 REORDERED = 0.5
 """The share of correct answers from which another order of classes is named; of guesses a quarter fit the best."""
 LONGEST_NAMES = 250
@@ -121,19 +123,24 @@ def better_input(trials: list[Trial], accuracy: float, class_names: Sequence[str
         >>> turned, other = Trial("--channel-order bgr", 0.95, 0.95, {}, False), {0: 1, 1: 0}
         >>> better_input([turned, Trial("", 0.2, 0.2, {}, True)], 0.2)
         'with --channel-order bgr it classifies 95.0 % correctly, so its images were probably like that'
-        >>> better_input([Trial("", 0.03, 0.97, other, True)], 0.03, ("stop", "yield"))
+        >>> better_input([turned._replace(reordered=1.0), Trial("", 0.03, 0.97, other, True)], 0.03, ("stop", "yield"))
         'with --class-names yield,stop it classifies 97.0 % correctly, so its classes are probably in that order'
     """
-    best = max(trials, key=lambda trial: trial.accuracy)
-    if best.option and best.accuracy >= accuracy + MARGIN and not best.near_chance:
-        return (
-            f"with {best.option} it classifies {100 * best.accuracy:.1f} % correctly, so its images were probably "
-            "like that"
-        )
-    best = max(trials, key=lambda trial: trial.reordered)
-    if best.reordered < max(REORDERED, accuracy + MARGIN):
+    named: list[tuple[float, int, bool, Trial]] = []  # With how many changes, and whether one is another order.
+    for trial in trials:
+        changes = trial.option.count("--")
+        if changes and trial.accuracy >= accuracy + MARGIN and not trial.near_chance:
+            named.append((trial.accuracy, changes, False, trial))
+        # Another order fits guesses as well, so it must be worth more than the same options without it.
+        if trial.reordered >= max(REORDERED, accuracy + MARGIN, trial.accuracy + MARGIN):
+            named.append((trial.reordered, changes + 1, True, trial))
+    if not named:
         return ""
-    share = f"{100 * best.reordered:.1f} %"
+    reached = max(way[0] for way in named) - TIE
+    rate, _, reorders, best = min((way for way in named if way[0] >= reached), key=lambda way: (way[1], -way[0]))
+    share = f"{100 * rate:.1f} %"
+    if not reorders:
+        return f"with {best.option} it classifies {share} correctly, so its images were probably like that"
     if class_names and sorted(best.order) == list(range(len(class_names))):
         names = shlex.quote(",".join(class_names[best.order[number]] for number in range(len(class_names))))
         if len(names) <= LONGEST_NAMES and names.count(",") == len(class_names) - 1:
