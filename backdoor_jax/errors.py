@@ -31,6 +31,20 @@ class NonFiniteError(UserError):
     """
 
 
+class NoLinearHead(UserError):
+    """A network does not end in the linear layer that a method needs.
+
+    Attributes:
+        problem: what was wrong, without the fix.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(
+            f"{problem}; choose a defense that needs none, such as super_finetune, or a detector, such as loss_ascent"
+        )
+
+
 class FailedRepairs(UserError):
     """Some repairs of an experiment failed; the others succeeded and have their rows."""
 

@@ -98,10 +98,14 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
             require_typed(name, value, signature.parameters[name], where)
 
 
+def _is_module(network: object) -> bool:
+    """Whether a network is a PyTorch module."""
+    return any(base.__module__.startswith("torch.nn") for base in type(network).__mro__)
+
+
 def _maker(network: object) -> str:
     """What makes a classifier of a network."""
-    module = any(base.__module__.startswith("torch.nn") for base in type(network).__mro__)
-    return "Classifier.from_torch(module, images)" if module else "build_classifier"
+    return "Classifier.from_torch(module, images)" if _is_module(network) else "build_classifier"
 
 
 def require_classifier(classifier: object, where: str) -> None:
@@ -122,6 +126,13 @@ def require_variables(variables: object, where: str) -> None:
             not ``(C,)``, and negative variances.
         NonFiniteError: for values that are not finite.
     """
+    parts = list(variables.values()) if isinstance(variables, Mapping) else [variables]
+    if any(type(part).__module__.partition(".")[0] == "torch" or _is_module(part) for part in parts):
+        what = "a PyTorch module" if _is_module(variables) else "PyTorch's tensors"
+        raise UserError(
+            f"{where} is {what}, expected JAX's variables; make them with classifier, variables = "
+            "Classifier.from_torch(module, images)"
+        )
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise UserError(f"{where} is a {kind_of(variables)}, expected a dictionary with params; see Classifier.init")
     for path, leaf in jax.tree_util.tree_leaves_with_path(

@@ -29,8 +29,9 @@ from backdoor_jax import (
     predict,
     save_model,
     save_torch,
+    scan,
 )
-from backdoor_jax.app import Images, ModelFile, load_suspect, repair_model
+from backdoor_jax.app import Images, ModelFile, Suspect, load_suspect, repair_model, scan_model
 from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
 from backdoor_jax.cli.options import make_parser
@@ -202,6 +203,45 @@ def test_images_in_another_order_of_channels_or_range_name_the_option(place: Pla
     turned = load_suspect(pooled(place), str(tmp_path / "bgr.npz"), images=Images(channel_order="bgr"))
     assert turned.accuracy > 0.95
     assert "assumed: pixels from 0 to 1" in turned.notes[0] and "BGR" in turned.notes[0]
+
+
+def test_too_few_images_say_how_many_are_needed(place: Place, tmp_path: Path) -> None:
+    arrays = np.load(place.folder / "clean.npz")
+    np.savez(tmp_path / "few.npz", images=arrays["images"][:2], labels=arrays["labels"][:2])
+    text = one_line(load_suspect, pooled(place), str(tmp_path / "few.npz"))
+    # Guesses of one of two classes: 0.5 ** 5 is the first below 5 %.
+    assert "2 of 2 images classified correctly; so few say nothing" in text and "give at least 5" in text
+
+
+def test_a_scan_that_needs_a_linear_head_names_a_detector(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5), torch.nn.ReLU())
+    classifier, variables = Classifier.from_torch(net, (4, 4, 3))
+    data = make_dataset(np.zeros((5, 4, 4, 3), np.uint8), np.arange(5))
+    suspect = Suspect("model", classifier, variables, data, data, 1.0)
+    text = one_line(scan_model, suspect, tmp_path / "a.png")
+    assert "choose a detector that needs none, such as loss_ascent" in text and "defense" not in text
+    assert "such as super_finetune, or a detector" in one_line(classifier.head_weights, variables)
+
+
+def test_from_torch_says_what_an_example_must_be() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
+    assert Classifier.from_torch(net, (np.int64(8), np.int32(8), 3))[0].num_classes == 5
+    images = torch.zeros(20, 3, 8, 8)
+    text = one_line(Classifier.from_torch, net, (images, torch.zeros(20)))
+    assert "the example is a tuple of Tensor, Tensor" in text and "give the images alone" in text
+    for example in (np.zeros((20, 4, 16, 16)), (4, 16, 16)):
+        text = one_line(Classifier.from_torch, net, example)
+        assert "seems to have channels first; give channels last, as (16, 16, 4)" in text
+    assert len(one_line(Classifier, None, images)) < 200
+
+
+def test_variables_of_pytorch_say_how_to_get_those_of_jax() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
+    classifier, _ = Classifier.from_torch(net, (8, 8, 3))
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    for given, words in ((net.state_dict(), "PyTorch's tensors"), (net, "a PyTorch module")):
+        text = one_line(scan, classifier, given, images)
+        assert f"variables is {words}" in text and "Classifier.from_torch(module, images)" in text
 
 
 def test_below_a_healthy_accuracy_there_is_no_verdict_and_no_repair(place: Place, tmp_path: Path) -> None:
@@ -653,6 +693,67 @@ def test_a_folder_with_splits_is_worked_with_and_evaluated_on(tmp_path: Path) ->
     assert found.test is not None
     assert (found.data.images.shape[1], found.test.images.shape[1]) == (4, 6)
     assert "works with train and evaluates on val" in found.notes[0]
+
+
+def test_splits_of_usual_names_and_a_single_folder_around_them_are_found(tmp_path: Path) -> None:
+    for first, second in (("training", "validation"), ("Train", "valid"), ("train", "testing")):
+        root = tmp_path / second / "archive" / "images"
+        write_images(root / first)
+        write_images(root / second, side=6)
+        (tmp_path / second / "__MACOSX").mkdir()
+        for found in (load_labeled(str(tmp_path / second), 2), load(str(tmp_path / second), image_size=4)):
+            assert "holds a single folder, so archive/images is read" in found.notes[0] + found.notes[-1]
+        labeled = load_labeled(str(tmp_path / second), 2)
+        assert labeled.test is not None and labeled.test.images.shape[1] == 6
+        assert any(f"works with {first} and evaluates on {second}" in note for note in labeled.notes)
+    write_images(tmp_path / "plain" / "inner")
+    found = load_labeled(str(tmp_path / "plain"), 2)
+    assert found.class_names == ("a", "b") and "so inner is read" in found.notes[0]
+
+
+def test_images_outside_of_class_folders_say_so(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    for names in (None, ("a", "b")):
+        assert "its images lie in the folder itself" in one_line(load_labeled, str(tmp_path), 2, class_names=names)
+    assert "its images lie in the folder itself" in one_line(load, str(tmp_path), image_size=4)
+
+
+def test_folders_that_are_no_class_are_told(tmp_path: Path) -> None:
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "test")
+    Image.new("RGB", (4, 4)).save((tmp_path / "test" / "a").rename(tmp_path / "test" / "c") / "1.png")
+    (tmp_path / "test" / "a").mkdir()
+    assert any("no class: c" in note for note in load_labeled(str(tmp_path), 2).notes)
+
+
+def test_resizing_without_a_size_says_what_to_give(tmp_path: Path) -> None:
+    assert "give --size as well" in one_line(load_labeled, str(tmp_path), 2, resize=16)
+    assert "give 32 to 10000 pixels" in one_line(load_labeled, str(tmp_path), 2, size=(32, 16), resize=18)
+
+
+def test_a_gif_of_one_frame_is_read_and_an_animation_refused(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    still = Image.fromarray(pixels).quantize()
+    still.save(tmp_path / "a" / "1.png", "GIF", comment=b"x" * 1000, transparency=0)
+    found = load_labeled(str(tmp_path), 2)
+    np.testing.assert_array_equal(found.data.images[0], still.convert("RGB"))
+    np.testing.assert_array_equal(picture_patch(str(tmp_path / "a" / "1.png"), (4, 4, 3), None).mask.min(), 0)
+    other = Image.new("RGB", (4, 4), (9, 0, 0))
+    for kind in ("GIF", "PNG", "WEBP"):
+        still.convert("RGB").save(tmp_path / "a" / "1.png", kind, save_all=True, append_images=[other])
+        assert "1.png: cannot be read as an image (it is animated; save one frame" in one_line(
+            load_labeled, str(tmp_path), 2
+        )
+
+
+def test_images_of_other_colors_than_the_models_are_converted_and_told(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    Image.new("LA", (4, 4), (7, 9)).save(tmp_path / "b" / "1.png")
+    assert "1 of 2 images are gray, and were converted to color" in load_labeled(str(tmp_path), 2).notes[0]
+    assert "1 of 2 images are in color, and were converted to gray" in load_labeled(str(tmp_path), 2, 1).notes[0]
+    Image.new("RGB", (4, 4)).save(tmp_path / "b" / "1.png")
+    assert not load_labeled(str(tmp_path), 2).notes
 
 
 def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:

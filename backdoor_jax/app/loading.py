@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax import zoo
-from backdoor_jax.app.trials import better_input, try_inputs
+from backdoor_jax.app.trials import IMAGES_PER_CLASS, better_input, try_inputs
 from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, in_order, load_labeled, names_classes
 from backdoor_jax.detectors import HEALTHY
 from backdoor_jax.errors import LONGEST, UserError, printable
@@ -24,7 +24,7 @@ from backdoor_jax.interop.native import load_model
 from backdoor_jax.interop.torch_files import read, unwrap
 from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
 from backdoor_jax.memory import largest_array, require_batch_memory
-from backdoor_jax.metrics import chance_level, evaluate, is_near_chance, predict, success_rates
+from backdoor_jax.metrics import SIGNIFICANT, chance_level, evaluate, is_near_chance, predict, success_rates
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
 from backdoor_jax.training.inference import CHUNK
 
@@ -359,6 +359,12 @@ def require_better_than_chance(
     if not is_near_chance(correct, labels, classifier.num_classes):
         return
     chance = chance_level(labels, classifier.num_classes)
+    if is_near_chance(count, labels, classifier.num_classes):
+        needed = math.ceil(math.log(SIGNIFICANT) / math.log(chance))
+        raise UserError(
+            f"{name}: {correct} of {count} images classified correctly; so few say nothing, since guessing reaches "
+            f"{100 * chance:.1f} %; give at least {needed}, better {IMAGES_PER_CLASS} of each class"
+        )
     mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
     raise UserError(
         f"{name}: {correct} of {count} images classified correctly ({100 * correct / count:.1f} %) is near chance "

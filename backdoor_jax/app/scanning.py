@@ -9,7 +9,7 @@ import jax
 from backdoor_jax.app.loading import Images, Suspect
 from backdoor_jax.app.outputs import FIGURE_SUFFIXES, require_free
 from backdoor_jax.detectors import Detector, Evidence, PerSample, Verdict, judge, suspicious
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import NoLinearHead, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,12 @@ def scan_model(
     if out.suffix not in FIGURE_SUFFIXES:
         raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
     require_free(out, force, FIGURE_SUFFIXES)
-    evidence = detector.examine(jax.random.key(seed), suspect.classifier, suspect.variables, suspect.data)
+    try:
+        evidence = detector.examine(jax.random.key(seed), suspect.classifier, suspect.variables, suspect.data)
+    except NoLinearHead as error:
+        raise UserError(
+            f"{error.problem}; choose a detector that needs none, such as loss_ascent (--detector loss_ascent)"
+        ) from error
     verdict = judge(evidence, accuracy=suspect.accuracy, healthy=suspect.healthy, class_names=suspect.class_names)
     try:
         save_figure(evidence_figure(evidence, suspect.name, str(verdict)), out)

@@ -1,6 +1,7 @@
 """Metrics of models, repairs, detectors and neuron scores."""
 
 from backdoor_jax.metrics.accuracy import (
+    SIGNIFICANT,
     Scores,
     chance_level,
     defense_effectiveness,
@@ -25,6 +26,7 @@ from backdoor_jax.metrics.sequela import (
 )
 
 __all__ = [
+    "SIGNIFICANT",
     "Agreement",
     "Change",
     "Detection",

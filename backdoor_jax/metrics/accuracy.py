@@ -23,6 +23,9 @@ from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import run_chunks
 from backdoor_jax.validation import checked
 
+SIGNIFICANT = 0.05
+"""The level at which a model is better than guessing."""
+
 
 class Scores(NamedTuple):
     """ACC, ASR and RA in [0, 1]; ``asr`` and ``ra`` are None where there is no trigger."""
@@ -186,7 +189,7 @@ def is_near_chance(correct: Whole, labels: np.ndarray, num_classes: Count) -> bo
 
     chance, count = chance_level(labels, num_classes), len(labels)
     better = correct / count >= chance + (1 - chance) / 10
-    return not (better and stats.binom.sf(correct - 1, count, chance) <= 0.05)
+    return not (better and stats.binom.sf(correct - 1, count, chance) <= SIGNIFICANT)
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:

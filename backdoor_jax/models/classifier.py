@@ -16,7 +16,7 @@ from flax.errors import FlaxError
 from backdoor_jax.compiling import standard_rules
 from backdoor_jax.config import is_number, is_whole
 from backdoor_jax.data import DATASETS, Normalization
-from backdoor_jax.errors import UserError, first_line
+from backdoor_jax.errors import NoLinearHead, UserError, first_line, printable
 from backdoor_jax.models.network import (
     FunctionNetwork,
     LinenNetwork,
@@ -41,6 +41,8 @@ NORMALIZATIONS: dict[str, Normalization] = {
 
 Those of ``imagenet`` are torchvision's.
 """
+LONGEST_VALUE = 80
+"""Characters of a value in an error."""
 
 
 @jax.tree_util.register_static
@@ -80,9 +82,11 @@ class Classifier:
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
-            raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(get_args(Precision))}")
+            found = printable(repr(self.dtype), LONGEST_VALUE)
+            raise UserError(f"unknown dtype {found}; known are {', '.join(get_args(Precision))}")
         if not is_whole(self.num_classes) or self.num_classes < 1:
-            raise UserError(f"Classifier.num_classes is {self.num_classes!r}, expected a whole number, such as 10")
+            found = printable(repr(self.num_classes), LONGEST_VALUE)
+            raise UserError(f"Classifier.num_classes is {found}, expected a whole number, such as 10")
         for name in ("mean", "std"):  # Lists, arrays and tensors as tuples, which can be hashed.
             value = getattr(self, name)
             value = value.tolist() if hasattr(value, "tolist") else value
@@ -91,8 +95,9 @@ class Classifier:
         numbers = (*mean, *std)
         finite = all(map(is_number, numbers)) and max(map(abs, numbers), default=0) < np.finfo(np.float32).max
         if not finite or not len(mean) == len(std) > 0 or min(std) < np.finfo(np.float32).tiny:
+            shown, scale = (printable(str(part), LONGEST_VALUE) for part in (self.mean, self.std))
             raise UserError(
-                f"mean {self.mean} and std {self.std} must name the same channels with std > 0; give one pair of "
+                f"mean {shown} and std {scale} must name the same channels with std > 0; give one pair of "
                 "finite numbers for each channel"
             )
         if max(mean) > 1:
@@ -294,7 +299,7 @@ class Classifier:
             >>> classifier.logits(variables, jnp.zeros((2, 8, 8, 3), jnp.uint8))[0].shape  # doctest: +SKIP
             (2, 10)
         """
-        shape = image_shape(example)
+        shape = image_shape(_readable(example))
         network, variables, num_classes = read_module(module, shape, head)
         mean = (0.0,) * shape[-1] if mean is None else mean
         std = (1.0,) * shape[-1] if std is None else std
@@ -418,15 +423,46 @@ class Classifier:
         """The linear head's kernel ``(D, C)`` and bias ``(C,)``.
 
         Raises:
-            UserError: where there is no linear layer at ``head_path``.
+            NoLinearHead: where more follows the layer at ``head_path``.
+            UserError: where there is no linear layer there.
         """
         if isinstance(self.network, TorchNetwork) and self.network.tail is not None:
-            raise UserError(
+            raise NoLinearHead(
                 f"this needs a linear head, and in this {self.network.name} more follows the layer "
-                f"{'/'.join(self.head_path)!r}; choose a defense that needs none, such as super_finetune"
+                f"{'/'.join(self.head_path)!r}"
             )
         kernel, bias = linear_head(variables, self.head_path)
         return kernel, jnp.zeros(self.num_classes) if bias is None else bias
+
+
+def _readable(example: Any) -> Any:
+    """An example of images of which `image_shape` finds the shape.
+
+    Raises:
+        UserError: for what is no shape, and for channels that seem to come first where they should come last.
+
+    Example:
+        >>> _readable((np.int64(8), 8, 3)), _readable((3, 8, 8))
+        ((8, 8, 3), (3, 8, 8))
+    """
+    if type(example).__module__.partition(".")[0] == "torch":
+        return example
+    if isinstance(example, tuple | list):
+        if not all(is_whole(size) for size in example):
+            kinds = ", ".join(type(part).__name__ for part in example[:3])
+            raise UserError(
+                f"from_torch: the example is a {type(example).__name__} of {kinds or 'nothing'}, expected images or "
+                "their shape; give the images alone, or (height, width, channels)"
+            )
+        example = tuple(map(int, example))
+    shape = example if isinstance(example, tuple) else getattr(example, "shape", ())
+    first, height, width = shape[-3:] if len(shape) >= 3 else (1, 1, 1)
+    if first not in (1, 3) and first < height == width != 3:
+        raise UserError(
+            f"from_torch: the example of shape {printable(str(shape), LONGEST_VALUE)} seems to have channels first; "
+            f"give channels last, as {(height, width, first)}, or a PyTorch tensor"
+        )
+    return example
 
 
 # With optimization the generators of all layers take ten times as long to compile, for a program that runs once.
