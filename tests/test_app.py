@@ -410,9 +410,9 @@ def test_of_equal_alternatives_the_one_with_the_fewest_changes_is_named() -> Non
     plain = Trial("", 0.1, 0.99, other, True)
     both = Trial("--channel-order bgr", 0.1, 1.0, {0: 0, 1: 1}, True)
     assert "with --class-names yield,stop it" in better_input([both, plain], 0.1, names)
-    turned = Trial("--channel-order bgr", 0.95, 0.97, other, False)
+    turned = Trial("--channel-order bgr", 0.93, 0.97, other, False)
     more = Trial("--normalize gtsrb --channel-order bgr", 0.96, 0.96, other, False)
-    assert "with --channel-order bgr it classifies 95.0 %" in better_input([more, turned], 0.1, names)
+    assert "with --channel-order bgr it classifies 93.0 %" in better_input([more, turned], 0.1, names)
     assert "--normalize gtsrb" in better_input([more._replace(accuracy=0.99), turned], 0.1, names)
     # Another order that makes more answers correct than other channels do.
     assert "--class-names" in better_input([turned._replace(accuracy=0.4, reordered=0.4), plain], 0.1, names)

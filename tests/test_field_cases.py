@@ -31,7 +31,15 @@ from backdoor_jax import (
     save_torch,
     scan,
 )
-from backdoor_jax.app import Images, ModelFile, Suspect, load_suspect, repair_model, scan_model
+from backdoor_jax.app import (
+    Images,
+    ModelFile,
+    Suspect,
+    load_suspect,
+    repair_model,
+    require_better_than_chance,
+    scan_model,
+)
 from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
 from backdoor_jax.cli.options import make_parser
@@ -321,6 +329,9 @@ def test_classes_of_several_sources_are_matched_by_their_names(place: Place, tmp
         found_class, shown = re.findall(r"most suspicious images of class (\d) by .*: (.*)", output)[0]
         assert {name.split("/")[0] for name in shown.split()} == {names[int(found_class)]}
         assert ("numbered as those of --data" in output) == (not options)
+    # A file without names cannot be matched, but the model knows its training set.
+    code, _, error = call("scan", *given, "--data", place.folder / "clean.npz", *listed)
+    assert code == 2 and "images: the model classifies" in error and f"--class-names {','.join(names)}" in error
     write_colors(tmp_path / "others", ("a", "green", "blue", "yellow", "pink", "cyan"))
     text = one_line(load_suspect, pooled(place), str(tmp_path / "clean.npz"), test=str(tmp_path / "others"))
     assert "has the class 'a', which --data has not, and lacks 'red'" in text and "--class-names" in text
@@ -658,6 +669,10 @@ def test_class_names_give_the_order(tmp_path: Path) -> None:
     assert "no class folder 'x'" in one_line(load_labeled, str(tmp_path), 2, class_names=("x", "a"))
 
 
+def test_data_that_are_missing_say_so(tmp_path: Path) -> None:
+    assert "no such data" in one_line(load_labeled, str(tmp_path / "x"), 2, class_names=("a", "b"))
+
+
 def test_class_names_may_be_written_with_spaces() -> None:
     parsed = make_parser().parse_args(
         ["scan", "--checkpoint", "x.pt", "--data", "x", "--class-names", "go, no entry ,stop"]
@@ -754,6 +769,10 @@ def test_images_of_other_colors_than_the_models_are_converted_and_told(tmp_path:
     assert "1 of 2 images are in color, and were converted to gray" in load_labeled(str(tmp_path), 2, 1).notes[0]
     Image.new("RGB", (4, 4)).save(tmp_path / "b" / "1.png")
     assert not load_labeled(str(tmp_path), 2).notes
+    classifier = build_classifier("small_cnn", 2, width=2)
+    note = "x: 40 of 40 images are gray, and were converted to color"
+    text = one_line(require_better_than_chance, 20, np.arange(40) % 2, classifier, "model", "", (note,))
+    assert "near chance (50.0 %); x: 40 of 40 images are gray" in text and "see --class-names" in text
 
 
 def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:

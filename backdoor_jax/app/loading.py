@@ -7,7 +7,7 @@ a healthy model reaches a scan gives no verdict and a repair is refused.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax import zoo
-from backdoor_jax.app.trials import IMAGES_PER_CLASS, better_input, try_inputs
+from backdoor_jax.app.trials import COUNT, IMAGES_PER_CLASS, better_input, try_inputs
 from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, in_order, load_labeled, names_classes
 from backdoor_jax.detectors import HEALTHY
 from backdoor_jax.errors import LONGEST, UserError, printable
@@ -279,7 +279,7 @@ def load_suspect(
     if accuracy < healthy:
         trials = try_inputs(classifier, variables, judged, assumed, "bgr" if images.channel_order == "rgb" else "rgb")
         better = better_input(trials, accuracy, labeled.class_names if Path(data).is_dir() else None)
-    require_better_than_chance(round(accuracy * len(judged)), labels, classifier, name, better)
+    require_better_than_chance(round(accuracy * len(judged)), labels, classifier, name, better, notes)
     if assumed:
         notes.insert(0, _assumptions(classifier, images))
     if better:
@@ -338,8 +338,35 @@ def load_unseen(file: ModelFile, size: tuple[int, int]) -> Suspect:
     return Suspect(file.name, classifier, variables, none, none, math.nan)
 
 
+def require_numbered(suspect: Suspect, found: Labeled, source: str, images: Images) -> None:
+    """Refuses a training set of which the model that was trained on it is hardly correct about any image.
+
+    Its classes then probably have other numbers, and another class's images would be taken for the target's.
+
+    Raises:
+        UserError: with what would be better, where something is known.
+    """
+    data = found.data.take(slice(None, None, max(1, len(found.data) // COUNT)))
+    labels, classes = np.asarray(data.labels), suspect.classifier.num_classes
+    correct = int(np.sum(predict(suspect.classifier, suspect.variables, data.images, name=suspect.name) == labels))
+    if not is_near_chance(correct, labels, classes) or is_near_chance(len(labels), labels, classes):
+        return
+    other = "bgr" if images.channel_order == "rgb" else "rgb"
+    trials = try_inputs(suspect.classifier, suspect.variables, data, False, other)
+    better = better_input(trials, correct / len(labels), found.class_names if names_classes(source) else None)
+    raise UserError(
+        f"{source}: the model classifies {correct} of {len(labels)} images correctly, which is near chance; "
+        f"{better or 'number its classes as the model does (--class-names), or give the set it was trained on'}"
+    )
+
+
 def require_better_than_chance(
-    correct: int, labels: np.ndarray, classifier: Classifier, name: str, better: str = ""
+    correct: int,
+    labels: np.ndarray,
+    classifier: Classifier,
+    name: str,
+    better: str = "",
+    notes: Sequence[str] = (),
 ) -> None:
     """Refuses a model that is hardly better than guessing; see `is_near_chance`.
 
@@ -349,6 +376,7 @@ def require_better_than_chance(
         classifier: the network.
         name: what errors call the model.
         better: what would be better, where something is known.
+        notes: what was done to the images, which may be the cause.
 
     Raises:
         UserError: where it is near chance; it names the likely causes.
@@ -366,6 +394,11 @@ def require_better_than_chance(
             f"{100 * chance:.1f} %; give at least {needed}, better {IMAGES_PER_CLASS} of each class"
         )
     mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
+    if notes and not better:
+        better = (
+            f"{printable('; '.join(notes), 200)}; if that is not the cause, see --class-names, --normalize, --stem, "
+            "--size and --channel-order"
+        )
     raise UserError(
         f"{name}: {correct} of {count} images classified correctly ({100 * correct / count:.1f} %) is near chance "
         f"({100 * chance:.1f} %); "

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from backdoor_jax.app.loading import Images, Suspect
+from backdoor_jax.app.loading import Images, Suspect, require_numbered
 from backdoor_jax.app.outputs import MODEL_SUFFIXES, require_free
 from backdoor_jax.defenses import Defense, Repair
 from backdoor_jax.errors import UserError
@@ -90,6 +90,8 @@ def repair_model(
         if data.images.shape[1:] != suspect.data.images.shape[1:]:
             shapes = ("x".join(map(str, part.images.shape[1:])) for part in (data, suspect.data))
             raise UserError("{}: has images of {}, but --data of {}; give one shape".format(training_set, *shapes))
+        if not force:
+            require_numbered(suspect, labeled, training_set, training_images)
     elif defense.needs == "nothing":
         data = data.take(slice(0))
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from backdoor_jax.app.loading import Images, Suspect
+from backdoor_jax.app.loading import Images, Suspect, require_numbered
 from backdoor_jax.app.outputs import FIGURE_SUFFIXES, require_free
 from backdoor_jax.detectors import Detector, Evidence, PerSample, Verdict, judge, suspicious
 from backdoor_jax.errors import NoLinearHead, UserError
@@ -95,6 +95,7 @@ def list_suspicious(
     """
     classifier = suspect.classifier
     labeled = images.load(training_set, classifier.num_classes, len(classifier.mean), suspect.class_names)
+    require_numbered(suspect, labeled, training_set, images)
     indices = suspicious(classifier, suspect.variables, labeled.data, target=target, method=method)[:count]
     names = [str(index) if labeled.files is None else labeled.files[index] for index in indices]
     return Listing(names, labeled.notes)

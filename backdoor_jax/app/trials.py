@@ -21,7 +21,7 @@ COUNT = 200
 """How many images are tried."""
 MARGIN = 0.1
 """By how much an alternative must be better to be named."""
-TIE = 0.02
+TIE = 0.05
 """By how much alternatives may differ for the one with the fewest changes to be named."""
 REORDERED = 0.5
 """The share of correct answers from which another order of classes is named; of guesses a quarter fit the best."""

@@ -116,10 +116,11 @@ def load_labeled(
             test = make_dataset(other.images, other.labels, num_classes, str(folder))
             notes = (f"{path}: works with {folders[0].name} and evaluates on {folder.name}", *notes, *other.notes)
         return Labeled(data, test, _shown(found.classes), _shown(found.files), _shown(notes))
+    if path.suffix.lower() != ".npz":
+        there = "unknown data" if path.exists() else "no such data"
+        raise UserError(f"{there} {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     if class_names is not None:
         raise UserError(f"{path}: class names are for a folder of class folders; leave them out")
-    if path.suffix.lower() != ".npz":
-        raise UserError(f"unknown data {source!r}; give a .npz file, a folder of class folders, or tfds:NAME")
     arrays = read_npz(path, "images, labels")
     parts, changed = {}, []
     for prefix, names in PARTS.items():
