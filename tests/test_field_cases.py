@@ -807,6 +807,8 @@ def test_arrays_are_read_under_a_suffix_in_capitals(tmp_path: Path) -> None:
 def test_ambiguous_arrays_are_refused() -> None:
     for images in (np.full((2, 4, 4, 3), -0.5), np.full((2, 4, 4, 3), 300.0), np.full((2, 4, 4, 3), np.nan)):
         assert "values run from" in one_line(as_images, images, "x")
+    for shape in ((2, 8, 8, 4), (2, 4, 8, 8)):
+        assert "leave out the fourth channel" in one_line(as_images, np.zeros(shape, np.uint8), "x")
     assert "not one-hot" in one_line(as_labels, np.ones((2, 3)), "y")
 
 

@@ -32,7 +32,8 @@ def as_images(array: np.ndarray, where: str) -> tuple[np.ndarray, list[str]]:
         array = array.transpose(0, 2, 3, 1)
         notes.append("channels moved last")
     if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape[1:]:
-        raise UserError(f"{where}: images have shape {array.shape}, expected (N, height, width, 1 or 3)")
+        clear = "; leave out the fourth channel, transparency" if array.ndim == 4 and 4 in array.shape[1::2] else ""
+        raise UserError(f"{where}: images have shape {array.shape}, expected (N, height, width, 1 or 3){clear}")
     if array.dtype == np.uint8 or not len(array):
         return array, notes
     if array.dtype.kind not in "iuf":
