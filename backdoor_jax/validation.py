@@ -134,7 +134,9 @@ def require_variables(variables: object, where: str) -> None:
             "Classifier.from_torch(module, images)"
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise UserError(f"{where} is a {kind_of(variables)}, expected a dictionary with params; see Classifier.init")
+        inner = isinstance(variables, Mapping) and parts and all(isinstance(part, Mapping) for part in parts)
+        fix = "give the weights as {'params': weights}" if inner else "see Classifier.init"
+        raise UserError(f"{where} is a {kind_of(variables)}, expected a dictionary with params; {fix}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         {part: variables[part] for part in variables if part in COMPUTED}
     ):
@@ -176,7 +178,9 @@ def require_images(images: object, classifier: Classifier | None, where: str) ->
     channels = shape[-1:] if classifier is None else (len(classifier.mean),)
     if len(shape) != 4 or 0 in shape[1:] or shape[-1:] != channels:
         number = "channels" if classifier is None else len(classifier.mean)
-        raise UserError(f"{where} has shape {shape}, expected (N, height, width, {number}), as in the model's training")
+        first = len(shape) == 4 and shape[1] == number
+        fix = "give images.transpose(0, 2, 3, 1)" if first else "as in the model's training"
+        raise UserError(f"{where} has shape {shape}, expected (N, height, width, {number}); {fix}")
 
 
 def require_dataset(

@@ -240,13 +240,19 @@ def test_from_torch_says_what_an_example_must_be() -> None:
     for example in (np.zeros((20, 4, 16, 16)), (4, 16, 16)):
         text = one_line(Classifier.from_torch, net, example)
         assert "seems to have channels first; give channels last, as (16, 16, 4)" in text
+    assert Classifier.from_torch(net, np.array((8, 8, 3)))[0].num_classes == 5
     assert len(one_line(Classifier, None, images)) < 200
+    text = one_line(Classifier.from_torch, net, (8, 8, 3), mean=torch.zeros(2), std=torch.ones(2))
+    assert "mean and std have 2 channels, the images 3" in text
 
 
 def test_variables_of_pytorch_say_how_to_get_those_of_jax() -> None:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
-    classifier, _ = Classifier.from_torch(net, (8, 8, 3))
+    classifier, variables = Classifier.from_torch(net, (8, 8, 3))
     images = np.zeros((5, 8, 8, 3), np.uint8)
+    assert "give the weights as {'params': weights}" in one_line(scan, classifier, variables["params"], images)
+    first = images.transpose(0, 3, 1, 2)
+    assert "give images.transpose(0, 2, 3, 1)" in one_line(scan, classifier, variables, first)
     for given, words in ((net.state_dict(), "PyTorch's tensors"), (net, "a PyTorch module")):
         text = one_line(scan, classifier, given, images)
         assert f"variables is {words}" in text and "Classifier.from_torch(module, images)" in text

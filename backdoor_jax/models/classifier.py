@@ -303,7 +303,13 @@ class Classifier:
         network, variables, num_classes = read_module(module, shape, head)
         mean = (0.0,) * shape[-1] if mean is None else mean
         std = (1.0,) * shape[-1] if std is None else std
-        return cls(network, num_classes, mean, std, network.head_path), variables
+        classifier = cls(network, num_classes, mean, std, network.head_path)
+        if len(classifier.mean) != shape[-1]:
+            raise UserError(
+                f"from_torch: mean and std have {len(classifier.mean)} channels, the images {shape[-1]}; give one pair "
+                "of numbers for each channel"
+            )
+        return classifier, variables
 
     @property
     def _network(self) -> Network:
@@ -447,6 +453,8 @@ def _readable(example: Any) -> Any:
     """
     if type(example).__module__.partition(".")[0] == "torch":
         return example
+    if isinstance(example, np.ndarray) and example.ndim == 1:
+        example = example.tolist()
     if isinstance(example, tuple | list):
         if not all(is_whole(size) for size in example):
             kinds = ", ".join(type(part).__name__ for part in example[:3])
