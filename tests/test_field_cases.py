@@ -48,6 +48,7 @@ from backdoor_jax.data import LabelMap, load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.defenses import CLP, FineTune, Repair
 from backdoor_jax.experiment.rows import format_row
+from backdoor_jax.interop.torch_files import read as read_weights
 from backdoor_jax.interop.torch_files import unwrap
 from backdoor_jax.interop.torch_models import load_module
 from backdoor_jax.report.table import markdown
@@ -359,6 +360,19 @@ def test_a_module_goes_through_the_command_and_back(place: Place, tmp_path: Path
     assert "of the triggered images classified as 2" in output and "% before" in output
     assert f"load it by module.load_state_dict(torch.load('{tmp_path / 'new.pt'}'))" in output
     place.module.load_state_dict(torch.load(tmp_path / "new.pt"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_repaired_module_is_read_again(place: Place, suffix: str, tmp_path: Path) -> None:
+    named = ("--model", f"{place.folder / 'nets.py'}:make_net", "--data", place.folder / "clean.npz")
+    first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
+    for read, written in ((place.folder / "model.pth.tar", first), (first, second)):
+        code, _, error = call("defend", "--checkpoint", read, *named, "--defense", "clp", "--out", written, "u=9")
+        assert (code, error) == (0, "")
+    code, output, error = call("scan", "--checkpoint", second, *named, "--out", tmp_path / "a.png", "--force")
+    assert (code, error) == (0, "") and "second" in output
+    expected = {name: tuple(tensor.shape) for name, tensor in place.module.state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in read_weights(second).items()} == expected
 
 
 def test_a_patch_or_a_blended_picture_is_put_on_the_images(place: Place, tmp_path: Path) -> None:

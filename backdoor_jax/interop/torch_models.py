@@ -167,8 +167,9 @@ def _classes_of(module: Any, state: Mapping[str, Any]) -> int | None:
     counts = set()
     for name, tensor in own.items():
         found = state.get(f"{prefix}{name.removeprefix(shared_prefix(own))}")
-        if found is not None and tuple(found.shape) != tuple(tensor.shape) and len(found.shape):
-            counts.add((tensor.shape[0], found.shape[0]))
+        shapes = tuple(tensor.shape), tuple(getattr(found, "shape", ()))
+        if shapes[0] != shapes[1] and all(shapes):
+            counts.add((shapes[0][0], shapes[1][0]))
     return next(iter(counts))[1] if len(counts) == 1 else None
 
 

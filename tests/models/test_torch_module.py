@@ -369,7 +369,7 @@ def test_saved_weights_load_into_the_module(
     other = Kuangliu()
     other.load_state_dict(state)
     for name, tensor in module.state_dict().items():
-        assert tensor.dtype == state[name].dtype
+        assert (tensor.dtype, tensor.shape) == (state[name].dtype, state[name].shape)
         assert torch.equal(tensor, other.state_dict()[name])
 
 

@@ -255,7 +255,7 @@ class TorchNetwork:
             array = np.asarray(state[tensor.name])
             if np.issubdtype(array.dtype, np.integer):  # PyTorch's 64 bits hold indices here, and counts.
                 array = array.astype(np.int32)
-            leaves[tensor.path] = jnp.array(np.ascontiguousarray(tensor.from_torch(array)))
+            leaves[tensor.path] = jnp.array(tensor.from_torch(array))
         return {"params": {}, **unflatten_dict(leaves)}
 
     def state_dict(self, variables: Variables) -> dict[str, np.ndarray]:
@@ -266,7 +266,7 @@ class TorchNetwork:
                 array = np.asarray(tensor.leaf(leaves))
                 array = array.astype(tensor.dtype) if not np.issubdtype(array.dtype, np.floating) else array
                 for name in (tensor.name, *tensor.aliases):
-                    state[name] = np.ascontiguousarray(tensor.to_torch(array)).copy()
+                    state[name] = np.array(tensor.to_torch(array), order="C")  # A copy, which keeps rank 0.
         return state
 
     def bounds_by_module(self, variables: Variables) -> dict[str, np.ndarray]:
