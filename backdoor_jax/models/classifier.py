@@ -434,8 +434,8 @@ class Classifier:
         """
         if isinstance(self.network, TorchNetwork) and self.network.tail is not None:
             raise NoLinearHead(
-                f"this needs a linear head, and in this {self.network.name} more follows the layer "
-                f"{'/'.join(self.head_path)!r}"
+                f"this needs a linear head with weights of its own, and in this {self.network.name} more follows the "
+                f"layer {'/'.join(self.head_path)!r}, or it shares its weights"
             )
         kernel, bias = linear_head(variables, self.head_path)
         return kernel, jnp.zeros(self.num_classes) if bias is None else bias

@@ -458,7 +458,53 @@ def test_logits_behind_a_named_head_are_the_modules_and_tac_says_what_it_needs()
         classifier.head_weights(variables)
 
 
+class Shared(torch.nn.Module):
+    """A head that shares its weight, its bias or both with the layer before it."""
+
+    def __init__(self, weight: bool = False, bias: bool = False, mix_bias: bool = True, head_bias: bool = True) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 3, bias=mix_bias)
+        self.fc = nn.Linear(3, 3, bias=head_bias)
+        self.fc.weight = self.mix.weight if weight else self.fc.weight
+        self.fc.bias = self.mix.bias if bias else self.fc.bias
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(torch.tanh(self.mix(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"weight": True, "mix_bias": False},
+        {"weight": True, "head_bias": False},
+        {"bias": True},
+        {"weight": True, "bias": True},
+    ],
+    ids=["weight", "weight without bias", "bias", "both"],
+)
+def test_a_head_that_shares_its_tensors_is_no_linear_head(shared: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    classifier = assert_same(Shared(**shared))
+    assert classifier.head_path == ("fc",)
+    with pytest.raises(UserError, match="or it shares its weights"):
+        classifier.head_weights({})
+
+
+def test_a_parameter_of_two_names_may_be_the_heads_weight() -> None:
+    module = Shared()
+    module.prototypes = module.fc.weight  # The first name, since a module's own parameters precede its layers'.
+    classifier = assert_same(module)
+    assert (classifier.head_path, classifier.network.tail) == (("fc",), None)
+
+
 # What is refused
+
+
+def test_logits_that_differ_from_pytorchs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(OPERATORS["tanh"], function=lambda self: 1.1 * jnp.tanh(self))
+    monkeypatch.setitem(OPERATORS, "tanh", wrong)
+    with pytest.raises(UserError, match=r"Shared: its logits in JAX differ from PyTorch's by 0\.\d+, where"):
+        Classifier.from_torch(Shared(), (4, 4, 3))
 
 
 class Several(torch.nn.Module):

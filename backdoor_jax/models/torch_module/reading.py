@@ -14,16 +14,18 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.compiling import full_precision, standard_rules
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.models.network import Path, Variables
 from backdoor_jax.models.torch_module.graph import BATCH, BATCH_NORM, INPUT, PYTHON, TENSOR, Graph, Node, Ref
-from backdoor_jax.models.torch_module.layouts import ChannelsLast
+from backdoor_jax.models.torch_module.layouts import ChannelsLast, to_torch
 from backdoor_jax.models.torch_module.network import Order, Rectifier, Tensor, TorchNetwork
 from backdoor_jax.models.torch_module.operators import find
 
@@ -33,8 +35,12 @@ IGNORED = ("device", "pin_memory", "layout", "memory_format", "non_blocking", "c
 """Arguments that do not change values."""
 SAME_CLASS = ("softmax", "_softmax", "log_softmax", "clone", "alias", "detach", "dropout", "view", "flatten", "squeeze")
 """What may follow a linear head and is left out: it does not change which class is the largest."""
+SOFTMAX = ("softmax", "_softmax", "log_softmax")
+"""Of those, the ones that change values."""
 AVERAGES = ("adaptive_avg_pool2d", "mean")
 """What may follow a 1x1 convolution as well: an average over positions is a linear function too."""
+LARGEST_ROUNDING = 1e-2
+"""The largest difference from PyTorch's logits, as a share of the largest of them; our choice."""
 ACTIVATIONS = ("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "leaky_relu", "elu", "mish")
 """Activations that can be bounded."""
 RECTIFIERS = ("relu", "relu6")
@@ -85,17 +91,19 @@ def read_module(
         raise UserError(
             f"{name} returns a tensor of rank {len(shape)}, expected logits (B, C); wrap it in a module that does"
         )
-    weight, latent, linear = _find_head(graph, output, steps, builder.names, head, name)
-    tensors = _tensors(graph, module, exported, weight if linear else None)
-    tail = None if linear else tuple(steps[latent].shape[1:])
-    head_path = tuple(weight.rpartition(".")[0].split("."))
+    found = _find_head(builder, graph, output, head)
+    tensors = _tensors(graph, module, exported, found)
+    tail = None if found.linear else tuple(steps[found.latent].shape[1:])
+    head_path = tuple(found.layer.split("."))
     metadata = module.state_dict()._metadata
     versions = tuple((path, each["version"]) for path, each in metadata.items() if "version" in each)
-    network = TorchNetwork(name, graph, tensors, image_shape, head_path, latent, output, tail, versions=versions)
+    network = TorchNetwork(name, graph, tensors, image_shape, head_path, found.latent, output, tail, versions=versions)
     if tail is not None:
         _require_own_tail(network)
     variables = network.variables(_arrays(module, exported, tensors))
-    return _with_layers(network, variables, steps), variables, shape[1]
+    network = _with_layers(network, variables, steps)
+    _require_same_logits(network, variables, module, found.logits)
+    return network, variables, shape[1]
 
 
 def image_shape(example: Any) -> tuple[int, int, int]:
@@ -371,46 +379,82 @@ def _shape(value: Any) -> tuple[Any, ...]:
 # The head
 
 
-def _find_head(
-    graph: Graph, output: int, steps: list[Step], names: dict[int, str], head: str | None, module: str
-) -> tuple[str, int, bool]:
-    """The name of the head's weight, the node of its input, and whether the logits are a linear function of that."""
+class _Head(NamedTuple):
+    """The layer that makes logits.
 
-    def weight_of(at: int) -> str | None:
+    Attributes:
+        layer: its path in the module.
+        weight: the name of its weight, the first of several.
+        latent: the node of its input.
+        logits: the node of the logits, which a softmax may follow.
+        linear: whether they are a linear function of latents, by parameters that nothing else uses.
+    """
+
+    layer: str
+    weight: str
+    latent: int
+    logits: int
+    linear: bool
+
+
+def _find_head(builder: "_Builder", graph: Graph, output: int, head: str | None) -> _Head:
+    """The layer of this path, or the last linear layer or 1x1 convolution."""
+    names, steps, canonical = builder.names, builder.steps, builder.canonical
+
+    def layer_of(at: int) -> str | None:
         node, arguments = graph.nodes[at], dict(graph.nodes[at].arguments)
         weight = arguments.get("weight")
         name = names.get(weight.node) if isinstance(weight, Ref) else None
-        if name is None or not name.endswith(".weight"):
+        known = [each.removesuffix(".weight") for each, first in canonical.items() if first == name]
+        known = [each for each in known if f"{each}.weight" in canonical]
+        if not known:
             return None
+        layer = node.layer if node.layer in known else known[0]
         if node.operator == "linear":
-            return name
+            return layer
         plain = node.operator == "conv2d" and set(arguments) <= {"input", "weight", "bias"}
-        return name if plain and steps[arguments["weight"].node].shape[2:] == (1, 1) else None
+        return layer if plain and steps[arguments["weight"].node].shape[2:] == (1, 1) else None
 
-    at, averaged = output, False
-    while weight_of(at) is None:
+    def found(layer: str, at: int, logits: int, linear: bool) -> _Head:
+        arguments = dict(graph.nodes[at].arguments)
+        weight = names[arguments["weight"].node]
+        return _Head(layer, weight, arguments["input"].node, logits, linear)
+
+    at, logits, averaged = output, output, False
+    while layer_of(at) is None:
         node = graph.nodes[at]
         if _kind(node) not in SAME_CLASS + AVERAGES or not any(node.refs()):
             break
         averaged |= _kind(node) in AVERAGES
         at = next(node.refs())
-    direct = weight_of(at)
+        logits = at if _kind(node) in SOFTMAX else logits
+    direct = layer_of(at)
     if direct is not None and graph.nodes[at].operator == "linear":
         direct = direct if not averaged and len(steps[at].shape) == 2 else None
     elif direct is not None:
         averages = averaged or steps[at].shape[2:] == (1, 1)
         direct = direct if averages else None
-    if direct is not None and head in (None, direct.removesuffix(".weight")):
-        return direct, dict(graph.nodes[at].arguments)["input"].node, True
+    if direct is not None and head in (None, direct) and _has_own_tensors(builder, graph, at, direct):
+        return found(direct, at, logits, True)
 
-    heads = {name: at for at in range(output + 1) if (name := weight_of(at)) is not None}
+    heads = {layer: at for at in range(output + 1) if (layer := layer_of(at)) is not None}
     if head is not None:
-        heads = {name: at for name, at in heads.items() if name == f"{head}.weight"}
+        heads = {layer: at for layer, at in heads.items() if layer == head}
     if not heads:
         what = "no linear layer or 1x1 convolution" if head is None else f"no such layer {head!r}"
-        raise UserError(f"{module} has {what} that could be its head; name it as head, or end in a linear layer")
-    weight, at = max(heads.items(), key=lambda item: item[1])
-    return weight, dict(graph.nodes[at].arguments)["input"].node, False
+        raise UserError(f"{builder.name} has {what} that could be its head; name it as head, or end in a linear layer")
+    layer, at = max(heads.items(), key=lambda item: item[1])
+    return found(layer, at, output, False)
+
+
+def _has_own_tensors(builder: "_Builder", graph: Graph, at: int, layer: str) -> bool:
+    """Whether a node alone uses the weight of its layer, with the bias that lies beside it."""
+    arguments, used = dict(graph.nodes[at].arguments), Counter(ref for node in graph.nodes for ref in node.refs())
+    bias, beside = arguments.get("bias"), builder.canonical.get(f"{layer}.bias")
+    if bias is None:
+        return used[arguments["weight"].node] == 1 and beside not in builder.names.values()
+    own = [used[arguments[part].node] == 1 for part in ("weight", "bias")]
+    return all(own) and builder.names.get(bias.node) == beside == f"{layer}.bias"
 
 
 def _require_own_tail(network: TorchNetwork) -> None:
@@ -439,7 +483,7 @@ def _canonical(module: Any) -> dict[str, str]:
     }
 
 
-def _tensors(graph: Graph, module: Any, exported: Any, head: str | None) -> tuple[Tensor, ...]:
+def _tensors(graph: Graph, module: Any, exported: Any, head: _Head) -> tuple[Tensor, ...]:
     """Where each tensor of the module belongs; parameters that the graph does not use are not trained."""
     uses: dict[str, set[tuple[str, str]]] = {}
     statistics: dict[str, str] = {}
@@ -459,7 +503,7 @@ def _tensors(graph: Graph, module: Any, exported: Any, head: str | None) -> tupl
     for name, value in itertools.chain(parameters.items(), module.named_buffers(), constants.items()):
         if name in found or not hasattr(value, "shape"):
             continue
-        *place, leaf = name.split(".")
+        *place, leaf = (f"{head.layer}.weight" if name == head.weight else name).split(".")
         used = uses.get(name, set())
         order: Order = "torch"
         if name in statistics:
@@ -469,7 +513,7 @@ def _tensors(graph: Graph, module: Any, exported: Any, head: str | None) -> tupl
             if leaf == "weight" and used == {("linear", "weight")}:
                 leaf, order = "kernel", "linear"
             elif leaf == "weight" and used == {("conv2d", "weight")}:
-                leaf, order = "kernel", "pointwise_conv" if name == head else "conv"
+                leaf, order = "kernel", "pointwise_conv" if head.linear and name == head.weight else "conv"
             elif leaf == "weight" and used == {(BATCH_NORM, "weight")}:
                 leaf = "scale"
         else:
@@ -484,6 +528,44 @@ def _tensors(graph: Graph, module: Any, exported: Any, head: str | None) -> tupl
 def _arrays(module: Any, exported: Any, tensors: tuple[Tensor, ...]) -> Mapping[str, np.ndarray]:
     values = {**exported.constants, **dict(module.named_buffers()), **dict(module.named_parameters())}
     return {tensor.name: values[tensor.name].detach().cpu().numpy() for tensor in tensors}
+
+
+def _require_same_logits(network: TorchNetwork, variables: Variables, module: Any, logits: int) -> None:
+    """Refuses a network whose logits are not the module's, on two images of noise.
+
+    The module is in float32 or float64; rounding changes the logits of deep networks by a thousandth at most.
+    """
+    import torch
+
+    height, width, channels = network.image_shape
+    images = np.random.default_rng(0).random((2, height, width, channels), np.float32)
+    reference = next(module.parameters(), torch.zeros(()))
+    inputs = torch.tensor(images.transpose(0, 3, 1, 2), dtype=reference.dtype, device=reference.device)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # A forward may write to them.
+    with _evaluating(torch, module), _quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        returned = torch.func.functional_call(module, buffers, (inputs,))
+    tensors = [each for each in torch.utils._pytree.tree_leaves(returned) if isinstance(each, torch.Tensor)]
+    expected = tensors[0].cpu().double().numpy()
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
+    with standard_rules():
+        found, inner, made = map(np.asarray, _logits(network, logits, variables, images.astype(dtype)))
+    for one, other in ((expected, found), (inner.reshape(made.shape), made)):
+        scale, difference = np.max(np.abs(one)), np.max(np.abs(one - other))
+        if np.isfinite(scale) and not difference <= LARGEST_ROUNDING * scale:
+            raise UserError(
+                f"{network.name}: its logits in JAX differ from PyTorch's by {difference:.2g}, where the largest is "
+                f"{scale:.2g}; please report it with the module's code"
+            )
+
+
+@full_precision
+@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+def _logits(
+    network: TorchNetwork, logits: int, variables: Variables, x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the graph returns, its logits, and the same by the head; compiled fast, for one run."""
+    (latent, *found), _ = network.run(variables, x, False, (network.latent, network.output, logits))
+    return *map(to_torch, found), network.head(variables, network._latent(latent))
 
 
 # Layers
