@@ -9,6 +9,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +45,13 @@ from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
 from backdoor_jax.cli.options import make_parser
 from backdoor_jax.cli.suspects import images_of
-from backdoor_jax.data import LabelMap, load, load_labeled
+from backdoor_jax.data import LabelMap, image_size, load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.defenses import CLP, FineTune, Repair
 from backdoor_jax.experiment.rows import format_row
 from backdoor_jax.interop.torch_files import read as read_weights
 from backdoor_jax.interop.torch_files import unwrap
-from backdoor_jax.interop.torch_models import load_module
+from backdoor_jax.interop.torch_models import classes_and_channels, load_module
 from backdoor_jax.report.table import markdown
 
 torch = pytest.importorskip("torch", reason="PyTorch's files: pip install 'backdoor_jax[torch]'")
@@ -120,7 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (folder / "pooled.py").write_text(POOLED.format(tests=str(Path(__file__).parent)))
     (folder / "nets.py").write_text(NETS)
     torch.manual_seed(0)
-    module = load_module(f"{folder / 'nets.py'}:make_net", fresh_state(folder), "new").module
+    module = load_module(f"{folder / 'nets.py'}:make_net", fresh_state(folder), "new")
     images, labels = draw(240, 0)
     x, y = torch.tensor(images.transpose(0, 3, 1, 2) / 255, dtype=torch.float32), torch.tensor(labels)
     optimizer = torch.optim.Adam(module.parameters(), 0.01)
@@ -573,7 +574,7 @@ def test_the_users_file_may_print_and_be_called_as_a_library_is(
         "import torch\n\nprint('read')\n\n\ndef make():\n    print('made')\n    return torch.nn.Linear(2, 3)\n"
     )
     state = torch.nn.Linear(2, 3).state_dict()
-    assert load_module(f"{tmp_path / 'random.py'}:make", state, "x").num_classes == 3
+    assert load_module(f"{tmp_path / 'random.py'}:make", state, "x").out_features == 3
     assert sys.modules["random"] is random
     output, error = capsys.readouterr()
     assert (output, error) == ("", "read\nmade\n")
@@ -582,8 +583,62 @@ def test_the_users_file_may_print_and_be_called_as_a_library_is(
 def test_the_users_file_may_hold_the_network_itself(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text("import torch\n\nnet = torch.nn.Linear(2, 3)\n")
     state = torch.nn.Linear(2, 3).state_dict()
-    module = load_module(f"{tmp_path / 'nets.py'}:net", state, "x").module
+    module = load_module(f"{tmp_path / 'nets.py'}:net", state, "x")
     np.testing.assert_array_equal(module.weight.detach(), state["weight"])
+
+
+OTHERS = """
+import torch
+from torch import nn
+
+
+class HeadFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 6)
+        self.unused = nn.Linear(8, 9)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.stem = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 6)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x).flatten(2).mT).mean(1))
+
+
+def gray():
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 6))
+
+
+head_first, tokens = HeadFirst, Tokens
+"""
+
+
+@pytest.mark.parametrize(("name", "channels"), [("head_first", 3), ("tokens", 3), ("gray", 1)])
+def test_classes_and_channels_are_those_of_what_runs(name: str, channels: int, tmp_path: Path) -> None:
+    (tmp_path / "others.py").write_text(OTHERS)
+    model = f"{tmp_path / 'others.py'}:{name}"
+    others: dict[str, Any] = {}
+    exec(OTHERS, others)
+    torch.save(others[name]().state_dict(), tmp_path / "model.pt")
+    images = draw(1, 0)[0][..., :channels]
+    np.savez(tmp_path / "images.npz", images=images, labels=[0])
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.fromarray(images[0].squeeze()).save(tmp_path / "images" / "a" / "1.png")
+    for data in ("images.npz", "images"):
+        opened = ModelFile(tmp_path / "model.pt", model, classes=6).open(partial(image_size, str(tmp_path / data)))
+        assert (opened.num_classes, opened.channels) == (6, channels)
+    if name == "gray":
+        text = one_line(ModelFile(tmp_path / "model.pt", model).open, lambda: (8, 8))
+        assert "cannot run on images of 8x8 with 3 or 1 channels" in text
 
 
 VERSIONED = """
@@ -606,7 +661,7 @@ def make():
 def test_layers_that_ask_for_the_version_of_their_state_dict_get_it(tmp_path: Path) -> None:
     (tmp_path / "versioned.py").write_text(VERSIONED)
     state = {"1.weight": np.ones((3, 12), np.float32), "1.bias": np.arange(3.0)}  # An own file, without versions.
-    module = load_module(f"{tmp_path / 'versioned.py'}:make", state, "x").module
+    module = load_module(f"{tmp_path / 'versioned.py'}:make", state, "x")
     classifier, variables = Classifier.from_torch(module, (2, 2, 3))
     save_torch(tmp_path / "model.pt", classifier, variables)
     module.load_state_dict(torch.load(tmp_path / "model.pt"))
@@ -617,16 +672,16 @@ def test_a_network_of_timm_gets_its_classes_from_the_file() -> None:
     torchvision_models()
     timm = pytest.importorskip("timm", reason="timm's networks: pip install timm")
     state = timm.create_model("resnet10t", num_classes=7).state_dict()
-    loaded = load_module("timm:resnet10t", state, "x")
-    assert (loaded.num_classes, loaded.channels) == (7, 3)
+    module = load_module("timm:resnet10t", state, "x")
+    assert classes_and_channels(module, (32, 32), "timm:resnet10t") == (7, 3)
     assert "no network 'resnet9'" in one_line(load_module, "timm:resnet9", state, "x")
 
 
 def test_a_network_of_torchvision_gets_its_classes_from_the_file() -> None:
     models = torchvision_models()
     state = models.squeezenet1_1(num_classes=7).state_dict()
-    loaded = load_module("torchvision:squeezenet1_1", {f"net.{name}": value for name, value in state.items()}, "x")
-    assert (loaded.num_classes, loaded.channels) == (7, 3)
+    module = load_module("torchvision:squeezenet1_1", {f"net.{name}": value for name, value in state.items()}, "x")
+    assert classes_and_channels(module, (32, 32), "torchvision:squeezenet1_1") == (7, 3)
     assert "no classifier 'squeezenet9'" in one_line(load_module, "torchvision:squeezenet9", state, "x")
 
 

@@ -8,6 +8,7 @@ a healthy model reaches a scan gives no verdict and a repair is refused.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,12 +18,12 @@ import numpy as np
 
 from backdoor_jax import zoo
 from backdoor_jax.app.trials import COUNT, IMAGES_PER_CLASS, better_input, try_inputs
-from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, in_order, load_labeled, names_classes
+from backdoor_jax.data import Dataset, Labeled, LabelMap, Trigger, image_size, in_order, load_labeled, names_classes
 from backdoor_jax.detectors import HEALTHY
 from backdoor_jax.errors import LONGEST, UserError, printable
 from backdoor_jax.interop.native import load_model
 from backdoor_jax.interop.torch_files import read, unwrap
-from backdoor_jax.interop.torch_models import bounds_of, load_module, names_module
+from backdoor_jax.interop.torch_models import bounds_of, classes_and_channels, load_module, names_module
 from backdoor_jax.memory import largest_array, require_batch_memory
 from backdoor_jax.metrics import SIGNIFICANT, chance_level, evaluate, is_near_chance, predict, success_rates
 from backdoor_jax.models import NORMALIZATIONS, STEMS, Classifier, ResNet, Stem, Variables
@@ -70,8 +71,11 @@ class ModelFile:
         """What is printed and written in figures for the model."""
         return printable(str(self.path), LONGEST)
 
-    def open(self) -> _Opened:
+    def open(self, size: Callable[[], tuple[int, int]]) -> _Opened:
         """Reads the model.
+
+        Args:
+            size: finds height and width of its images, which are asked for where they determine the rest.
 
         Raises:
             UserError: for a file that cannot be used.
@@ -95,24 +99,25 @@ class ModelFile:
             )
             opened = _Opened(found[0].num_classes, len(found[0].mean), lambda images: found)
         else:
-            opened = self._open_module(self.model)
+            opened = self._open_module(self.model, size())
         if self.classes is not None and self.classes != opened.num_classes:
             raise UserError(f"{self.path}: has {opened.num_classes} classes, not {self.classes}; fix --classes")
         return opened
 
-    def _open_module(self, model: str) -> _Opened:
-        """A PyTorch module with the state in the file."""
+    def _open_module(self, model: str, size: tuple[int, int]) -> _Opened:
+        """A PyTorch module with the state in the file, for images of a size."""
         if self.stem is not None:
             raise UserError(f"--model {model} has its own stem; leave out --stem")
         state, bounds = unwrap(read(self.path), self.name, self.key)
-        loaded = load_module(model, state, self.name, self.classes)
-        mean, std = self._normalization(loaded.channels)
+        module = load_module(model, state, self.name, self.classes)
+        num_classes, channels = classes_and_channels(module, size, model)
+        mean, std = self._normalization(channels)
 
         def network(images: jax.Array) -> tuple[Classifier, Variables]:
-            classifier, variables = Classifier.from_torch(loaded.module, images, mean=mean, std=std)
+            classifier, variables = Classifier.from_torch(module, images, mean=mean, std=std)
             return classifier, bounds_of(variables, classifier, bounds, self.name) if bounds else variables
 
-        return _Opened(loaded.num_classes, loaded.channels, network)
+        return _Opened(num_classes, channels, network)
 
     def _normalization(self, channels: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         """Mean and standard deviation by name or as given, for this many channels."""
@@ -243,7 +248,7 @@ def load_suspect(
         raise UserError(
             "a trigger and its target class go together; give both (--triggered, --patch or --blend, and --target)"
         )
-    opened = file.open()
+    opened = file.open(partial(image_size, data, images.size))
     victim = opened.victim
     if triggered is None and victim and victim.trigger and victim.label_map and victim.label_map.kind == "all_to_one":
         planted: Trigger = victim.trigger
@@ -331,7 +336,7 @@ def load_unseen(file: ModelFile, size: tuple[int, int]) -> Suspect:
     Raises:
         UserError: for a file that cannot be used.
     """
-    opened = file.open()
+    opened = file.open(lambda: size)
     images = jnp.zeros((1, *size, opened.channels), jnp.uint8)
     classifier, variables = opened.network(images)
     none = Dataset(images[:0], jnp.zeros(0, jnp.int32))

@@ -10,7 +10,7 @@ from backdoor_jax.data.dataset import (
     clean_indices,
     make_dataset,
 )
-from backdoor_jax.data.labeled import Labeled, in_order, load_labeled, names_classes
+from backdoor_jax.data.labeled import Labeled, image_size, in_order, load_labeled, names_classes
 from backdoor_jax.data.loading import digits, load, npz_task, signs
 from backdoor_jax.data.poisoning import (
     LabelMap,
@@ -46,6 +46,7 @@ __all__ = [
     "clean_indices",
     "digits",
     "draw_poisoned",
+    "image_size",
     "in_order",
     "is_plain",
     "load",

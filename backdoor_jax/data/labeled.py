@@ -13,12 +13,12 @@ from backdoor_jax.arguments import typed
 from backdoor_jax.array_files import read_npz
 from backdoor_jax.config import Count
 from backdoor_jax.data.dataset import Dataset, make_dataset
-from backdoor_jax.data.folders import STRETCHED, inner_folder, read_folder, resized, splits_of
+from backdoor_jax.data.folders import STRETCHED, SUFFIXES, class_folders, inner_folder, read_folder, resized, splits_of
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.data.loading import load
 from backdoor_jax.data.specs import DATASETS
 from backdoor_jax.errors import LONGEST, UserError, printable
-from backdoor_jax.reading import as_path
+from backdoor_jax.reading import as_path, file_size, image_pixels
 
 PARTS = {
     "": (("images", "labels"), ("x", "y"), ("X", "Y"), ("X", "y"), ("data", "labels"), ("arr_0", "arr_1")),
@@ -147,6 +147,43 @@ def load_labeled(
     if named is not None and len(named) != num_classes:
         raise UserError(f"{path}: has {len(named)} class_names, the model {num_classes} classes; give one for each")
     return Labeled(whole, None if "" in parts else parts.get("test_"), named, None, _shown(changed))
+
+
+@typed
+def image_size(source: str, size: tuple[Count, Count] | None = None) -> tuple[int, int]:
+    """Height and width of the images that `load_labeled` returns; 32x32 where it will refuse the source.
+
+    Args:
+        source: as there.
+        size: as there.
+
+    Raises:
+        UserError: where the source cannot be read.
+
+    Example:
+        >>> image_size("digits"), image_size("digits", (32, 24))
+        ((16, 16), (32, 24))
+    """
+    path = as_path(source, "data (--data)")
+    shape: tuple[int, ...] = (32, 32)
+    if size is not None:
+        return size
+    if _is_named(source):
+        shape = load(source).train.images.shape[1:3]
+    elif os.path.isdir(path):
+        root, _ = inner_folder(path)
+        folder = root if (splits := splits_of(root)) is None else root / splits[0]
+        files = (file for name in class_folders(folder) for file in (folder / name).rglob("[!.]*"))
+        if first := next((file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()), None):
+            picture = image_pixels(first, first, "L", file_size(first, "remove it"))
+            shape = picture.height, picture.width
+    elif path.suffix.lower() == ".npz":
+        arrays = read_npz(path, "images, labels")
+        names = [x for pairs in PARTS.values() for x, y in pairs if x in arrays and y in arrays]
+        if names:
+            shape = as_images(arrays[names[0]], f"{path} {names[0]}")[0].shape[1:3]
+    height, width = shape
+    return height, width
 
 
 def _is_named(source: str) -> bool:

@@ -10,31 +10,17 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.torch_files import as_array, require_no_level, shared_prefix
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.models.torch_module import require_shapes
+from backdoor_jax.models.torch_module import require_shapes, run_module
 
 LIBRARIES = ("torchvision", "timm")
 COUNTER = "num_batches_tracked"
-
-
-class LoadedModule(NamedTuple):
-    """A PyTorch module with weights.
-
-    Attributes:
-        module: the module.
-        num_classes: the number of classes, by its last linear layer.
-        channels: of its images, by its first convolution.
-    """
-
-    module: Any
-    num_classes: int
-    channels: int
 
 
 def names_module(model: str | None) -> bool:
@@ -47,7 +33,7 @@ def names_module(model: str | None) -> bool:
     return model is not None and ":" in model
 
 
-def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: int | None = None) -> LoadedModule:
+def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: int | None = None) -> Any:
     """Makes a PyTorch module and loads a state dict into it.
 
     Args:
@@ -72,7 +58,7 @@ def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: i
     if num_classes is None and (found := _classes_of(module, state)) is not None:
         module = _make(model, found)
     _load(module, state, model, where)
-    return LoadedModule(module.eval(), _num_classes(module, model), _channels(module))
+    return module.eval()
 
 
 def bounds_of(variables: Variables, classifier: Classifier, bounds: Mapping[str, Any], where: str) -> Variables:
@@ -144,21 +130,27 @@ def _run_file(path: Path, model: str) -> Any:
     return loaded
 
 
-def _layers(module: Any, kinds: tuple[str, ...]) -> list[Any]:
-    """The layers of these kinds, and of the user's own kinds of them."""
-    return [each for each in module.modules() if {base.__name__ for base in type(each).__mro__} & set(kinds)]
+def classes_and_channels(module: Any, size: tuple[int, int], model: str) -> tuple[int, int]:
+    """The number of classes of a module, and of channels of its images, by what it returns for one of this size.
 
+    Raises:
+        UserError: where it returns nothing for images of as many channels as its first convolution, 3 or 1.
+    """
+    import torch
 
-def _num_classes(module: Any, model: str) -> int:
-    heads = [each for each in _layers(module, ("Linear", "Conv2d")) if getattr(each, "kernel_size", (1, 1)) == (1, 1)]
-    if not heads:
-        raise UserError(f"--model {model}: has no linear layer, so its number of classes is not known")
-    return getattr(heads[-1], "out_features", None) or heads[-1].out_channels
-
-
-def _channels(module: Any) -> int:
-    first = _layers(module, ("Conv2d",))
-    return first[0].in_channels if first else 3
+    known = [each.in_channels for each in module.modules() if isinstance(each, torch.nn.Conv2d)][:1]
+    causes = {}
+    for channels in dict.fromkeys((*known, 3, 1)):
+        try:
+            tensors = run_module(module, np.zeros((1, *size, channels), np.float32))
+            return tensors[0].shape[-1], channels
+        except Exception as error:  # The user's own code, or a library's, which raise anything.
+            causes[channels] = first_line(error)
+    channels, cause = next(iter(causes.items()))
+    raise UserError(
+        f"--model {model}: cannot run on images of {size[0]}x{size[1]} with {' or '.join(map(str, causes))} channels "
+        f"({cause}); give images of the size it takes (--size)"
+    )
 
 
 def _classes_of(module: Any, state: Mapping[str, Any]) -> int | None:

@@ -204,6 +204,19 @@ def _evaluating(torch: Any, module: Any) -> Iterator[None]:
             each.training = training
 
 
+def run_module(module: Any, images: np.ndarray) -> list[Any]:
+    """The tensors that a module returns for images ``(B, H, W, C)`` in evaluation mode; it is left as it is."""
+    import torch
+
+    module = _plain(module)
+    reference = next(module.parameters(), torch.zeros(()))
+    inputs = torch.tensor(images.transpose(0, 3, 1, 2), dtype=reference.dtype, device=reference.device)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # A forward may write to them.
+    with _evaluating(torch, module), _quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        returned = torch.func.functional_call(module, buffers, (inputs,))
+    return [each for each in torch.utils._pytree.tree_leaves(returned) if isinstance(each, torch.Tensor)]
+
+
 def _export(module: Any, image_shape: tuple[int, int, int], name: str) -> Any:
     """The module's graph for any number of images, without operators that write to their arguments."""
     import torch
@@ -535,17 +548,8 @@ def _require_same_logits(network: TorchNetwork, variables: Variables, module: An
 
     The module is in float32 or float64; rounding changes the logits of deep networks by a thousandth at most.
     """
-    import torch
-
-    height, width, channels = network.image_shape
-    images = np.random.default_rng(0).random((2, height, width, channels), np.float32)
-    reference = next(module.parameters(), torch.zeros(()))
-    inputs = torch.tensor(images.transpose(0, 3, 1, 2), dtype=reference.dtype, device=reference.device)
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # A forward may write to them.
-    with _evaluating(torch, module), _quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        returned = torch.func.functional_call(module, buffers, (inputs,))
-    tensors = [each for each in torch.utils._pytree.tree_leaves(returned) if isinstance(each, torch.Tensor)]
-    expected = tensors[0].cpu().double().numpy()
+    images = np.random.default_rng(0).random((2, *network.image_shape), np.float32)
+    expected = run_module(module, images)[0].cpu().double().numpy()
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
     with standard_rules():
         found, inner, made = map(np.asarray, _logits(network, logits, variables, images.astype(dtype)))
