@@ -641,6 +641,53 @@ def test_classes_and_channels_are_those_of_what_runs(name: str, channels: int, t
         assert "cannot run on images of 8x8 with 3 or 1 channels" in text
 
 
+WRAPPED = """
+import torch
+from torch import nn
+
+
+class Kept(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": [1, 1]}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def plain(wrap=lambda module: module):
+    return nn.Sequential(wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), nn.Flatten(), Kept(144, 3))
+
+
+def parallel():
+    return nn.DataParallel(plain(nn.DataParallel))
+
+
+def compiled():
+    return plain(torch.compile)
+"""
+
+
+def test_layers_may_be_wrapped_and_keep_more_than_tensors(tmp_path: Path) -> None:
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    made: dict[str, Any] = {}
+    exec(WRAPPED, made)
+    for of, into in itertools.product(("plain", "parallel", "compiled"), repeat=2):
+        source = made[of]()
+        state = source.state_dict()
+        name = next(name for name in state if name.endswith("_extra_state"))
+        state[name] = {"seen": [0, (2, None)]}
+        torch.save({"model": state, "epoch": 3}, tmp_path / "model.pt")
+        found, _ = unwrap(read_weights(tmp_path / "model.pt"), "file")
+        module = load_module(f"{tmp_path / 'wrapped.py'}:{into}", found, "file")
+        assert all(map(torch.equal, module.parameters(), source.parameters()))
+        assert [layer.seen for layer in module.modules() if hasattr(layer, "seen")] == [[0, (2, None)]]
+    name = next(name for name in found if name.endswith("_extra_state"))
+    text = one_line(load_module, f"{tmp_path / 'wrapped.py'}:plain", {**found, name: object()}, "file")
+    assert "2._extra_state, the extra state of a layer, holds a object, expected plain data" in text
+    del found[name]
+    load_module(f"{tmp_path / 'wrapped.py'}:plain", found, "file")  # The layer keeps its own; nothing is missing.
+
+
 VERSIONED = """
 import torch
 

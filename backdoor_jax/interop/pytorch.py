@@ -171,9 +171,12 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
     """
     path = Path(path)
     state, bounds = torch_state(classifier, variables), _bounds_by_module(classifier, variables)
+    extra = dict(classifier.network.extra_state) if isinstance(classifier.network, TorchNetwork) else {}
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise UserError(f"{path}: unknown suffix {path.suffix!r}; give .pt, .pth or .safetensors")
     torch = None if path.suffix == ".safetensors" else import_torch(path)
+    if torch is None and extra:
+        raise UserError(f"{path}: {next(iter(extra))} is no tensor, which such a file cannot hold; give .pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         if torch is None:
@@ -185,6 +188,7 @@ def save_torch(path: Path | str, classifier: Classifier, variables: Variables) -
             weights, uppers = (
                 OrderedDict((name, torch.tensor(array)) for name, array in tree.items()) for tree in (state, bounds)
             )
+            weights.update(extra)
             if isinstance(classifier.network, TorchNetwork):
                 versions = {path: {"version": version} for path, version in classifier.network.versions}
                 vars(weights)["_metadata"] = versions

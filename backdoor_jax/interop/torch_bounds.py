@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backdoor_jax.errors import UserError
+from backdoor_jax.models.torch_module import unwrapped
 
 BUFFER = "activation_bound"
 
@@ -24,7 +25,8 @@ def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
     given again replace the older ones.
 
     Args:
-        module: a ``torch.nn.Module`` with the names that `save_torch` uses; ``DataParallel`` may be around it.
+        module: a ``torch.nn.Module`` with the names that `save_torch` uses; ``DataParallel`` or ``torch.compile`` may
+            be around it.
         bounds: upper bounds by the name of the module whose output they clip: ``(C,)`` for an output ``(B, C, ...)``,
             ``(1, C)`` for one with channels last.
 
@@ -42,7 +44,7 @@ def apply_bounds(module: Any, bounds: Mapping[str, Any]) -> Any:
     """
     import torch
 
-    inner = getattr(module, "module", module)
+    inner, _ = unwrapped(module)
     known = dict(inner.named_modules())
     unknown = sorted(set(bounds) - set(known))
     if unknown:

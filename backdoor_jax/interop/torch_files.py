@@ -19,6 +19,7 @@ import numpy as np
 from backdoor_jax.array_files import read_safetensors
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.file_kinds import kind_of
+from backdoor_jax.models.torch_module import EXTRA_STATE
 from backdoor_jax.pickles import PickledArray, PickledCode, PlainUnpickler, Skipped
 from backdoor_jax.reading import element_count, file_size, require_budget, require_names, zip_members
 
@@ -40,7 +41,8 @@ def unwrap(tree: Any, where: str, key: str | None = None) -> tuple[dict[str, Any
     bounds: Any = {}
     level, there = "", "the file is one state dict, so leave the key out"
     if isinstance(tree, Mapping) and (key is not None or not _is_state(tree)):
-        known = {str(name): value for name, value in tree.items() if name != BOUNDS and _is_state(value)}
+        others = (BOUNDS, *(name for name in tree if str(name).endswith(EXTRA_STATE)))
+        known = {str(name): value for name, value in tree.items() if name not in others and _is_state(value)}
         require_names(list(known), where)
         if key is not None and key not in known:
             level = f"{key}."
@@ -84,11 +86,12 @@ def _below(level: str, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a value is a mapping of names to tensors, with at least one tensor of some axes."""
+    """Whether a value is a mapping of names to tensors, with at least one tensor of some axes, besides extra states."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
-    tensors = [each for each in value.values() if hasattr(each, "shape")]
-    return len(tensors) == len(value) and any(len(each.shape) for each in tensors)
+    values = [each for name, each in value.items() if not name.endswith(EXTRA_STATE)]
+    tensors = [each for each in values if hasattr(each, "shape")]
+    return len(tensors) == len(values) and any(len(each.shape) for each in tensors)
 
 
 def shared_prefix(names: Iterable[str]) -> str:

@@ -17,10 +17,13 @@ import numpy as np
 from backdoor_jax.errors import UserError, first_line
 from backdoor_jax.interop.torch_files import as_array, require_no_level, shared_prefix
 from backdoor_jax.models import Classifier, Variables
-from backdoor_jax.models.torch_module import require_shapes, run_module
+from backdoor_jax.models.torch_module import EXTRA_STATE, require_shapes, run_module
 
 LIBRARIES = ("torchvision", "timm")
-COUNTER = "num_batches_tracked"
+OPTIONAL = ("num_batches_tracked", EXTRA_STATE)
+"""What the names end in that a state dict may lack."""
+WRAPPERS = ("module", "_orig_mod")
+"""The levels that data-parallel training and compilation add to names."""
 
 
 def names_module(model: str | None) -> bool:
@@ -47,7 +50,7 @@ def load_module(model: str, state: Mapping[str, Any], where: str, num_classes: i
         UserError: for a module that cannot be made, or the tensors of another one.
     """
     for name, value in state.items():
-        if not hasattr(value, "shape"):
+        if not hasattr(value, "shape") and not name.endswith(EXTRA_STATE):
             as_array(value, name, where)
     module = _make(model, num_classes)
     if not hasattr(module, "state_dict"):
@@ -155,14 +158,48 @@ def classes_and_channels(module: Any, size: tuple[int, int], model: str) -> tupl
 
 def _classes_of(module: Any, state: Mapping[str, Any]) -> int | None:
     """The number of classes with which a network must be made again to fit the tensors."""
-    own, prefix = module.state_dict(), shared_prefix(state)
+    own = module.state_dict()
     counts = set()
-    for name, tensor in own.items():
-        found = state.get(f"{prefix}{name.removeprefix(shared_prefix(own))}")
-        shapes = tuple(tensor.shape), tuple(getattr(found, "shape", ()))
-        if shapes[0] != shapes[1] and all(shapes):
-            counts.add((shapes[0][0], shapes[1][0]))
+    for name, found in _by_own_names(state, own).items():
+        expected, shape = (tuple(getattr(each, "shape", ())) for each in (own.get(name), found))
+        if expected != shape and expected and shape:
+            counts.add((expected[0], shape[0]))
     return next(iter(counts))[1] if len(counts) == 1 else None
+
+
+def _by_own_names(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors under the names that a module has for them, whatever wraps it or its layers here or there."""
+
+    def bare(name: str) -> str:
+        return ".".join(level for level in name.split(".") if level not in WRAPPERS)
+
+    mine, theirs = shared_prefix(own), shared_prefix(state)
+    found = {f"{mine}{name.removeprefix(theirs)}": value for name, value in state.items()}
+    names = {bare(name): name for name in own}
+    renamed = {names.get(bare(name), name): value for name, value in found.items()}
+    return renamed if (len(names), len(renamed)) == (len(own), len(found)) else found
+
+
+def _plain_state(value: Any, name: str, where: str) -> Any:
+    """A layer's extra state, with tensors for arrays.
+
+    Raises:
+        UserError: where it is no plain data.
+    """
+    import torch
+
+    if value is None or isinstance(value, bool | int | float | str | bytes | torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_plain_state(each, name, where) for each in value)
+    if isinstance(value, dict):
+        return {key: _plain_state(each, name, where) for key, each in value.items()}
+    raise UserError(
+        f"{where}: {name}, the extra state of a layer, holds a {type(value).__name__.strip('_')}, expected plain data; "
+        "leave it out of the state dict"
+    )
 
 
 def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None:
@@ -170,12 +207,11 @@ def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None
     import torch
 
     own = module.state_dict()
-    mine, theirs = shared_prefix(own), shared_prefix(state)
-    found = {f"{mine}{name.removeprefix(theirs)}": value for name, value in state.items()}
-    missing = sorted(name for name in set(own) - set(found) if not name.endswith(COUNTER))
+    mine, found = shared_prefix(own), _by_own_names(state, own)
+    missing = sorted(name for name in set(own) - set(found) if not name.endswith(OPTIONAL))
     extra = sorted(set(found) - set(own))
     if missing:
-        require_no_level((name.removeprefix(mine) for name in own if not name.endswith(COUNTER)), state, model, where)
+        require_no_level((name.removeprefix(mine) for name in own if not name.endswith(OPTIONAL)), state, model, where)
     for kind, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -184,6 +220,9 @@ def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None
                 "was saved from as torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
             )
     for name, value in found.items():
+        if name.endswith(EXTRA_STATE):
+            own[name] = _plain_state(value, name, where)
+            continue
         if tuple(value.shape) != tuple(own[name].shape):
             raise UserError(
                 f"{where}: {name} has shape {tuple(value.shape)}, in {model} it is {tuple(own[name].shape)}; give the "

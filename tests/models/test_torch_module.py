@@ -1,5 +1,6 @@
 """PyTorch modules run in JAX: every operator, both modes, state dicts, bounds, heads, and what is refused."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -335,7 +336,7 @@ def kuangliu() -> tuple[Any, Classifier, Variables]:
 
 def test_equal_modules_make_equal_classifiers(kuangliu: tuple[Any, Classifier, Variables]) -> None:
     module, classifier, _ = kuangliu
-    again, _ = Classifier.from_torch(nn.DataParallel(module), (3, 8, 8))
+    again, _ = Classifier.from_torch(copy.deepcopy(module), (3, 8, 8))
     assert again == classifier
     assert hash(again) == hash(classifier)
     other, _ = Classifier.from_torch(Kuangliu(6), (8, 8, 3))
@@ -371,6 +372,51 @@ def test_saved_weights_load_into_the_module(
     for name, tensor in module.state_dict().items():
         assert (tensor.dtype, tensor.shape) == (state[name].dtype, state[name].shape)
         assert torch.equal(tensor, other.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: nn.DataParallel(net),
+        lambda net: torch.compile(net),
+        lambda net: nn.DataParallel(torch.compile(net)),
+        lambda net: net.__setattr__("layer2", nn.DataParallel(net.layer2)) or net,
+    ],
+    ids=["data-parallel", "compiled", "both", "inside"],
+)
+def test_what_is_around_a_module_is_in_the_names_that_are_written(wrap: Any, tmp_path: Path) -> None:
+    module = wrap(Kuangliu(3))
+    classifier, variables = Classifier.from_torch(module, (8, 8, 3))
+    bounds = jax.tree.map(lambda most: 0.4 * most, classifier.activations(variables, images_of((8, 8, 3))))
+    bj.save_torch(tmp_path / "a.pt", classifier, {**variables, "bounds": bounds})
+    saved = torch.load(tmp_path / "a.pt")
+    assert list(saved["model"]._metadata) == list(module.state_dict()._metadata)
+    module.load_state_dict(saved["model"])
+    apply_bounds(module, saved["bounds"])
+
+
+class Counting(torch.nn.Linear):
+    """A layer that keeps more than tensors."""
+
+    seen: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def test_the_extra_state_of_layers_is_written(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Flatten(), Counting(192, 3))
+    module[1].seen = (3, "all")
+    classifier, variables = Classifier.from_torch(module, (8, 8, 3))
+    bj.save_torch(tmp_path / "a.pt", classifier, variables)
+    other = nn.Sequential(nn.Flatten(), Counting(192, 3))
+    other.load_state_dict(torch.load(tmp_path / "a.pt"))
+    assert other[1].seen == (3, "all")
+    with pytest.raises(UserError, match=r"1._extra_state is no tensor, which such a file cannot hold; give .pt"):
+        bj.save_torch(tmp_path / "a.safetensors", classifier, variables)
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -112,6 +112,8 @@ class TorchNetwork:
         map_nodes: nodes of maps by the path of the module that returns them.
         map_layers: the last layer at each resolution.
         versions: of the layers' state dicts, by path; PyTorch saves them, and some layers load none without.
+        prefix: what the state dict has before all names, where the module was given inside another.
+        extra_state: what layers add to the state dict besides tensors, by name.
     """
 
     name: str
@@ -126,6 +128,8 @@ class TorchNetwork:
     map_nodes: tuple[tuple[Path, int], ...] = ()
     map_layers: tuple[Path, ...] = ()
     versions: tuple[tuple[str, int], ...] = ()
+    prefix: str = ""
+    extra_state: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
 
     def init(self, key: jax.Array, x: jax.Array) -> Variables:
         """Refused: the module holds its variables."""
@@ -266,7 +270,9 @@ class TorchNetwork:
                 array = np.asarray(tensor.leaf(leaves))
                 array = array.astype(tensor.dtype) if not np.issubdtype(array.dtype, np.floating) else array
                 for name in (tensor.name, *tensor.aliases):
-                    state[name] = np.array(tensor.to_torch(array), order="C")  # A copy, which keeps rank 0.
+                    state[f"{self.prefix}{name}"] = np.array(
+                        tensor.to_torch(array), order="C"
+                    )  # A copy, which keeps rank 0.
         return state
 
     def bounds_by_module(self, variables: Variables) -> dict[str, np.ndarray]:

@@ -30,6 +30,8 @@ from backdoor_jax.models.torch_module.network import Order, Rectifier, Tensor, T
 from backdoor_jax.models.torch_module.operators import find
 
 COUNTER = "num_batches_tracked"
+EXTRA_STATE = "_extra_state"
+"""The last level of the name under which a state dict has what a layer's ``get_extra_state`` returns."""
 BATCH_NORMS = ("_native_batch_norm_legit_no_training",)
 IGNORED = ("device", "pin_memory", "layout", "memory_format", "non_blocking", "cudnn_enable", "cudnn_enabled")
 """Arguments that do not change values."""
@@ -81,7 +83,7 @@ def read_module(
     """
     if not isinstance(head, str | None):
         raise UserError(f"head is a {type(head).__name__}, expected the path of a layer as text, such as 'fc'")
-    module = _plain(module)
+    given, module = module, _plain(module)
     name = type(module).__name__
     exported = _export(module, image_shape, name)
     builder = _Builder(exported, module, name)
@@ -95,9 +97,15 @@ def read_module(
     tensors = _tensors(graph, module, exported, found)
     tail = None if found.linear else tuple(steps[found.latent].shape[1:])
     head_path = tuple(found.layer.split("."))
-    metadata = module.state_dict()._metadata
-    versions = tuple((path, each["version"]) for path, each in metadata.items() if "version" in each)
-    network = TorchNetwork(name, graph, tensors, image_shape, head_path, found.latent, output, tail, versions=versions)
+    state = given.state_dict()
+    versions = tuple((path, each["version"]) for path, each in state._metadata.items() if "version" in each)
+    extra = tuple((path, value) for path, value in state.items() if path.endswith(EXTRA_STATE))
+    network = TorchNetwork(
+        *(name, graph, tensors, image_shape, head_path, found.latent, output, tail),
+        versions=versions,
+        prefix=unwrapped(given)[1],
+        extra_state=extra,
+    )
     if tail is not None:
         _require_own_tail(network)
     variables = network.variables(_arrays(module, exported, tensors))
@@ -143,9 +151,7 @@ def _plain(module: Any) -> Any:
         import torch
     except ImportError as error:
         raise UserError("from_torch needs PyTorch; run pip install 'backdoor_jax[torch]'") from error
-    if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-        module = module.module
-    module = getattr(module, "_orig_mod", module)
+    module, _ = unwrapped(module)
     if isinstance(module, torch.jit.ScriptModule):
         raise UserError("TorchScript cannot be exported; give the torch.nn.Module that it was made from")
     if not isinstance(module, torch.nn.Module):
@@ -155,6 +161,22 @@ def _plain(module: Any) -> Any:
     if any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors):
         return copy.deepcopy(module).float()
     return module
+
+
+def unwrapped(module: Any) -> tuple[Any, str]:
+    """The module inside data-parallel training and compilation, and what these put before its names."""
+    import torch
+
+    prefix = ""
+    while True:
+        parts = getattr(module, "_modules", {})
+        if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            level = "module"
+        elif list(parts) == ["_orig_mod"]:
+            level = "_orig_mod"
+        else:
+            return module, prefix
+        module, prefix = parts[level], f"{prefix}{level}."
 
 
 def require_shapes(module: Any) -> None:
