@@ -106,7 +106,7 @@ class Computed(torch.nn.Module):
 
 ACTIVATIONS = (
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.sigmoid, F.tanh),
-    *(F.softplus, F.hardswish, F.hardsigmoid, F.logsigmoid),
+    *(F.softplus, F.hardswish, F.hardsigmoid, F.logsigmoid, lambda x: F.celu(x, 0.3)),
     *(lambda x: F.threshold(x, 0.1, 0.3), lambda x: F.gelu(x, approximate="tanh"), lambda x: x.clamp(-0.2, 0.3)),
     *(lambda x: x.clamp(min=0.1), lambda x: F.softmax(x, 1), lambda x: F.log_softmax(x, -1), lambda x: F.glu(x, 1)),
 )
@@ -117,6 +117,11 @@ ENTRYWISE = (
     *(lambda x: 1 / (x.abs() + 1), lambda x: 2 - x, lambda x: torch.add(x, x, alpha=2), lambda x: (x * 5) // 2),
     *(lambda x: x**2, lambda x: (x.abs() + 1) ** 0.5, lambda x: torch.maximum(x, -x), lambda x: x - 2 * x),
     *(lambda x: torch.where(x > 0, x, 3.0), lambda x: x.masked_fill(x < 0, 0.5), lambda x: (x != 0) * x),
+    *(torch.atan, torch.tan, torch.sinh, torch.cosh, torch.expm1, torch.exp2, lambda x: (x.abs() + 1).log2()),
+    *(lambda x: torch.asin(x / 9), lambda x: torch.acos(x / 9), lambda x: (x.abs() + 1).log10(), lambda x: x.min(-x)),
+    *(lambda x: (x > 0).type_as(x) + torch.arange(8).type_as(x), lambda x: x + (-x).zero_(), lambda x: x.max(-x)),
+    *(lambda x: torch.nan_to_num(x / (x > 0), 0.5, 2.0, -3.0), lambda x: x + torch.ones_like(x, dtype=torch.long)),
+    *(lambda x: x + torch.zeros_like(x, dtype=torch.bool), lambda x: x + torch.full_like(x, 2, dtype=torch.int)),
     *(lambda x: x * torch.arange(8.0), lambda x: x + torch.ones(4, 1, 1), lambda x: x.detach() + x.double().float()),
 )
 
@@ -131,6 +136,9 @@ AXES = (
     *(lambda x: F.pixel_shuffle(x, 2), lambda x: F.pixel_unshuffle(x, 2), lambda x: F.channel_shuffle(x, 2)),
     *(lambda x: F.pad(x, (1, 2, 0, 1)), lambda x: F.pad(x, (1, 1, 2, 2), "reflect"), lambda x: F.pad(x, (0, -1, 1, 0))),
     *(lambda x: F.pad(x, (1, 1, 1, 1), "replicate"), lambda x: x.expand(-1, -1, 8, 8).repeat(1, 2, 1, 1)),
+    *(lambda x: x.amin((1, 3)), lambda x: x.min(2)[1] + x.min(2)[0], lambda x: x.max(1, keepdim=True)[1] * 1.0),
+    *(lambda x: x.argmax(1) * 0.1, lambda x: x.flatten(1).argmin(1, True) * 0.1, lambda x: x.logsumexp((1, 2))),
+    *(lambda x: x.prod(1), lambda x: x - x.min() + x.max(), lambda x: F.local_response_norm(x, 3, 0.1)),
     *(lambda x: x.cumsum(2), lambda x: x[:, torch.tensor([2, 0])], lambda x: x.index_select(1, torch.tensor([3, 1]))),
 )
 
@@ -150,7 +158,10 @@ POOLS = (
         lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
     ),
     *(lambda x: F.interpolate(x, (5, 11), mode="bilinear", align_corners=True),),
-    *(lambda x: F.interpolate(x, (5, 11), mode="bicubic"),),
+    *(lambda x: F.interpolate(x, (5, 11), mode="bicubic"), lambda x: F.interpolate(x, (5, 11), mode="nearest-exact")),
+    *(lambda x: F.max_pool1d(x.flatten(2), 3, 2, 1), lambda x: F.avg_pool1d(x.flatten(2), 3, 2, 1, True, False)),
+    *(lambda x: F.adaptive_avg_pool1d(x.flatten(2), 5), lambda x: F.adaptive_max_pool1d(x.flatten(2), 5)),
+    *(lambda x: F.unfold(x, (3, 2), 2, 1, (2, 1)), lambda x: F.avg_pool3d(x[:, None], (2, 3, 3), 2, 1)),
 )
 
 
@@ -197,6 +208,24 @@ def test_convolutions_and_normalizations_equal_pytorchs() -> None:
             nn.Dropout(),
         )
     )
+
+
+def test_computed_weights_equal_pytorchs() -> None:
+    torch.manual_seed(0)
+    utils, norms = nn.utils, nn.utils.parametrizations
+    module = flat(
+        utils.weight_norm(nn.Conv2d(3, 4, 3)),
+        norms.weight_norm(nn.Conv2d(4, 4, 3, padding="same"), dim=None),
+        utils.spectral_norm(nn.Conv2d(4, 4, 2)),
+        norms.spectral_norm(nn.Conv2d(4, 4, 2)),
+        nn.Flatten(2),
+        nn.Conv1d(4, 4, 4, padding="same", dilation=2),
+        norms.orthogonal(nn.Linear(16, 16)),
+    )
+    classifier, variables = Classifier.from_torch(module.eval(), (8, 8, 3))
+    images = images_of((8, 8, 3))
+    with torch.no_grad():
+        assert_near(classifier.logits(variables, images)[0], module(pixels(images)))
 
 
 class Tokens(torch.nn.Module):

@@ -9,6 +9,14 @@ from backdoor_jax.models.grouped_conv import grouped_conv
 from backdoor_jax.models.torch_module.operators.registry import Array, pair, register
 
 
+def _pads(padding: Sequence[int] | str, dilation: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Zeros before and after each axis; PyTorch puts the odd zero of "same" at the end."""
+    if not isinstance(padding, str):
+        return [(p, p) for p in padding]
+    extra = [d * (size - 1) * (padding == "same") for d, size in zip(dilation, sizes, strict=True)]
+    return [(e // 2, e - e // 2) for e in extra]
+
+
 @register("conv2d", layout="maps")
 def _conv2d(
     input: Array,
@@ -20,11 +28,7 @@ def _conv2d(
     groups: int = 1,
 ) -> Array:
     steps, spread = pair(stride), pair(dilation)
-    if isinstance(padding, str):  # PyTorch puts the odd zero of "same" at the end.
-        extra = [d * (size - 1) * (padding == "same") for d, size in zip(spread, weight.shape[2:], strict=True)]
-        pads = [(e // 2, e - e // 2) for e in extra]
-    else:
-        pads = [(p, p) for p in pair(padding)]
+    pads = _pads(padding if isinstance(padding, str) else pair(padding), spread, weight.shape[2:])
     kernel = weight.transpose(2, 3, 1, 0)
     if groups == 1:
         out = conv_general_dilated(input, kernel, steps, pads, rhs_dilation=spread, dimension_numbers=NHWC)
@@ -68,11 +72,11 @@ def _conv1d(
     weight: Array,
     bias: Array | None = None,
     stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
+    padding: Sequence[int] | str = (0,),
     dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> Array:
-    pads = [(p, p) for p in padding]
+    pads = _pads(padding, dilation, weight.shape[2:])
     out = lax.conv_general_dilated(
         input, weight, tuple(stride), pads, rhs_dilation=tuple(dilation), feature_group_count=groups
     )

@@ -60,6 +60,16 @@ def _new_full(self: Array, size: Sequence[int], fill_value: Any, dtype: str | No
     return jnp.full(tuple(size), fill_value, known_type(dtype or self.dtype))
 
 
+@register("zeros_like", layout="pointwise")
+def _zeros_like(self: Array, dtype: str | None = None) -> Array:
+    return jnp.zeros_like(self, dtype=known_type(dtype or self.dtype))
+
+
+@register("ones_like", layout="pointwise")
+def _ones_like(self: Array, dtype: str | None = None) -> Array:
+    return jnp.ones_like(self, dtype=known_type(dtype or self.dtype))
+
+
 @register("full_like", layout="pointwise")
 def _full_like(self: Array, fill_value: Any, dtype: str | None = None) -> Array:
     return jnp.full_like(self, fill_value, dtype=known_type(dtype or self.dtype))

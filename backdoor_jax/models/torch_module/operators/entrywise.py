@@ -22,7 +22,6 @@ UNARY: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "silu": jax.nn.silu,
     "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
-    "celu": jax.nn.celu,
     "selu": jax.nn.selu,
     "log_sigmoid": jax.nn.log_sigmoid,
     "hardsigmoid": lambda x: _between(x + 3, 0, 6) / 6,
@@ -33,12 +32,22 @@ UNARY: dict[str, Callable[[Array], Array]] = {
     "exp": jnp.exp,
     "log": jnp.log,
     "log1p": jnp.log1p,
+    "log2": jnp.log2,
+    "log10": jnp.log10,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
     "sqrt": jnp.sqrt,
     "rsqrt": lax.rsqrt,
     "reciprocal": jnp.reciprocal,
     "square": jnp.square,
     "sin": jnp.sin,
     "cos": jnp.cos,
+    "tan": jnp.tan,
+    "asin": jnp.arcsin,
+    "acos": jnp.arccos,
+    "atan": jnp.arctan,
+    "sinh": jnp.sinh,
+    "cosh": jnp.cosh,
     "erf": jax.scipy.special.erf,
     "floor": jnp.floor,
     "ceil": jnp.ceil,
@@ -47,8 +56,7 @@ UNARY: dict[str, Callable[[Array], Array]] = {
     "isnan": jnp.isnan,
     "logical_not": jnp.logical_not,
     "bitwise_not": jnp.bitwise_not,
-    "zeros_like": jnp.zeros_like,
-    "ones_like": jnp.ones_like,
+    "zero": jnp.zeros_like,
     "detach": lax.stop_gradient,
 }
 for name, unary in UNARY.items():
@@ -72,7 +80,19 @@ def _dropout(input: Array, p: float, train: bool = False) -> Array:
     return input
 
 
-@register("_to_copy", "to.dtype", "type_as", layout="pointwise")
+@register("nan_to_num", layout="pointwise")
+def _nan_to_num(
+    self: Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Array:
+    return jnp.nan_to_num(self, nan=nan or 0.0, posinf=posinf, neginf=neginf)
+
+
+@register("type_as")
+def _type_as(self: Array, other: Array) -> Array:
+    return self.astype(other.dtype)
+
+
+@register("_to_copy", "to.dtype", layout="pointwise")
 def convert(self: Array, dtype: str | None = None, copy: bool = False) -> Array:
     """A tensor in another type; None keeps its own."""
     del copy
@@ -98,6 +118,11 @@ def _leaky_relu(self: Array, negative_slope: float = 0.01) -> Array:
 def _elu(self: Array, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Array:
     below = alpha * jnp.expm1(jnp.where(self > 0, 0, self) * input_scale)
     return scale * jnp.where(self > 0, self, below)
+
+
+@register("celu", layout="pointwise")
+def _celu(self: Array, alpha: float = 1) -> Array:
+    return jax.nn.celu(self, alpha)
 
 
 @register("gelu", layout="pointwise")
@@ -132,7 +157,9 @@ def _binary(function: Callable[[Any, Any], Array]) -> Callable[..., Array]:
 BINARY: dict[str, Callable[[Any, Any], Array]] = {
     "mul": jnp.multiply,
     "maximum": jnp.maximum,
+    "max.other": jnp.maximum,
     "minimum": jnp.minimum,
+    "min.other": jnp.minimum,
     "eq": jnp.equal,
     "ne": jnp.not_equal,
     "lt": jnp.less,

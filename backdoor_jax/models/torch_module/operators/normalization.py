@@ -79,6 +79,12 @@ def _layer_norm(
     return out if bias is None else out + bias
 
 
+@register("_weight_norm")
+def _weight_norm(v: Array, g: Array, dim: int = 0) -> Array:
+    others = tuple(axis for axis in range(v.ndim) if axis != dim)  # All of them for -1.
+    return v * (g / jnp.sqrt(jnp.sum(v**2, others, keepdims=True)))
+
+
 @register("rms_norm")
 def _rms_norm(
     input: Array, normalized_shape: Sequence[int], weight: Array | None = None, eps: float | None = None

@@ -28,7 +28,7 @@ def _pool(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> Array:
-    """Windows of maps ``(B, H, W, C)`` combined along one axis and then the other, as choices or sums of slices.
+    """Windows of maps ``(B, H, W, C)``, or of more or fewer axes, combined along one after the other by slices.
 
     Their gradient on a CPU is faster than that of XLA's windows; see `backdoor_jax.models.layers.max_pool`.
     """
@@ -37,7 +37,7 @@ def _pool(
         count = _outputs(n, size, stride, pad, step, ceil_mode)
         last = (count - 1) * stride + 1
         over = max(0, last + step * (size - 1) - n - pad)
-        pads = [(pad, over) if at == axis else (0, 0) for at in range(4)]
+        pads = [(pad, over) if at == axis else (0, 0) for at in range(x.ndim)]
         x = jnp.pad(x, pads, constant_values=fill)
         x = reduce(combine, [lax.slice_in_dim(x, at, at + last, stride, axis) for at in range(0, size * step, step)])
     return x
@@ -74,17 +74,97 @@ def _avg_pool2d(
 ) -> Array:
     sizes, pads = pair(kernel_size), pair(padding)
     strides = pair(stride) if stride else sizes
-    total = _pool(self, jnp.add, 0, sizes, strides, pads, ceil_mode=ceil_mode)
-    if divisor_override is not None:
-        return total / divisor_override
+    return _average(self, sizes, strides, pads, ceil_mode, count_include_pad, divisor_override)
+
+
+def _average(
+    x: Array,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None = None,
+) -> Array:
+    """Means of windows of maps with channels last."""
+    total = _pool(x, jnp.add, 0, sizes, strides, padding, (1,) * len(sizes), ceil_mode)
+    if divisor is not None:
+        return total / divisor
 
     def counts(n: int, size: int, stride: int, pad: int) -> np.ndarray:
         start = np.arange(_outputs(n, size, stride, pad, 1, ceil_mode)) * stride - pad
         end = np.minimum(start + size, n + pad)
         return end - start if count_include_pad else np.minimum(end, n) - np.maximum(start, 0)
 
-    rows, columns = (counts(*axis) for axis in zip(self.shape[1:3], sizes, strides, pads, strict=True))
-    return total / jnp.asarray(rows[:, None, None] * columns[:, None], total.dtype)
+    along = [counts(*axis) for axis in zip(x.shape[1:-1], sizes, strides, padding, strict=True)]
+    return total / jnp.asarray(reduce(np.multiply.outer, along)[..., None], total.dtype)
+
+
+@register("avg_pool3d")
+def _avg_pool3d(
+    self: Array,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Array:
+    sizes, strides, pads = ([*each] * (3 // len(each)) for each in (kernel_size, stride or kernel_size, padding))
+    out = _average(jnp.moveaxis(self, 1, -1), sizes, strides, pads, ceil_mode, count_include_pad, divisor_override)
+    return jnp.moveaxis(out, -1, 1)
+
+
+@register("avg_pool1d")
+def _avg_pool1d(
+    self: Array,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Array:
+    out = _average(self.mT, kernel_size, stride or kernel_size, padding, ceil_mode, count_include_pad)
+    return out.mT
+
+
+@register("max_pool1d")
+def _max_pool1d(
+    self: Array,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> Array:
+    return _pool(self.mT, _larger, -jnp.inf, kernel_size, stride or kernel_size, padding, dilation, ceil_mode).mT
+
+
+@register("adaptive_avg_pool1d")
+def _adaptive_avg_pool1d(self: Array, output_size: Sequence[int]) -> Array:
+    inside = adaptive_windows(self.shape[-1], output_size[0])
+    return self @ jnp.asarray((inside / inside.sum(1, keepdims=True)).T, self.dtype)
+
+
+@register("adaptive_max_pool1d")
+def _adaptive_max_pool1d(self: Array, output_size: Sequence[int]) -> tuple[Array, None]:
+    inside = adaptive_windows(self.shape[-1], output_size[0])
+    return jnp.stack([self[..., np.flatnonzero(row)].max(-1) for row in inside], -1), None
+
+
+@register("im2col")
+def _im2col(
+    self: Array, kernel_size: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+) -> Array:
+    (height, width), (rows, columns), (down, across) = pair(kernel_size), pair(dilation), pair(stride)
+    x = jnp.pad(self, ((0, 0), (0, 0), *((p, p) for p in pair(padding))))
+    ends = [n - step * (size - 1) for n, step, size in zip(x.shape[2:], (rows, columns), (height, width), strict=True)]
+    parts = [
+        x[:, :, i * rows : i * rows + ends[0] : down, j * columns : j * columns + ends[1] : across]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.stack(parts, 2).reshape(len(x), self.shape[1] * len(parts), -1)
 
 
 def _along_axes(x: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
@@ -122,13 +202,19 @@ def _sizes(x: Array, size: Sequence[int] | None, factors: Sequence[float] | None
     return [(n, int(n * factor), 1 / factor) for n, factor in zip(lengths, factors or (), strict=True)]
 
 
-@register("upsample_nearest2d", layout="maps")
-def _nearest(
-    input: Array, output_size: Sequence[int] | None = None, scale_factors: Sequence[float] | None = None
-) -> Array:
-    for axis, (n, out, step) in enumerate(_sizes(input, output_size, scale_factors), 1):
-        input = jnp.take(input, np.minimum(np.floor(np.arange(out) * step).astype(int), n - 1), axis)
-    return input
+def _register_nearest(name: str, center: float) -> None:
+    @register(name, layout="maps")
+    def nearest(
+        input: Array, output_size: Sequence[int] | None = None, scale_factors: Sequence[float] | None = None
+    ) -> Array:
+        for axis, (n, out, step) in enumerate(_sizes(input, output_size, scale_factors), 1):
+            places = np.floor((np.arange(out) + center) * step).astype(int)
+            input = jnp.take(input, np.minimum(places, n - 1), axis)
+        return input
+
+
+_register_nearest("upsample_nearest2d", 0)
+_register_nearest("_upsample_nearest_exact2d", 0.5)
 
 
 def _sampling(n: int, out: int, step: float, align_corners: bool, cubic: bool) -> np.ndarray:

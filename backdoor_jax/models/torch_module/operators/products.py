@@ -29,6 +29,21 @@ def _baddbmm(self: Array, batch1: Array, batch2: Array, beta: float = 1, alpha: 
     return beta * self + alpha * (batch1 @ batch2)
 
 
+@register("mv")
+def _mv(self: Array, vec: Array) -> Array:
+    return self @ vec
+
+
+@register("dot", "vdot")
+def _dot(self: Array, tensor: Array | None = None, other: Array | None = None) -> Array:
+    return self @ (other if tensor is None else tensor)  # type: ignore[operator]
+
+
+@register("matrix_exp")
+def _matrix_exp(self: Array) -> Array:
+    return jax.scipy.linalg.expm(self)
+
+
 @register("einsum")
 def _einsum(equation: str, tensors: Sequence[Array]) -> Array:
     return jnp.einsum(equation, *tensors)

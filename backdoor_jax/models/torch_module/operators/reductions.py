@@ -38,14 +38,54 @@ def _amax(self: Array, axes: Axes, dim: Sequence[int] = (), keepdim: bool = Fals
     return _reduced(jnp.max, self, dim, keepdim, axes)
 
 
+@register("amin", layout="axes")
+def _amin(self: Array, axes: Axes, dim: Sequence[int] = (), keepdim: bool = False) -> Array:
+    return _reduced(jnp.min, self, dim, keepdim, axes)
+
+
 @register("max", layout="axes")
 def _max(self: Array, axes: Axes) -> Array:
     return _reduced(jnp.max, self, None, False, axes)
 
 
+@register("min", layout="axes")
+def _min(self: Array, axes: Axes) -> Array:
+    return _reduced(jnp.min, self, None, False, axes)
+
+
 @register("max.dim", layout="axes")
-def _max_dim(self: Array, dim: int, axes: Axes, keepdim: bool = False) -> tuple[Array, None]:
-    return _reduced(jnp.max, self, dim, keepdim, axes), None
+def _max_dim(self: Array, dim: int, axes: Axes, keepdim: bool = False) -> tuple[Array, Array]:
+    return _reduced(jnp.max, self, dim, keepdim, axes), _reduced(_along(jnp.argmax), self, dim, keepdim, axes)
+
+
+@register("min.dim", layout="axes")
+def _min_dim(self: Array, dim: int, axes: Axes, keepdim: bool = False) -> tuple[Array, Array]:
+    return _reduced(jnp.min, self, dim, keepdim, axes), _reduced(_along(jnp.argmin), self, dim, keepdim, axes)
+
+
+def _along(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of one axis, for `_reduced`."""
+    return lambda x, axis, keepdims: function(x, axis[0], keepdims=keepdims)
+
+
+@register("argmax")
+def _argmax(self: Array, dim: int | None = None, keepdim: bool = False) -> Array:
+    return jnp.argmax(self, dim, keepdims=keepdim)
+
+
+@register("argmin")
+def _argmin(self: Array, dim: int | None = None, keepdim: bool = False) -> Array:
+    return jnp.argmin(self, dim, keepdims=keepdim)
+
+
+@register("prod", layout="axes")
+def _prod(self: Array, axes: Axes, dim: int | None = None, keepdim: bool = False, dtype: str | None = None) -> Array:
+    return _reduced(jnp.prod, convert(self, dtype), dim, keepdim, axes)
+
+
+@register("logsumexp", layout="axes")
+def _logsumexp(self: Array, dim: Sequence[int], axes: Axes, keepdim: bool = False) -> Array:
+    return _reduced(jax.nn.logsumexp, self, dim, keepdim, axes)
 
 
 @register("var.correction", layout="axes")
