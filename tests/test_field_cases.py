@@ -559,6 +559,11 @@ def test_models_that_cannot_be_made_are_one_line(place: Place, tmp_path: Path) -
     assert "has no function 'not_a_function'" in one_line(load_module, f"{nets}:not_a_function", state, "x")
     assert "RuntimeError: no weights" in one_line(load_module, f"{nets}:broken", state, "x")
     assert "lacks" in one_line(load_module, f"{nets}:make_net", {"a.weight": np.zeros(2)}, "x")
+    for part in ("net.fc.weight_orig", "net.fc.weight_g", "net.fc.parametrizations.weight.original0"):
+        pruned = {name.replace("net.fc.weight", part): value for name, value in state.items()}
+        assert f"holds {part}, of which net.fc.weight is computed" in one_line(
+            load_module, f"{nets}:make_net", pruned, "x"
+        )
     texts = {**state, "net.fc.bias": "x"}
     assert "net.fc.bias is a str, expected a tensor" in one_line(load_module, f"{nets}:make_net", texts, "x")
     wrong = {**state, "net.fc.weight": torch.zeros(6, 3)}

@@ -175,7 +175,7 @@ def image_size(source: str, size: tuple[Count, Count] | None = None) -> tuple[in
         folder = root if (splits := splits_of(root)) is None else root / splits[0]
         files = (file for name in class_folders(folder) for file in (folder / name).rglob("[!.]*"))
         if first := next((file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()), None):
-            picture = image_pixels(first, first, "L", file_size(first, "remove it"))
+            picture = image_pixels(first, first, "L", file_size(first, "remove it")).pixels
             shape = picture.height, picture.width
     elif path.suffix.lower() == ".npz":
         arrays = read_npz(path, "images, labels")

@@ -212,6 +212,17 @@ def _load(module: Any, state: Mapping[str, Any], model: str, where: str) -> None
     extra = sorted(set(found) - set(own))
     if missing:
         require_no_level((name.removeprefix(mine) for name in own if not name.endswith(OPTIONAL)), state, model, where)
+    for name in missing:
+        layer, _, leaf = name.rpartition(".")
+        parts = (f"{name}_orig", f"{name}_g", f"{layer}.parametrizations.{leaf}.original")
+        source = next((each for each in found if each.removesuffix("0") in parts), None)
+        if source is None:
+            continue
+        raise UserError(
+            f"{where}: holds {source}, of which {name} is computed, as by pruning or weight normalization; give the "
+            "function that makes the network with it, or save the state dict after torch.nn.utils.prune.remove or "
+            "parametrize.remove_parametrizations"
+        )
     for kind, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

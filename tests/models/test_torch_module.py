@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from backdoor_jax.models.torch_module.operators import OPERATORS
 torch: Any = pytest.importorskip("torch", reason="PyTorch modules: pip install 'backdoor_jax[torch]'")
 nn: Any = torch.nn
 F: Any = nn.functional
+prune: Any = importlib.import_module("torch.nn.utils.prune")
 
 
 @pytest.fixture(autouse=True)
@@ -625,6 +627,13 @@ class Sorting(torch.nn.Module):
         return self.inner(x.sort(dim=-1)[0])
 
 
+def computed_head(change: Callable[[Any], Any]) -> Any:
+    return nn.Sequential(nn.Flatten(), change(nn.Linear(192, 3)))
+
+
+COMPUTED = r"the weight of its head \(1.*\) is computed, .* by torch.nn.utils.prune.remove or parametrize"
+
+
 @pytest.mark.parametrize(
     ("module", "named", "words"),
     [
@@ -635,6 +644,9 @@ class Sorting(torch.nn.Module):
         (lambda: Several(), None, "returns 2 tensors, expected logits alone"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), None, "layer '1' is lazy .* call the module once"),
         (lambda: nn.Flatten(), None, "no linear layer"),
+        (lambda: computed_head(nn.utils.parametrizations.weight_norm), None, COMPUTED),
+        (lambda: computed_head(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), "1", COMPUTED),
+        (lambda: Computed(lambda x: F.adaptive_max_pool2d(x, 3, True)[1] * 0.1), None, "max_pool2d with indices"),
         (lambda: nn.Conv2d(3, 4, 1), None, "logits"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "fc", "'fc'"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3)), None, "batch normalization"),
@@ -642,6 +654,7 @@ class Sorting(torch.nn.Module):
     ],
     ids=[
         *("branches", "fixed batch", "operator", "operator outside layers", "several tensors", "lazy", "no head"),
+        *("normalized head", "pruned head", "indices"),
         *("no logits", "unknown head", "norm at the end", "no module"),
     ],
 )
@@ -667,11 +680,18 @@ def test_another_image_shape_and_other_variables_are_refused(
         classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
     with pytest.raises(UserError, match="the variables lack params"):
         bj.save_torch(tmp_path / "model.pt", classifier, {"params": {}})
-    for example, words in (((8, 8), "is no shape"), (32, "is a int"), ([[1]], "is no shape")):
+    for example, words in (((8, 8), "is no shape"), (32, "is a int"), ([[1]], "is a list of list")):
         with pytest.raises(UserError, match=words):
             Classifier.from_torch(Kuangliu(), example)
     with pytest.raises(UserError, match="head is a Linear"):
         Classifier.from_torch(Kuangliu(), (8, 8, 3), head=nn.Linear(2, 2))
+
+
+def test_a_forward_of_any_arguments_receives_the_images(tmp_path: Path) -> None:
+    module = torch.optim.swa_utils.AveragedModel(Kuangliu())
+    classifier, variables = Classifier.from_torch(module, (8, 8, 3))
+    bj.save_torch(tmp_path / "a.pt", classifier, variables)
+    module.load_state_dict(torch.load(tmp_path / "a.pt"))
 
 
 def test_examples_and_normalizations_as_people_have_them() -> None:

@@ -115,8 +115,8 @@ class Graph:
                 raise
             except Exception as error:  # JAX raises many types for shapes that do not fit.
                 raise UserError(
-                    f"{node.operator} of layer {node.layer!r} cannot be computed ({first_line(error)}); check the "
-                    "shape of the images"
+                    f"{node.operator} of layer {node.layer!r} cannot be computed with these arguments "
+                    f"({first_line(error)}); replace it, or fix it in backdoor_jax/models/torch_module/operators"
                 ) from error
             values[at] = after(at, result)
         return [values[at] for at in wanted], statistics

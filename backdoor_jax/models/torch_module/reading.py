@@ -7,6 +7,7 @@ knows; dropout and stochastic depth stay off.
 import contextlib
 import copy
 import dataclasses
+import inspect
 import io
 import itertools
 import logging
@@ -41,6 +42,8 @@ SOFTMAX = ("softmax", "_softmax", "log_softmax")
 """Of those, the ones that change values."""
 AVERAGES = ("adaptive_avg_pool2d", "mean")
 """What may follow a 1x1 convolution as well: an average over positions is a linear function too."""
+WITHOUT_INDICES = ("adaptive_max_pool1d", "adaptive_max_pool2d")
+"""Operators whose second result, where each maximum is, is not computed."""
 LARGEST_ROUNDING = 1e-2
 """The largest difference from PyTorch's logits, as a share of the largest of them; our choice."""
 ACTIVATIONS = ("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "leaky_relu", "elu", "mish")
@@ -246,7 +249,10 @@ def _export(module: Any, image_shape: tuple[int, int, int], name: str) -> Any:
     height, width, channels = image_shape
     reference = next(module.parameters(), torch.zeros(()))
     example = torch.zeros(2, channels, height, width, dtype=reference.dtype, device=reference.device)
-    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    dynamic: tuple[Any, ...] = ({0: torch.export.Dim.DYNAMIC},)
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        dynamic = (dynamic,)
     shown = f"{height}x{width}x{channels}"
     try:
         with _evaluating(torch, module), _quiet():
@@ -346,6 +352,9 @@ class _Builder:
                 return self.places[source]
             if find(kind) is None:
                 unknown.setdefault(str(node.target), layer)
+            made = self.nodes[self.places[source]].operator if source in self.places else ""
+            if kind == "python.getitem" and made in WITHOUT_INDICES and node.args[1] == 1:
+                unknown.setdefault(f"aten.{made} with indices", layer)
             return Node(kind, tuple((str(at), self._plain(arg)) for at, arg in enumerate(node.args)), layer)
         kind = str(node.target).removeprefix("aten.").removesuffix(".default")
         if kind == "sym_size.int":
@@ -476,6 +485,17 @@ def _find_head(builder: "_Builder", graph: Graph, output: int, head: str | None)
     if head is not None:
         heads = {layer: at for layer, at in heads.items() if layer == head}
     if not heads:
+        computed = [
+            node.layer or "in its forward"
+            for node in graph.nodes
+            if node.operator in ("linear", "conv2d") and dict(node.arguments)["weight"].node not in names
+        ]
+        if computed and head in (None, computed[-1]):
+            raise UserError(
+                f"{builder.name}: the weight of its head ({computed[-1]}) is computed, as by pruning or weight "
+                "normalization; make it a plain one by torch.nn.utils.prune.remove or "
+                "parametrize.remove_parametrizations, or end in a linear layer"
+            )
         what = "no linear layer or 1x1 convolution" if head is None else f"no such layer {head!r}"
         raise UserError(f"{builder.name} has {what} that could be its head; name it as head, or end in a linear layer")
     layer, at = max(heads.items(), key=lambda item: item[1])
