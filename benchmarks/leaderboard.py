@@ -24,9 +24,8 @@ from pages import ROOT, percent, table
 
 from backdoor_jax.experiment import read_rows
 from backdoor_jax.files import write_text
+from backdoor_jax.report.answers import WORKING
 
-WORKING = 0.5
-"""The attack success rate from which a victim counts as backdoored."""
 LEFT, COST = 0.1, 0.1
 """A repair fails where it leaves this attack success rate or more, or costs this much accuracy or more."""
 

@@ -17,6 +17,9 @@ from backdoor_jax.report.table import Summary, percent, summarize
 
 REMOVED, COST = 0.05, 0.03
 """A repair succeeds where ASR is at most 5 % and ACC at most 3 points lower than before; ours."""
+WORKING = 0.5
+"""The ASR before any repair from which a victim counts; one whose trigger hardly works has nothing to remove; ours."""
+NOT_COUNTING = f"near chance, or an ASR below {100 * WORKING:g} % before any repair"
 MOST_BARS = 20
 """Classes that a page shows of a scan."""
 
@@ -72,7 +75,7 @@ def cards(rows: list[Row], folder: Path) -> list[Card]:
         rows: of one experiment.
         folder: its folder, which holds the examples of triggers.
     """
-    summaries = summarize(rows)
+    summaries = summarize(counting(rows))
     found = []
     for attack in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == attack]
@@ -80,8 +83,16 @@ def cards(rows: list[Row], folder: Path) -> list[Card]:
     return found
 
 
+def counting(rows: list[Row]) -> list[Row]:
+    """The rows of models that show something: those not near chance, and of victims those whose trigger works."""
+    works = {(row["attack"], row["seed"]): row["asr"] is None or row["asr"] >= WORKING for row in _trained(rows)}
+    return [row for row in rows if not row.get("near_chance") and works.get((row["attack"], row["seed"]), True)]
+
+
 def lead(rows: list[Row]) -> list[str]:
-    """The answer of the page in at most three sentences."""
+    """The answer of the page in at most four sentences; models that do not count are only counted."""
+    made, rows = len(_trained(rows)), counting(rows)
+    left_out = made - len(_trained(rows))
     victims, clean = ([row for row in _trained(rows) if (row["attack"] != "none") == poisoned] for poisoned in (1, 0))
     sentences = []
     scanned = [row for row in victims if _verdict(row)]
@@ -99,6 +110,8 @@ def lead(rows: list[Row]) -> list[str]:
         all_of_them = [name for name in dict.fromkeys(summary.defense for summary in repairs) if name not in failing]
         removed = f"{_list(all_of_them)} removed" if all_of_them else "No repair removed"
         sentences.append(f"{removed} every backdoor: ASR at most 5 %, ACC at most 3 points lower.")
+    if left_out:
+        sentences.append(f"{left_out} of {made} models do not count: {NOT_COUNTING}.")
     return sentences
 
 
@@ -125,12 +138,15 @@ def _card(attack: str, rows: list[Row], summaries: list[Summary], folder: Path) 
     ]
     bars, quantity, more = _bars(verdicts[0]) if verdicts else ([], "", 0)
     pictures, answers = _answers(attack, rows, folder)
+    repaired = _repaired(before, good) if repairs else ""
+    if not counting(rows):
+        repaired = f"It does not count: {NOT_COUNTING}."
     return Card(
         title="Clean model" if attack == "none" else f"Backdoored by {attack}",
         found=_found(verdicts),
-        repaired=_repaired(before, good) if repairs else "",
+        repaired=repaired,
         failed=failed,
-        good=all(map(_is_right, verdicts)) and (bool(good) or not repairs),
+        good=bool(counting(rows)) and all(map(_is_right, verdicts)) and (bool(good) or not repairs),
         quantity=quantity,
         bars=bars,
         more=more,

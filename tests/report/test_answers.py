@@ -101,6 +101,18 @@ def test_the_page_leads_with_the_answer(experiment: tuple[list[Row], Path]) -> N
     ]
 
 
+def test_models_that_show_nothing_do_not_count(tmp_path: Path) -> None:
+    guessing = [{**row("badnets", defense, 0.2, 0.0), "near_chance": True} for defense in ("none", "d3", "clp")]
+    assert lead(guessing) == ["1 of 1 models do not count: near chance, or an ASR below 50 % before any repair."]
+    (card,) = cards(guessing, tmp_path)
+    assert card.repaired.startswith("It does not count: near chance") and not card.good and not card.failed
+    hardly = [row("blended", "none", 0.95, 0.3), row("blended", "d3", 0.95, 0.01)]
+    assert lead([*hardly, row("badnets", "none", 0.9, 0.9), row("badnets", "d3", 0.9, 0.6)]) == [
+        "No repair removed every backdoor: ASR at most 5 %, ACC at most 3 points lower.",
+        "1 of 2 models do not count: near chance, or an ASR below 50 % before any repair.",
+    ]
+
+
 def test_a_card_says_what_was_found_and_what_the_repairs_did(experiment: tuple[list[Row], Path]) -> None:
     attacked, clean = cards(*experiment)
     assert (attacked.title, clean.title) == ("Backdoored by badnets", "Clean model")
