@@ -4,9 +4,11 @@
     def clean_indices(key: jax.Array, labels: np.ndarray, ratio: Share, num_classes: Classes) -> np.ndarray: ...
 
 Names mean the same everywhere in the package: ``key`` is a random key, ``path`` and ``source`` are paths, and the names
-in `ARRAYS` are arrays of one kind. Every other parameter is checked against its type, where that is a number, text, a
-choice, a class or a function. `backdoor_jax.validation.checked` adds classifiers, variables and data sets. Functions
-that run inside compiled code, such as losses and augmentations, are not decorated.
+in `ARRAYS` are arrays of one kind, where ``labels`` and ``predictions`` are classes of the ``num_classes`` or the
+``label_map`` that are given with them. Every other parameter is checked against its type, where that is a number, text,
+a choice, a class or a function. `backdoor_jax.validation.checked` adds classifiers, variables and data sets. Functions
+that run inside compiled code, such as losses, are not decorated; those that run inside and outside it, such as
+augmentations, check nothing inside.
 """
 
 import functools
@@ -32,12 +34,16 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 ARRAYS: dict[str, tuple[str, int]] = {
-    **dict.fromkeys(("labels", "predictions", "candidates"), ("whole", 1)),
+    **dict.fromkeys(("labels", "predictions"), ("class", 1)),
+    "candidates": ("whole", 1),
     **dict.fromkeys(("margins", "scores", "change", "members", "others"), ("finite", 1)),
     "values": ("real", 1),
     **dict.fromkeys(("latent", "latents"), ("finite", 2)),
+    "angles": ("finite", 1),
+    "images": ("uint8", 4),
 }
-"""Names of arrays: what they hold, and their number of axes; real numbers may be infinite."""
+"""Names of arrays: what they hold, and their number of axes; class numbers are from 0, real ones may be infinite."""
+AXES = {1: "(N,)", 2: "(N, D)", 4: "(N, height, width, channels)"}
 
 
 def typed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -58,10 +64,37 @@ def typed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return door(function, _check)
 
 
+def typed_outside(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, which checks its arguments as `typed` does, but nothing inside compiled code.
+
+    Example:
+        >>> @typed_outside
+        ... def mirror(images: jax.Array) -> jax.Array:
+        ...     return images[:, :, ::-1]
+        >>> mirror(3)
+        Traceback (most recent call last):
+        backdoor_jax.errors.UserError: mirror: images are a int, expected an array of uint8 (N, height, width, channels)
+    """
+    checked = typed(function)
+
+    @functools.wraps(function)
+    def checked_outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        return (function if inside else checked)(*args, **kwargs)
+
+    return checked_outside
+
+
 def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature) -> None:
     for name, value in given.items():
         if name in signature.parameters:
             require_typed(name, value, signature.parameters[name], f"{function}: {name}")
+    number = given.get("num_classes", getattr(given.get("label_map"), "num_classes", None))
+    for name in ("labels", "predictions"):
+        if number is not None and isinstance(given.get(name), np.ndarray | jax.Array):
+            largest = int(given[name].max())
+            if largest >= number:
+                raise UserError(f"{function}: {name} run to {largest}, expected 0 to {number - 1}; relabel them")
 
 
 def door(
@@ -170,7 +203,7 @@ def _judge(value: Any, kind: Any) -> tuple[bool, str]:
         sides = isinstance(value, Sequence) and len(value) == 3 and all(is_whole(side) and side > 0 for side in value)
         return sides, "height, width, channels"
     if _is_plain(kind):
-        if isinstance(value, jax.Array) and not value.shape:
+        if is_number(value) and isinstance(value, jax.Array):
             value = value.item()
         try:
             _adapter(kind).validate_python(value, strict=True)
@@ -186,6 +219,9 @@ def _judge(value: Any, kind: Any) -> tuple[bool, str]:
         return value is None, "None"
     if typing.get_origin(kind) is Mapping:
         return isinstance(value, Mapping), "a mapping"
+    if typing.get_origin(kind) is Sequence and typing.get_args(kind) == (float,):
+        flat = isinstance(value, Sequence) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 1)
+        return flat and all(map(is_number, value)), "a sequence of finite numbers"
     if typing.get_origin(kind) is Sequence:
         return isinstance(value, Sequence | np.ndarray | jax.Array) and not isinstance(value, str), "a sequence"
     if isinstance(kind, type) and typing.get_origin(kind) is None and kind not in (jax.Array, np.ndarray, object, Any):
@@ -216,10 +252,10 @@ def kind_of(value: object) -> str:
 
 
 def require_array(value: object, holding: str, axes: int, where: str) -> None:
-    """Refuses anything but an array of whole, finite or real numbers with this many axes.
+    """Refuses anything but an array of class, whole, finite, real or uint8 numbers with this many axes.
 
     Raises:
-        UserError: for another value.
+        UserError: for another value, and for an empty array, but of whole numbers.
         NonFiniteError: for numbers that are not finite.
 
     Example:
@@ -227,13 +263,21 @@ def require_array(value: object, holding: str, axes: int, where: str) -> None:
         Traceback (most recent call last):
         backdoor_jax.errors.UserError: success_rates: labels are a list, expected an array of whole numbers (N,)
     """
-    numbers = f"{holding} numbers {'(N,)' if axes == 1 else '(N, D)'}"
+    numbers = f"{holding}{'' if holding == 'uint8' else ' numbers'} {AXES[axes]}"
     if not isinstance(value, np.ndarray | jax.Array):
         raise UserError(f"{where} are a {kind_of(value)}, expected an array of {numbers}")
-    kinds = (jnp.integer,) if holding == "whole" else (jnp.integer, jnp.floating)
+    kinds: tuple[Any, ...] = (jnp.integer, jnp.floating)
+    if holding in ("class", "whole", "uint8"):
+        kinds = (jnp.uint8 if holding == "uint8" else jnp.integer,)
     if value.ndim != axes or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise UserError(f"{where} are {value.dtype} {value.shape}, expected an array of {numbers}")
+    if not value.size and holding != "whole":
+        raise UserError(f"{where} are empty {value.shape}, expected an array of {numbers}")
+    if holding == "uint8":
+        return
     numeric = np.asarray(value, np.float64)
+    if holding == "class" and numeric.min() < 0:
+        raise UserError(f"{where} run from {numeric.min():g}, expected an array of {numbers} from 0")
     if np.isnan(numeric).any() or (holding == "finite" and np.isinf(numeric).any()):
         raise NonFiniteError(f"{where} are not finite, expected an array of {numbers}")
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backdoor_jax.arguments import Arguments, Result, door, kind_of, require_keys, require_typed
-from backdoor_jax.data import Dataset
+from backdoor_jax.data import Dataset, LabelMap
 from backdoor_jax.errors import NonFiniteError, UserError
 from backdoor_jax.models import Classifier
 
@@ -96,6 +96,11 @@ def _check(function: str, given: Mapping[str, Any], signature: inspect.Signature
             require_trigger(value, where)
         elif name in signature.parameters:
             require_typed(name, value, signature.parameters[name], where)
+            if classes and isinstance(value, LabelMap) and classifier and value.num_classes != classifier.num_classes:
+                raise UserError(
+                    f"{where} is for {value.num_classes} classes, but the classifier has {classifier.num_classes}; "
+                    f"give attack.label_map({classifier.num_classes})"
+                )
 
 
 def _is_module(network: object) -> bool:
@@ -201,6 +206,8 @@ def require_dataset(
     if not isinstance(data, Dataset):
         raise UserError(f"{where} is a {kind_of(data)}, expected a Dataset; make one with make_dataset(images, labels)")
     require_images(data.images, classifier, f"{where}.images")
+    if not isinstance(data.labels, np.ndarray | jax.Array):
+        raise UserError(f"{where}.labels are a {kind_of(data.labels)}, expected an array; see make_dataset")
     labels = np.asarray(data.labels)
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != data.images.shape[:1]:
         raise UserError(

@@ -17,21 +17,34 @@ from jax.tree_util import Partial
 
 import backdoor_jax as bj
 from backdoor_jax import Classifier, Dataset, NonFiniteError, UserError
-from backdoor_jax.attacks import AttackContext
+from backdoor_jax.attacks import AttackContext, random_pattern
 from backdoor_jax.config_files import make_defense, parse_experiment
-from backdoor_jax.data import LabelMap, clean_indices, draw_poisoned, load_labeled, poison, poison_count
+from backdoor_jax.data import (
+    LabelMap,
+    clean_indices,
+    draw_poisoned,
+    load_labeled,
+    poison,
+    poison_count,
+    random_crop,
+    random_flip,
+    rotate,
+)
 from backdoor_jax.defenses import smallest_outlier
-from backdoor_jax.detectors import suspicious
+from backdoor_jax.detectors import scan_evidence, suspicious
 from backdoor_jax.metrics import (
     Scores,
     agreement,
     chance_level,
+    confidence_signal,
     defense_effectiveness,
     embedding,
     is_near_chance,
     largest_margin,
     loss_along_line,
+    loss_signal,
     maximum_margins,
+    membership,
     success_rates,
     triggered_change,
     weight_change,
@@ -336,7 +349,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no scores": (lambda at: defense_effectiveness(wrong(3), Scores(1)), "3 is a int, expected Scores"),
     "margin in text": (
         lambda at: bj.scan(CLASSIFIER, variables(), DATA.images, wrong("1")),
-        "margin is '1', expected a finite",
+        "margin is '1', expected a valid",
     ),
     "no shape": (lambda at: bj.export_model(at / "x", CLASSIFIER, variables(), wrong(3)), "image_shape is 3, expected"),
     "PyTorch's 3": (lambda at: bj.load_torch(wrong(3), "resnet18"), "load_torch: source is a int, expected a file"),
@@ -420,6 +433,7 @@ def test_a_trigger_may_be_any_function_of_uint8_images() -> None:
 # Functions without a network
 
 RATES = np.linspace(0.1, 0.9, 9)
+SIGNAL = jnp.asarray(RATES)
 CLASSES = np.arange(9) % 3
 START = variables()
 PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -489,6 +503,45 @@ NONSENSE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: bj.train(KEY, CLASSIFIER, DATA, bj.TrainConfig(epochs=1), loss=wrong([])),
         "train: loss is [], expected a function",
     ),
+    "no labels": (lambda: chance_level(CLASSES[:0], 3), "chance_level: labels are empty (0,), expected an array"),
+    "negative labels": (lambda: is_near_chance(2, CLASSES - 1, 3), "is_near_chance: labels run from -1, expected"),
+    "labels of more classes": (lambda: chance_level(CLASSES, 2), "labels run to 2, expected 0 to 1"),
+    "more correct than images": (lambda: is_near_chance(10, CLASSES, 3), "correct is 10, expected at most"),
+    "no margins": (lambda: largest_margin(RATES[:0]), "largest_margin: margins are empty (0,)"),
+    "a level of 1": (lambda: membership(KEY, SIGNAL, SIGNAL, level=1.0), "level is 1.0, expected a value less than 1"),
+    "no resamples": (lambda: membership(KEY, SIGNAL, SIGNAL, resamples=0), "resamples is 0, expected a value greater"),
+    "many resamples": (lambda: membership(KEY, SIGNAL, SIGNAL, resamples=10**9), "expected a value less than or equal"),
+    "no positions": (lambda: line(()), "loss_along_line: positions are none; give some"),
+    "targets of other classes": (
+        lambda: loss_along_line(CLASSIFIER, START, START, DATA, lambda x: x, LabelMap("all_to_one", 4)),
+        "label_map is for 4 classes, but the classifier has 3",
+    ),
+    "rates of other classes": (
+        lambda: success_rates(CLASSES, CLASSES, LabelMap("all_to_one", 2)),
+        "success_rates: labels run to 2, expected 0 to 1",
+    ),
+    "a negative margin": (
+        lambda: bj.scan(CLASSIFIER, START, DATA.images, -1),
+        "margin is -1, expected a value greater",
+    ),
+    "a random key of a file": (
+        lambda: bj.load_model("x", key=wrong(KEY)),
+        "key is a PRNGKeyArray, expected",
+    ),
+    "labels in a list": (
+        lambda: bj.evaluate(CLASSIFIER, START, Dataset(wrong(IMAGES), wrong([0] * 6))),
+        "evaluate: test.labels are a list, expected an array",
+    ),
+    "pattern of a size": (lambda: random_pattern(KEY, wrong((8, 8))), "shape is (8, 8), expected height, width, chan"),
+    "evidence of nothing": (lambda: scan_evidence(wrong(None), "per_sample"), "found is None, expected a Scan"),
+    "statistic": (lambda: scan_evidence(wrong(None), wrong("x")), "scan_evidence: "),
+    "a crop of floats": (
+        lambda: random_crop(KEY, wrong(IMAGES / 255), 1),
+        "images are float64 (6, 8, 8, 3)",
+    ),
+    "a negative crop": (lambda: random_crop(KEY, wrong(IMAGES), -1), "random_crop: pad is -1, expected"),
+    "a flip without a key": (lambda: random_flip(wrong(0), wrong(IMAGES)), "random_flip: key is a int, expected"),
+    "an angle for all": (lambda: rotate(wrong(IMAGES), jnp.zeros(1)), "expected one for each of 6 images"),
     "name of a number": (lambda: bj.predict(CLASSIFIER, variables(), DATA.images, name=wrong(3)), "name is 3, expec"),
     "trigger without target": (lambda: bj.evaluate(CLASSIFIER, variables(), DATA, lambda x: x), "label_map is missing"),
     "empty images": (lambda: bj.make_dataset(np.zeros((2, 0, 8, 3), np.uint8), np.arange(2)), "shape (2, 0, 8, 3)"),
@@ -496,6 +549,16 @@ NONSENSE: dict[str, tuple[Callable[[], Any], str]] = {
     "std beyond float32": (lambda: Classifier(CLASSIFIER.network, 3, std=(1e300,) * 3), "finite numbers"),
     "mean in text": (lambda: Classifier(CLASSIFIER.network, 3, wrong("abc")), "finite numbers"),
 }
+
+
+def line(positions: Any) -> Any:
+    return loss_along_line(CLASSIFIER, START, START, DATA, lambda x: x, LABELS, positions)
+
+
+@pytest.mark.parametrize("positions", [(math.nan,), (0.0, math.inf), ("x",), [[0.0, 1.0]], np.zeros((2, 2)), 1, "ab"])
+def test_positions_are_a_sequence_of_finite_numbers(positions: Any) -> None:
+    with pytest.raises(UserError, match=r"positions is .*, expected a sequence of finite numbers"):
+        line(positions)
 
 
 @pytest.mark.parametrize("case", NONSENSE)
@@ -543,6 +606,18 @@ def test_nan_survives_rectifier_pooling_and_mean(count: int, level: int) -> None
     compiled = jax.jit(network, compiler_options={"xla_backend_optimization_level": level})
     assert np.isnan(compiled(jnp.ones((count, 8, 8, 3)), jnp.float32(np.nan))).all()
     assert np.isfinite(compiled(jnp.ones((count, 8, 8, 3)), jnp.float32(1))).all()
+
+
+@pytest.mark.parametrize("signal", [loss_signal, confidence_signal])
+def test_a_membership_signal_is_never_nan(signal: Callable[..., Any]) -> None:
+    damaged = changed(changed(START, (*BN, "var"), lambda x: x * 0), ("params", "bn0", "scale"), lambda x: x * 3e38)
+    with pytest.raises(NonFiniteError, match="logits are not finite, so there is no membership signal"):
+        signal(CLASSIFIER, damaged, DATA)
+
+
+def test_a_margin_may_be_a_number_on_the_device() -> None:
+    found = [bj.scan(CLASSIFIER, START, DATA.images, margin) for margin in (0.5, wrong(jnp.float32(0.5)))]
+    np.testing.assert_array_equal(found[0].per_sample, found[1].per_sample)
 
 
 @pytest.mark.parametrize("count", [4, 400])

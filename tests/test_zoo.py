@@ -96,6 +96,17 @@ def test_the_commands_take_a_name_and_bring_its_trigger(
     assert "of the triggered images classified as 1, " in shown and "written; load it by" in shown
     assert main(["scan", "--checkpoint", "zoo:digits/nothing", "--data", "digits"]) == 2
     assert "is not in the zoo" in capsys.readouterr().err
+    np.savez("small.npz", images=np.zeros((20, 12, 12, 3), np.uint8), labels=np.arange(20) % 10)
+    for options, expected in (
+        (["--data", "small.npz"], "its trigger is for images of 16x16x3, these are 12x12x3; give --size 16x16"),
+        (["--normalize", "nan/nan"], "has its own mean; give its name alone"),
+        (["--model", "vgg19_bn"], "has its own model; give its name alone"),
+        (["--by", "x"], "--by says how --list-images sorts"),
+        (["--by", "x", "--list-images", "3", "--training-set", "digits"], "unknown --by 'x'"),
+    ):
+        assert main(["scan", *words, *options]) == 2
+        line = capsys.readouterr().err
+        assert expected in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize("attack", [Blended(), WaNet()], ids=lambda attack: attack.name)

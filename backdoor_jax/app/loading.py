@@ -251,8 +251,7 @@ def load_suspect(
     opened = file.open(partial(image_size, data, images.size))
     victim = opened.victim
     if triggered is None and victim and victim.trigger and victim.label_map and victim.label_map.kind == "all_to_one":
-        planted: Trigger = victim.trigger
-        triggered, target = lambda shape: planted, victim.label_map.target
+        triggered, target = _planted_trigger(victim, victim.trigger), victim.label_map.target
     labeled = images.load(data, opened.num_classes, opened.channels)
     classifier, variables = opened.network(labeled.data.images)
     name = file.name
@@ -302,6 +301,22 @@ def load_suspect(
         shown,
         target,
     )
+
+
+def _planted_trigger(victim: zoo.ZooVictim, trigger: Trigger) -> Callable[[tuple[int, int, int]], Trigger]:
+    """What gives a victim's own trigger for images of a shape, which must be that of its training."""
+
+    def planted(shape: tuple[int, int, int]) -> Trigger:
+        height, width, channels = victim.recipe["shape"]
+        if shape != (height, width, channels):
+            found = "x".join(map(str, shape))
+            raise UserError(
+                f"{ZOO}{victim.name}: its trigger is for images of {height}x{width}x{channels}, these are {found}; "
+                f"give --size {height}x{width}"
+            )
+        return trigger
+
+    return planted
 
 
 def _require_computable(classifier: Classifier, variables: Variables, images: jax.Array, name: str) -> None:

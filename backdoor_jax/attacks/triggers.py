@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax.arguments import typed
+from backdoor_jax.arguments import typed, typed_outside
 from backdoor_jax.errors import UserError
 from backdoor_jax.reading import file_size, image_pixels
 
@@ -111,6 +111,7 @@ def picture_patch(
     return PatchTrigger(jnp.asarray(pattern), jnp.asarray(mask))
 
 
+@typed_outside
 def random_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """A colored pattern of soft blobs from 0 to 255: noise on an 8x8 grid, enlarged by cubic interpolation.
 

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from backdoor_jax.arguments import typed_outside
+from backdoor_jax.config import Whole
 from backdoor_jax.errors import UserError
 
 GRAY = (0.299, 0.587, 0.114)
@@ -50,6 +52,7 @@ class Augment:
         return images
 
 
+@typed_outside
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors about half of the images left to right, each with probability 1/2.
 
@@ -61,7 +64,8 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def random_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
+@typed_outside
+def random_crop(key: jax.Array, images: jax.Array, pad: Whole) -> jax.Array:
     """Pads with zeros on every side and crops each image to its original size at a random position.
 
     Raises:

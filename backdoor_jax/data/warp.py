@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backdoor_jax.arguments import typed_outside
 from backdoor_jax.compiling import one_program
+from backdoor_jax.errors import UserError
 
 
 @one_program
@@ -54,6 +56,7 @@ def pixel_grid(height: int, width: int) -> jax.Array:
     return jnp.asarray(np.stack([rows, columns], -1), jnp.float32)
 
 
+@typed_outside
 def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotates each uint8 image about its center; what comes in at the corners is black.
 
@@ -69,6 +72,8 @@ def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
         >>> rotate(image, jnp.array([jnp.pi / 2]))[0, :, :, 0].tolist()
         [[0, 9, 0], [0, 0, 0], [0, 0, 0]]
     """
+    if angles.shape != images.shape[:1]:
+        raise UserError(f"rotate: angles have shape {angles.shape}, expected one for each of {len(images)} images")
     height, width = images.shape[1:3]
     center = jnp.array([(height - 1) / 2, (width - 1) / 2])
     offset = pixel_grid(height, width) - center

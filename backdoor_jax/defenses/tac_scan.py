@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from backdoor_jax.arguments import typed
+from backdoor_jax.config import NonNegative
 from backdoor_jax.defenses.tac_program import Perturbations, class_logits, class_perturbations, sample_norms
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Classifier, Variables
@@ -148,7 +149,7 @@ def smallest_outlier(values: np.ndarray) -> Outlier:
 
 @checked
 def scan(
-    classifier: Classifier, variables: Variables, images: jax.Array, margin: float = 0.0, name: str = "scan"
+    classifier: Classifier, variables: Variables, images: jax.Array, margin: NonNegative = 0.0, name: str = "scan"
 ) -> Scan:
     """Scans a model for a class to which a small latent change sends every sample.
 
@@ -170,7 +171,7 @@ def scan(
         >>> 0 <= found.tests["per_sample"].smallest < 10
         True
     """
-    latent = np.asarray(latents(classifier, variables, images))
+    latent, margin = np.asarray(latents(classifier, variables, images)), float(margin)
     kernel, bias = map(np.asarray, classifier.head_weights(variables))
     if not all(np.isfinite(part).all() for part in (latent, kernel, bias)):
         raise NonFiniteError(

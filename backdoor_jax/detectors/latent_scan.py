@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import jax
 
+from backdoor_jax.arguments import typed
 from backdoor_jax.config import NonNegative
 from backdoor_jax.data import Dataset
 from backdoor_jax.defenses import scan
@@ -67,6 +68,7 @@ class WorstCase(LatentScan):
     statistic: ClassVar[Statistic] = "worst_case"
 
 
+@typed
 def scan_evidence(found: Scan, statistic: Statistic) -> Evidence:
     """What a scan says by one of its statistics."""
     test, summary = found.tests[statistic], found.summary(statistic, ALPHA)

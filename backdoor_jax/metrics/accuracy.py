@@ -188,6 +188,8 @@ def is_near_chance(correct: Whole, labels: np.ndarray, num_classes: Count) -> bo
     from scipy import stats
 
     chance, count = chance_level(labels, num_classes), len(labels)
+    if correct > count:
+        raise UserError(f"is_near_chance: correct is {correct}, expected at most the number of labels, {count}")
     better = correct / count >= chance + (1 - chance) / 10
     return not (better and stats.binom.sf(correct - 1, count, chance) <= SIGNIFICANT)
 

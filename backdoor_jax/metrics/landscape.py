@@ -47,9 +47,8 @@ class Line(NamedTuple):
         clean_loss: mean cross-entropy of clean images.
         backdoor_loss: mean cross-entropy of triggered images under the target label; images of the target class are
             left out.
-        acc: share of clean images classified correctly; NaN where a logit is not finite.
-        asr: share of triggered images classified as the target, images of the target class left out; NaN where a logit
-            is not finite.
+        acc: share of clean images classified correctly.
+        asr: share of triggered images classified as the target, images of the target class left out.
     """
 
     positions: np.ndarray
@@ -125,7 +124,10 @@ def loss_along_line(
 
     Raises:
         UserError: where the two models' variables have different shapes, or no image counts for the attack.
+        NonFiniteError: where a logit is not finite.
     """
+    if not len(positions):
+        raise UserError("loss_along_line: positions are none; give some, such as (0.0, 0.5, 1.0)")
     if jax.tree.map(jnp.shape, start) != jax.tree.map(jnp.shape, end):
         raise UserError("the two models have different variables; give two of one network, both without bounds")
     targets = label_map(test.labels)
@@ -135,7 +137,12 @@ def loss_along_line(
     found = []
     for position in positions:
         model = interpolate(start, end, position)
-        found.append(np.asarray(_evaluate_model(classifier, model, test.images, seen, test, targets)))
+        values = np.asarray(_evaluate_model(classifier, model, test.images, seen, test, targets))
+        if not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"loss_along_line: logits at position {position:g} are not finite; give positions between the models"
+            )
+        found.append(values)
     return Line(np.asarray(positions, np.float64), *np.stack(found, axis=1))
 
 

@@ -38,13 +38,13 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from jax.tree_util import Partial
 
 from backdoor_jax.arguments import typed
 from backdoor_jax.config import Config, Count, Decay, LearningRate, Momentum, Share, Whole
 from backdoor_jax.data import Augment, Dataset, LabelMap, Trigger, poison
-from backdoor_jax.errors import UserError
+from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.metrics.accuracy import Scores, evaluate
 from backdoor_jax.models import Classifier, Variables
 from backdoor_jax.training import (
@@ -141,7 +141,12 @@ def _resampled(key: jax.Array, members: jax.Array, others: jax.Array, resamples:
 
 @typed
 def membership(
-    key: jax.Array, members: jax.Array, others: jax.Array, *, resamples: int = 1000, level: float = 0.95
+    key: jax.Array,
+    members: jax.Array,
+    others: jax.Array,
+    *,
+    resamples: Annotated[int, Ge(1), Le(10**6)] = 1000,
+    level: Annotated[float, Gt(0), Lt(1)] = 0.95,
 ) -> Membership:
     """Evaluates a membership signal.
 
@@ -153,21 +158,25 @@ def membership(
         level: of the percentile intervals.
 
     Raises:
-        UserError: where either set is empty, or a signal is not finite.
+        UserError: where either set is empty.
+        NonFiniteError: for a signal that is not finite.
     """
     members, others = jnp.asarray(members), jnp.asarray(others)
-    if members.ndim != 1 or others.ndim != 1 or not len(members) or not len(others):
-        raise UserError(f"signals have shapes {members.shape} and {others.shape}, expected (n,) and (k,), none empty")
-    if not bool(jnp.all(jnp.isfinite(members)) & jnp.all(jnp.isfinite(others))):
-        raise UserError("a membership signal is not finite; check the model and the images")
     values, drawn = map(np.asarray, _resampled(key, members, others, resamples))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return Membership(*(Interval(*map(float, three)) for three in zip(values, low, high, strict=True)))
 
 
 @jax.jit
-def _logits(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
+def _all_logits(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
     return map_chunks(lambda chunk: classifier.logits(variables, chunk)[0], images)
+
+
+def _logits(classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
+    logits = _all_logits(classifier, variables, images)
+    if not np.isfinite(logits).all():
+        raise NonFiniteError("logits are not finite, so there is no membership signal; check the checkpoint")
+    return logits
 
 
 @checked

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from miniature import miniature
 
-from backdoor_jax import Classifier, Dataset, FineTune, UserError, evaluate
+from backdoor_jax import Classifier, Dataset, FineTune, NonFiniteError, UserError, evaluate
 from backdoor_jax.data import LabelMap
 from backdoor_jax.metrics import embedding, loss_along_line, weight_change
 from backdoor_jax.metrics.landscape import _evaluate_model
@@ -55,7 +55,7 @@ def test_the_models_of_a_line_share_one_program(
     assert cache_size(_evaluate_model) == compiled
 
 
-def test_variances_stay_positive_beyond_the_models_and_rates_of_non_finite_models_are_nan(
+def test_variances_stay_positive_beyond_the_models_and_models_that_are_not_finite_have_no_rates(
     tiny_classifier: Classifier, tiny_variables: Variables, tiny_data: Dataset
 ) -> None:
     label_map = LabelMap("all_to_one", 3)
@@ -76,8 +76,8 @@ def test_variances_stay_positive_beyond_the_models_and_rates_of_non_finite_model
     assert (line.acc[2], line.asr[2]) == pytest.approx((wide.acc, wide.asr), abs=1e-6)
 
     broken = {**start, "params": jax.tree.map(lambda leaf: leaf * 1e30, start["params"])}
-    line = loss_along_line(tiny_classifier, start, broken, tiny_data, white_corner, label_map, (0.0, 1.0))
-    assert np.isfinite(line.acc[0]) and np.isnan(line.acc[1]) and np.isnan(line.asr[1])
+    with pytest.raises(NonFiniteError, match="logits at position 1 are not finite"):
+        loss_along_line(tiny_classifier, start, broken, tiny_data, white_corner, label_map, (0.0, 1.0))
 
 
 def test_fine_tuning_a_small_victim_stays_where_both_losses_are_low() -> None:

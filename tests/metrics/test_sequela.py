@@ -99,7 +99,7 @@ def test_intervals_depend_on_the_key_alone_and_are_compiled_once() -> None:
     ("members", "others", "message"),
     [
         (np.ones((3, 2)), np.ones(3), r"members are float64 \(3, 2\), expected .* \(N,\)"),
-        (np.ones(0), np.ones(3), "none empty"),
+        (np.ones(0), np.ones(3), "members are empty"),
         (np.ones(2), [np.nan], "finite"),
     ],
 )
