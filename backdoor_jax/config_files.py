@@ -36,6 +36,8 @@ from backdoor_jax.training import TrainConfig
 
 LARGEST = 1 << 17
 """Bytes of a YAML file; reading as many takes seconds."""
+LONGEST_NUMBER = 100
+"""Characters of a whole number; Python prints none of thousands of digits."""
 LONGEST_LABEL = 64
 """Bytes of a label, which names folders and files."""
 
@@ -154,6 +156,8 @@ class _Loader(yaml.SafeLoader):
     def construct_whole(self, node: Any) -> int:
         """A whole number."""
         text = self.construct_scalar(node)
+        if len(text) > LONGEST_NUMBER:
+            raise ValueError(f"a number has {len(text)} digits, at most {LONGEST_NUMBER} are read")
         return int(text, 0 if text[:2] in ("0x", "0o") else 10)
 
 

@@ -546,6 +546,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "nesting": ("YAML", lambda: b"[" * 5000, "32 levels"),
     "date": ("YAML", lambda: b"name: 2026-99-99", "not YAML"),
     "digits": ("YAML", lambda: b"name: " + b"9" * 10_000, "not YAML"),
+    "hexadecimal": ("YAML", lambda: b"{victim: {epochs: 0x" + b"f" * 100_000 + b"}}", "a number has 100002 digits"),
     "tagged": ("YAML", lambda: b"name: !!int abc", "not YAML"),
     "no row": ("rows", lambda: b"5\n", "line 1"),
     "list": ("rows", lambda: b"[1]\n", "line 1"),
@@ -553,6 +554,14 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "row twice": ("rows", lambda: row() + row(seed=2) + row(acc=0.4), "line 3 repeats the row of x x 1 x; remove it"),
     "no analyses": ("rows", lambda: row(analyses=5), "line 1 is no row of an experiment (analyses)"),
     "NaN in a row": ("rows", lambda: row(acc=float("nan"), asr=1.5), "line 1 is no row of an experiment (acc, asr)"),
+    "a share in text": ("rows", lambda: row(clean_ratio="x", poison_rate=7), "(clean_ratio, poison_rate)"),
+    "no success": ("rows", lambda: row(asr=None), "line 1 is no row of an experiment (asr)"),
+    "success of nothing": ("rows", lambda: row(attack="none"), "line 1 is no row of an experiment (asr, ra, der)"),
+    "perhaps changed": (
+        "rows",
+        lambda: row(info={"changed": "maybe"}),
+        "line 1 is no row of an experiment (info.changed)",
+    ),
     "not UTF-8": ("rows", lambda: b"\xff\n", "line 1"),
 }
 

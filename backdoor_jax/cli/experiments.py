@@ -75,7 +75,7 @@ def _experiment(
             run_experiment(experiment, out, report=report, client=client)
         except FailedRepairs as error:
             failed = error
-    rows = in_order(read_rows(out / "results.jsonl", RESULT), experiment)
+    rows = in_order(read_rows(out / "results.jsonl", RESULT, experiment.name), experiment)
     page = write_page(rows, out) if rows else None
     if parsed.json:
         results = [summary._asdict() for summary in summarize(rows)]

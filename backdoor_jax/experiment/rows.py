@@ -49,22 +49,34 @@ RESULT: dict[str, tuple[type, ...]] = {
     "target": (int, type(None)),
 }
 """Fields of a row of an experiment that other code reads, and their types in JSON."""
-LARGEST = {**dict.fromkeys(("acc", "acc_before", "asr", "ra", "der"), 1.0), "seconds": 1e12}
+SHARES = ("acc", "acc_before", "asr", "ra", "der", "clean_ratio", "poison_rate")
+LARGEST = {**dict.fromkeys(SHARES, 1.0), "seconds": 1e12}
 """Fields that are a number from 0, and the largest that each can be."""
-OPTIONAL = {"analyses": dict, "near_chance": bool}
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "analyses": (dict,),
+    "near_chance": (bool,),
+    **dict.fromkeys(("clean_ratio", "poison_rate"), (float, int)),
+}
 """Fields that only some rows have, and their types."""
 PLACE = ("experiment", "attack", "seed", "defense")
 """Fields that no two rows of a folder share."""
 
 
-def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyType({})) -> list[Row]:
+def read_rows(
+    path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyType({}), experiment: str | None = None
+) -> list[Row]:
     """The rows of a ``results.jsonl``; none where there is no such file.
 
     A truncated last line, which a killed run leaves behind, is ignored.
 
+    Args:
+        path: the file.
+        fields: such as `RESULT`: what every row must have.
+        experiment: the name of the experiment that every row must be of.
+
     Raises:
-        UserError: where another line is not JSON; and, where ``fields`` are given, such as `RESULT`, for a line that
-            lacks one, has a rate that is none, or repeats an earlier row.
+        UserError: where another line is not JSON; and, where ``fields`` are given, for a line that lacks one, has a
+            rate that is none, is of another experiment, or repeats an earlier row.
     """
     if not os.path.lexists(path):
         return []
@@ -83,6 +95,10 @@ def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyT
         wrong = _wrong_fields(row, fields) if isinstance(row, dict) else fields
         if wrong or not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is no row of an experiment ({', '.join(wrong)}); remove it")
+        if experiment is not None and row["experiment"] != experiment:
+            raise UserError(
+                f"{path}: line {number} is of experiment {row['experiment']!r}, not {experiment!r}; remove it"
+            )
         if fields:
             place = tuple(row[field] for field in PLACE)
             if place in places:
@@ -94,14 +110,23 @@ def read_rows(path: Path, fields: Mapping[str, tuple[type, ...]] = MappingProxyT
 
 def _wrong_fields(row: Row, fields: Mapping[str, tuple[type, ...]]) -> list[str]:
     """The fields of a row that are missing, of another type, or out of range; NaN is in no range."""
-    wrong = [field for field, kind in OPTIONAL.items() if fields and field in row and type(row[field]) is not kind]
-    return wrong + [
+    if not fields:
+        return []
+    kinds = {**fields, **{field: kinds for field, kinds in OPTIONAL.items() if field in row}}
+    wrong = [
         field
-        for field, kinds in fields.items()
+        for field, types in kinds.items()
         if field not in row
-        or type(row[field]) not in kinds
+        or type(row[field]) not in types
         or (field in LARGEST and row[field] is not None and not 0 <= row[field] <= LARGEST[field])
     ]
+    # Only what was attacked has a rate of success.
+    wrong += [
+        name for name in ("asr", "ra", "der") if name in row and (row[name] is None) != (row.get("attack") == "none")
+    ]
+    if isinstance(row.get("info"), dict) and type(row["info"].get("changed", False)) is not bool:
+        wrong.append("info.changed")
+    return list(dict.fromkeys(wrong))
 
 
 def append_row(path: Path, row: Row) -> None:

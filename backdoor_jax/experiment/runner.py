@@ -90,7 +90,7 @@ def run_experiment(
             _claim(experiment, out)
         for note in workspace.task.notes:
             report(printable(note, LONGEST))
-        rows = read_rows(out / RESULTS, RESULT)
+        rows = read_rows(out / RESULTS, RESULT, experiment.name)
         without = sum("analyses" not in row for row in rows) if experiment.analyses else 0
         if without:
             report(f"{without} rows were made without analyses; remove them from {out / RESULTS} to make them again")
@@ -170,6 +170,12 @@ def _check(workspace: Workspace) -> None:
         entry.attack.label_map(task.num_classes)
         entry.attack.candidates(task.train.labels)
         trigger_like(entry.attack, task)
+    side = min(task.train.images.shape[1:3])
+    trained = [("victim", experiment.victim), *((entry.label, entry.victim) for entry in experiment.attacks)]
+    for name, config in [*trained, *((entry.label, entry.defense) for entry in experiment.defenses)]:
+        crop = getattr(config, "crop", 0)
+        if crop >= side:
+            raise UserError(f"{name}: crop is {crop} for images with a side of {side}, expected less; lower it")
     labels = np.asarray(task.train.labels)
     if any(entry.defense.needs == "clean" for entry in experiment.defenses):
         clean_indices(jax.random.key(0), labels, experiment.clean_ratio, task.num_classes, experiment.stratified)
@@ -200,10 +206,14 @@ def _require_ours(out: Path) -> None:
 
 
 def _claim(experiment: Experiment, out: Path) -> None:
-    """Marks a folder as this experiment's, or refuses one that holds another; entries and seeds may be added."""
+    """Marks a folder as this experiment's, or refuses one that holds another; entries and seeds may be added.
+
+    A run that made nothing has no claim; the lock of another seed is that of a run which may yet.
+    """
     described = describe(experiment)
     path = out / DESCRIBED
-    if path.is_file():
+    own = {DESCRIBED, *(f".seed-{seed}.lock" for seed in experiment.seeds)}
+    if path.is_file() and any(file.name not in own for file in out.rglob("*") if not file.is_dir()):
         with parsing(path, "does not describe an experiment", "give another --out"):
             earlier = parse_json(read_text(path, "give another --out"))
             for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):

@@ -128,7 +128,8 @@ class Experiment(Config):
         super().__post_init__()
         self.require(0 < len(self.seeds) == len(set(self.seeds)), "seeds", "at least one, and each once")
         self.require(len(self.attacks) > 0, "attacks", "at least one")
-        self.require(set(self.analyses) <= ANALYSES.keys(), "analyses", f"some of {', '.join(ANALYSES)}")
+        known, once = set(self.analyses) <= ANALYSES.keys(), len(self.analyses) == len(set(self.analyses))
+        self.require(known and once, "analyses", f"some of {', '.join(ANALYSES)}, each once")
         self._require_labels([entry.label for entry in self.attacks])
         self._require_labels([entry.label for entry in self.defenses])
 

@@ -465,6 +465,19 @@ def test_a_folder_with_a_foreign_experiment_file_is_refused(tmp_path: Path, no_t
     assert snapshot(out) == {"experiment.json": content.encode()}
 
 
+def test_a_run_that_made_nothing_has_no_claim_to_its_folder(small: Path, no_training: None, tmp_path: Path) -> None:
+    described = {**json.loads((small / "experiment.json").read_text()), "clean_ratio": 0.9}
+    (tmp_path / "experiment.json").write_text(json.dumps(described))
+    (tmp_path / "victims").mkdir()
+    with pytest.raises(AssertionError, match="trained"):
+        run(SMALL, tmp_path)
+    assert json.loads((tmp_path / "experiment.json").read_text())["clean_ratio"] == SMALL.clean_ratio
+    (tmp_path / "experiment.json").write_text(json.dumps(described))
+    (tmp_path / ".seed-7.lock").touch()
+    with pytest.raises(UserError, match="holds another experiment"):
+        run(SMALL, tmp_path)
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, no_training: None) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="--out"):
@@ -548,6 +561,14 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Path], Experiment], str]] = {
     "target of a defense out of range": (
         lambda tmp: dataclasses.replace(SMALL, defenses=(DefenseEntry("tac", TAC(target=10)),)),
         "TAC.target is 10",
+    ),
+    "crop of a victim": (
+        lambda tmp: dataclasses.replace(SMALL, victim=TrainConfig(crop=16)),
+        "victim: crop is 16 for images with a side of 16",
+    ),
+    "crop of a defense": (
+        lambda tmp: dataclasses.replace(SMALL, defenses=(DefenseEntry("tuned", FineTune(crop=10**6)),)),
+        "tuned: crop is 1000000",
     ),
     "clean share of nothing": (lambda tmp: dataclasses.replace(SMALL, clean_ratio=0.001), "leaves none"),
 }
@@ -640,6 +661,7 @@ def test_rows_without_analyses_are_reported(small: Path, tmp_path: Path, no_trai
         ({"attacks": ()}, "attacks is ()"),
         ({"seeds": ()}, "seeds is ()"),
         ({"clean_ratio": 0.0}, "clean_ratio is 0"),
+        ({"analyses": ("verdict", "verdict")}, "each once"),
     ],
 )
 def test_an_inconsistent_experiment_is_refused(changes: dict[str, Any], named: str) -> None:

@@ -75,5 +75,12 @@ def test_another_invalid_line_is_an_error(tmp_path: Path) -> None:
         read_rows(path)
 
 
+def test_a_row_of_another_experiment_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"experiment": "a"}\n{"experiment": "b"}\n')
+    with pytest.raises(UserError, match=r"results\.jsonl: line 2 is of experiment 'b', not 'a'; remove it"):
+        read_rows(path, experiment="a")
+
+
 def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "results.jsonl") == []
