@@ -18,11 +18,16 @@ def main() -> int:
 
 
 def prepare() -> None:
-    """Gets ready for signals, and imports JAX, which refuses wrong variables of the environment.
+    """Gets ready for signals and for closed streams, and imports JAX, which refuses wrong variables of the environment.
 
     Raises:
         SystemExit: for such a variable, after one line.
     """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # Closed; the next file that is opened would take its place, and receive what is printed.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     os.environ["MPLBACKEND"] = "agg"  # Figures are written and never shown, whatever the user's own are drawn with.

@@ -537,6 +537,15 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_repair(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(("command", "name"), [("defend", "a.pt"), ("scan", "a.png")])
+def test_an_output_that_is_taken_is_refused_before_the_model_is_read(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).touch()
+    assert main([command, "--checkpoint", "nowhere", "--data", "nowhere", "--out", str(tmp_path / name)]) == 2
+    assert "exists; give another --out, or --force" in capsys.readouterr().err
+
+
 def test_scan_takes_no_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["scan", "--checkpoint", str(place / "model"), "--data", "digits", "steps=1"])

@@ -205,6 +205,17 @@ def test_a_folder_without_a_name_is_one_line(path: str) -> None:
         require_free(Path(path), True, MODEL_SUFFIXES)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "circle", "device"])
+def test_only_files_and_folders_are_replaced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("a.pt" if kind == "circle" else os.devnull)
+    with pytest.raises(UserError, match="is neither a file nor a folder; give another --out"):
+        require_free(path, True, MODEL_SUFFIXES)
+
+
 def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build_classifier("small_cnn", 3, width=2)
     old = classifier.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))

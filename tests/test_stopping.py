@@ -218,7 +218,7 @@ def test_results_are_saved_whoever_reads_the_output(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
-@pytest.mark.parametrize("arguments", [["list"], []])
+@pytest.mark.parametrize("arguments", [["list"], [], ["--help"], ["scan", "--help"], ["--print-completion", "bash"]])
 def test_output_that_cannot_be_written_is_one_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +227,15 @@ def test_output_that_cannot_be_written_is_one_line(
         assert cli.main(arguments) == 2
     line = capsys.readouterr().err
     assert "the output could not be printed ([Errno 28] No space left on device)" in line and line.count("\n") == 1
+
+
+def test_closed_streams_are_never_files_of_the_run(tmp_path: Path) -> None:
+    code = (
+        "import os; from backdoor_jax_command import prepare; prepare();"
+        "files = [os.open(f'{number}', os.O_CREAT) for number in range(3)]; os._exit(min(files))"
+    )
+    command = f'exec "{sys.executable}" -c "{code}" <&- >&- 2>&-'
+    assert subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, check=False).returncode >= 3
 
 
 def test_an_error_without_room_for_its_log_is_one_line(

@@ -1,6 +1,7 @@
 """Where models and figures may be written."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,13 @@ def _writable(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
 
 
+def require_free_figure(out: Path, force: bool) -> None:
+    """Refuses a path where no figure may be written; see `require_free`."""
+    if out.suffix not in FIGURE_SUFFIXES:
+        raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
+    require_free(out, force, FIGURE_SUFFIXES)
+
+
 def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
     """Refuses an output path that is taken, or where nothing can be written.
 
@@ -64,6 +72,8 @@ def require_free(out: Path, force: bool, known: tuple[str, ...]) -> None:
         probe = beside(out, "partial", out.suffix)
         probe.touch(exist_ok=False)
         probe.unlink()
+    if os.path.lexists(out) and not (out.is_file() or out.is_dir()):  # A link that leads to itself, a pipe, a device.
+        raise UserError(f"{out}: is neither a file nor a folder; give another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir()) and out.suffix not in known):
         return
     if out.is_dir() and (out.suffix in known or not (out / DESCRIPTION).is_file()):

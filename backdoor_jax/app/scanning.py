@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from backdoor_jax.app.loading import Images, Suspect, require_numbered
-from backdoor_jax.app.outputs import FIGURE_SUFFIXES, require_free
+from backdoor_jax.app.outputs import require_free_figure
 from backdoor_jax.detectors import Detector, Evidence, PerSample, Verdict, judge, suspicious
 from backdoor_jax.errors import NoLinearHead, UserError
 
@@ -48,9 +48,7 @@ def scan_model(
 
     if detector.needs_images and not len(suspect.data):
         raise UserError(f"{detector.name} needs clean images; give --data")
-    if out.suffix not in FIGURE_SUFFIXES:
-        raise UserError(f"{out}: unknown suffix {out.suffix!r} for a figure; give .png, .pdf or .svg")
-    require_free(out, force, FIGURE_SUFFIXES)
+    require_free_figure(out, force)
     try:
         evidence = detector.examine(jax.random.key(seed), suspect.classifier, suspect.variables, suspect.data)
     except NoLinearHead as error:

@@ -48,9 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["run", "nowhere.yaml"])
         2
     """
+    code, left = 0, None
     with safe_output() as refused:
-        code = _parse_and_run(arguments)
-    return fail(f"the output could not be printed ({first_line(refused[0])}); results are saved") if refused else code
+        try:
+            code = _parse_and_run(arguments)
+        except SystemExit as leaving:  # After --help, and for options that argparse refuses.
+            left = leaving
+    if refused:
+        return fail(f"the output could not be printed ({first_line(refused[0])}); results are saved")
+    if left is not None:
+        raise left
+    return code
 
 
 def _parse_and_run(arguments: Sequence[str] | None) -> int:

@@ -13,17 +13,20 @@ if TYPE_CHECKING:
 def defend(parsed: argparse.Namespace) -> int:
     """Repairs a model, and prints what that changed; 1 where it lost too much accuracy."""
     from backdoor_jax.app import change_line, loading_line, repair_model, repaired_path
+    from backdoor_jax.app.outputs import MODEL_SUFFIXES, require_free
     from backdoor_jax.config_files import make_defense
 
     require_used(parsed)
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
+    out = parsed.out or repaired_path(parsed.checkpoint)
+    require_free(out, parsed.force, MODEL_SUFFIXES)  # Before the model is loaded, which takes seconds.
     suspect = suspect_of(parsed)
     if not (parsed.quiet or parsed.json):
         print_accuracy(suspect)
     result = repair_model(
         suspect,
         defense,
-        parsed.out or repaired_path(parsed.checkpoint),
+        out,
         training_set=parsed.training_set,
         seed=parsed.seed,
         force=parsed.force,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def scan(parsed: argparse.Namespace) -> None:
     """Scans a model, and prints the verdict."""
     from backdoor_jax.app import list_suspicious, load_unseen, scan_model
+    from backdoor_jax.app.outputs import require_free_figure
     from backdoor_jax.detectors import DETECTORS, SUSPICIONS
 
     require_used(parsed)
@@ -29,6 +30,8 @@ def scan(parsed: argparse.Namespace) -> None:
     by = parsed.by or "spectral_signatures"
     if by not in SUSPICIONS:
         raise UserError(f"unknown --by {by!r}; known are {', '.join(SUSPICIONS)}")
+    figure = parsed.out or Path(f"{parsed.checkpoint.name}.scan.png")
+    require_free_figure(figure, parsed.force)  # Before the model is loaded, which takes seconds.
     if parsed.data is None:
         size = parse_size(parsed.size)
         if size is None:
@@ -38,7 +41,6 @@ def scan(parsed: argparse.Namespace) -> None:
         suspect = suspect_of(parsed)
     if not (parsed.quiet or parsed.json) and len(suspect.test):
         print_accuracy(suspect)
-    figure = parsed.out or Path(f"{parsed.checkpoint.name}.scan.png")
     result = scan_model(suspect, figure, DETECTORS[parsed.detector](), seed=parsed.seed, force=parsed.force)
     listing = None
     if parsed.list_images is not None:

@@ -107,7 +107,7 @@ class CLP(Defense):
                     f"clp: bounds at {'/'.join(norm)} are not finite; the victim's weights are damaged"
                 )
             channels += len(bounds)
-            out = bounds > bounds.mean() + self.u * bounds.std(ddof=min(1, len(bounds) - 1))
+            out = bounds > bounds.mean() + np.float64(self.u) * bounds.std(ddof=min(1, len(bounds) - 1))
             pruned["/".join(norm)] = np.flatnonzero(out).tolist()
             changes[*norm, "scale"], changes[*norm, "bias"] = jnp.where(out, 0, scale), jnp.where(out, 0, bias)
         changed = any(pruned.values())

@@ -47,6 +47,11 @@ def pairs_of(classifier: Classifier, size: int = 32) -> dict[str, str]:
 # Which convolution
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_threshold_beyond_float32_prunes_nothing(tiny_classifier: Classifier, tiny_variables: Variables) -> None:
+    assert not CLP(u=1e39).repair(jax.random.key(0), tiny_classifier, tiny_variables, NOTHING).changed
+
+
 def test_a_preact_resnet_pairs_the_stem_and_the_inner_convolution_of_each_block() -> None:
     blocks = [f"layer{stage}_{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     expected = {"layer1_0/bn1": "stem"} | {f"{block}/bn2": f"{block}/conv1" for block in blocks}
