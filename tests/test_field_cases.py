@@ -45,7 +45,7 @@ from backdoor_jax.attacks import picture_patch
 from backdoor_jax.cli import main
 from backdoor_jax.cli.options import make_parser
 from backdoor_jax.cli.suspects import images_of
-from backdoor_jax.data import LabelMap, image_size, load, load_labeled
+from backdoor_jax.data import LabelMap, folders, image_size, load, load_labeled
 from backdoor_jax.data.layouts import as_images, as_labels
 from backdoor_jax.defenses import CLP, FineTune, Repair
 from backdoor_jax.experiment.rows import format_row
@@ -858,6 +858,17 @@ def test_images_outside_of_class_folders_say_so(tmp_path: Path) -> None:
     for names in (None, ("a", "b")):
         assert "its images lie in the folder itself" in one_line(load_labeled, str(tmp_path), 2, class_names=names)
     assert "its images lie in the folder itself" in one_line(load, str(tmp_path), image_size=4)
+
+
+def test_a_folder_of_anything_but_images_is_not_walked_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "MOST_FOREIGN", 3)
+    (tmp_path / "usr").mkdir()
+    for number in range(5):
+        (tmp_path / "usr" / f"{number}.so").touch()
+    with pytest.raises(UserError, match="usr: none of 3 files is an image"):
+        load_labeled(str(tmp_path), 1)
 
 
 def test_folders_that_are_no_class_are_told(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from backdoor_jax.reading import file_size, image_pixels, parsing, require_budge
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 """The files of a class folder that are images; others are counted and passed over."""
 
+MOST_FOREIGN = 100_000
+"""How many files without an image among them end the walk through a class folder."""
+
 GRAY = ("1", "L", "LA", "La")
 """Pillow's modes of gray images of at most 8 bits."""
 
@@ -72,6 +75,17 @@ def inner_folder(path: Path) -> tuple[Path, tuple[str, ...]]:
     return inner, (f"{path}: holds a single folder, so {inner.relative_to(path)} is read",)
 
 
+def _below(folder: Path) -> list[Path]:
+    """What is below a class folder, sorted; refused where it begins with very many files that are no images."""
+    found, images = [], False
+    for file in folder.rglob("*"):
+        found.append(file)
+        images = images or file.suffix.lower() in SUFFIXES
+        if not images and len(found) > MOST_FOREIGN:
+            raise UserError(f"{folder}: none of {MOST_FOREIGN} files is an image; give a folder of images by class")
+    return sorted(found)
+
+
 def read_folder(
     path: Path,
     channels: int = 3,
@@ -119,7 +133,7 @@ def read_folder(
     passed: Counter[str] = Counter()
     with parsing(path, "cannot be read", "check the permissions of its folders"):
         for label, name in enumerate(classes):
-            for file in sorted((path / name).rglob("*")):
+            for file in _below(path / name):
                 linked = file.is_symlink() and file.is_dir()
                 if any(part.startswith(".") for part in file.relative_to(path).parts) or (file.is_dir() and not linked):
                     continue

@@ -213,22 +213,27 @@ def _claim(experiment: Experiment, out: Path) -> None:
     described = describe(experiment)
     path = out / DESCRIBED
     own = {DESCRIBED, *(f".seed-{seed}.lock" for seed in experiment.seeds)}
-    if path.is_file() and any(file.name not in own for file in out.rglob("*") if not file.is_dir()):
+    made = any(file.name not in own for file in out.rglob("*") if not file.is_dir())
+    if path.is_file():
         with parsing(path, "does not describe an experiment", "give another --out"):
             earlier = parse_json(read_text(path, "give another --out"))
-            for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
-                if earlier.get(part) != described[part]:
-                    raise UserError(
-                        f"{path}: holds another experiment ({part} is {earlier.get(part)}, here {described[part]}); "
-                        "give another --out"
-                    )
-            for part in ("attacks", "defenses"):
-                for label in earlier[part].keys() & described[part].keys():
-                    if earlier[part][label] != described[part][label]:
-                        raise UserError(
-                            f"{path}: has {label!r} with other settings; give another --out or another label"
-                        )
-                described[part] = {**earlier[part], **described[part]}
-            for part in ("seeds", "analyses"):
-                described[part] = list(dict.fromkeys([*earlier[part], *described[part]]))
+            if made or set(earlier) != set(described):
+                _join(described, earlier, path)
     write_text(path, json.dumps(described, indent=1))
+
+
+def _join(described: dict[str, Any], earlier: dict[str, Any], path: Path) -> None:
+    """Adds the entries and seeds of a folder's description to another one, which must be of the same experiment."""
+    for part in ("name", "data", "model", "victim", "clean_ratio", "stratified"):
+        if earlier.get(part) != described[part]:
+            raise UserError(
+                f"{path}: holds another experiment ({part} is {earlier.get(part)}, here {described[part]}); "
+                "give another --out"
+            )
+    for part in ("attacks", "defenses"):
+        for label in earlier[part].keys() & described[part].keys():
+            if earlier[part][label] != described[part][label]:
+                raise UserError(f"{path}: has {label!r} with other settings; give another --out or another label")
+        described[part] = {**earlier[part], **described[part]}
+    for part in ("seeds", "analyses"):
+        described[part] = list(dict.fromkeys([*earlier[part], *described[part]]))
