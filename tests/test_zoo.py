@@ -96,6 +96,9 @@ def test_the_commands_take_a_name_and_bring_its_trigger(
     assert "of the triggered images classified as 1, " in shown and "written; load it by" in shown
     assert main(["scan", "--checkpoint", "zoo:digits/nothing", "--data", "digits"]) == 2
     assert "is not in the zoo" in capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", "1")
+    assert main(["scan", *words]) == 0
+    assert "norm of latent change" in capsys.readouterr().out
     np.savez("small.npz", images=np.zeros((20, 12, 12, 3), np.uint8), labels=np.arange(20) % 10)
     for options, expected in (
         (["--data", "small.npz"], "its trigger is for images of 16x16x3, these are 12x12x3; give --size 16x16"),
@@ -104,7 +107,7 @@ def test_the_commands_take_a_name_and_bring_its_trigger(
         (["--by", "x"], "--by says how --list-images sorts"),
         (["--by", "x", "--list-images", "3", "--training-set", "digits"], "unknown --by 'x'"),
     ):
-        assert main(["scan", *words, *options]) == 2
+        assert main(["scan", *words, *options, "--force"]) == 2
         line = capsys.readouterr().err
         assert expected in line and line.count("\n") == 1
 

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backdoor_jax.cli.streams import print_wide
 from backdoor_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ def _experiment(
 
 
 def print_table(rows: "list[Row]") -> None:
-    """Prints the table of an experiment, wider than the terminal if necessary, so that no number is truncated."""
-    from rich.console import Console
+    """Prints the table of an experiment."""
     from rich.table import Table
     from rich.text import Text
 
@@ -104,6 +104,4 @@ def print_table(rows: "list[Row]") -> None:
             table.add_section()
         last = summary.attack
         table.add_row(*map(Text, cells(summary)))
-    console = Console()
-    needed = console.measure(table, options=console.options.update(max_width=500)).maximum
-    Console(width=max(console.width, needed)).print(table)
+    print_wide(table)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backdoor_jax.cli.streams import print_wide
 from backdoor_jax.cli.suspects import images_of, model_of, parse_size, print_accuracy, require_used, suspect_of
 from backdoor_jax.errors import UserError
 
@@ -81,7 +82,6 @@ def _as_json(suspect: "Suspect", result: "ScanResult", listing: "Listing | None"
 
 def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
     """Prints the values of all classes, the verdict and what to do next."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -91,7 +91,7 @@ def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
     for number, (name, value) in enumerate(zip(names, evidence.values, strict=True)):
         shown = f"{value:.3g}" if math.isfinite(value) else "-"
         table.add_row(str(number), Text(name), shown, style="bold" if number == evidence.target else None)
-    Console(soft_wrap=True).print(table)
+    print_wide(table)
     p_value = "no p-value" if verdict.p_value is None else f"p = {verdict.p_value:.2g}"
     print(f"{suspect.name}: {verdict}")
     print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")

@@ -7,9 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from backdoor_jax.errors import LONGEST, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -17,6 +20,15 @@ def fail(message: str, code: int = 2) -> int:
     with contextlib.suppress(OSError):
         print(printable(f"backdoor-jax: {message}", LONGEST), file=sys.stderr, flush=True)
     return code
+
+
+def print_wide(table: "Table") -> None:
+    """Prints a table, wider than the terminal if necessary, so that no number is truncated."""
+    from rich.console import Console
+
+    console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=500)).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 class _Quiet:
