@@ -236,8 +236,8 @@ def _reason(repair: Summary, rows: list[Row]) -> str:
         info = row["info"]
         if info.get("why"):
             reasons.append(f"it changed nothing: {info['why']}")
-        elif info.get("repaired"):  # Midway's, where no class is named.
-            reasons.append(f"it only fine-tuned: {info['repaired']}")
+        elif info.get("untargeted"):  # Midway's, where no class is named.
+            reasons.append(f"it unlearned all classes, not the target alone: {info['untargeted']}")
         elif info.get("purified_poisoned") and info.get("purified"):
             kept = f"{info['purified_poisoned']} of the {info['purified']} images"
             reasons.append(f"{kept} that it took for clean were poisoned")

@@ -1,6 +1,7 @@
 """Midway: its ingredients against closed forms and NumPy, the repair on planted backdoors and a clean model."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import chex
@@ -12,10 +13,11 @@ from comparison import assert_depends_on_key_alone, assert_trees_equal, draw, tr
 from flax import nnx
 from miniature import CLASSES, TARGET, assert_removes_the_backdoor, miniature
 
-from backdoor_jax import TAC, Classifier, Dataset, FineTune, UserError, scan
+from backdoor_jax import TAC, Classifier, Dataset, UserError, scan
 from backdoor_jax.defenses import DEFAULT, DEFENSES, Midway, Repair, find_defense
-from backdoor_jax.defenses.midway import between
+from backdoor_jax.defenses.midway import between, every_class_loss
 from backdoor_jax.models import Variables
+from backdoor_jax.training import cross_entropy
 
 QUICK = Midway(target=TARGET, steps=100, batch_size=40, crop=0)
 
@@ -78,16 +80,48 @@ def difference(repair: Repair, variables: Variables) -> np.ndarray:
     return flat(repair.variables["params"]) - flat(variables["params"])
 
 
-def test_where_no_class_is_named_it_fine_tunes() -> None:
-    case, key = miniature(), jax.random.key(1)
-    method = dataclasses.replace(QUICK, target="detected", steps=8)
-    repair = method.repair(key, case.classifier, case.variables, case.clean)
-    tuned = FineTune(steps=8, batch_size=40, crop=0).repair(key, case.classifier, case.variables, case.clean)
+def test_where_no_class_is_named_it_unlearns_all_of_them() -> None:
+    case = miniature()
+    method = dataclasses.replace(QUICK, target="detected")
+    repair = method.repair(jax.random.key(1), case.classifier, case.variables, case.clean)
+    after = case.scores(repair.variables)
     assert repair.changed
     assert repair.target is None
     assert repair.scan is not None
-    assert repair.scan["verdict"] == "too few classes to tell"
-    assert_trees_equal(repair.variables, tuned.variables)
+    assert repair.scan["verdict"] == repair.info["untargeted"] == "too few classes to tell"
+    assert after.asr is not None and case.before.asr is not None
+    assert after.asr < 0.3 < case.before.asr
+    assert after.acc > case.before.acc - 0.03
+
+
+def test_every_image_is_changed_towards_a_class_of_its_own() -> None:
+    case = miniature()
+    batch = case.clean.take(slice(3))
+    latent, _ = case.classifier.features(case.variables, batch.images, train=True)
+    changes = 3 * draw(2, latent.shape[-1])
+    towards = np.array([cross_entropy(case.classifier.head(case.variables, latent + s), batch.labels) for s in changes])
+    clean = float(jnp.mean(cross_entropy(case.classifier.head(case.variables, latent), batch.labels)))
+    possible = {
+        choice: clean + 0.5 * towards[choice, range(3)].mean() for choice in itertools.product(range(2), repeat=3)
+    }
+    met = set()
+    for number in range(12):
+        key = jax.random.key(number)
+        found, _ = every_class_loss(case.classifier, 0.5, jnp.asarray(changes), case.variables, batch, key)
+        choice, nearest = min(possible.items(), key=lambda item: abs(item[1] - float(found)))
+        np.testing.assert_allclose(found, nearest, rtol=1e-4)
+        met.add(choice)
+    assert len(met) > 3
+
+
+def test_where_no_change_is_feasible_nothing_changes() -> None:
+    case = miniature()
+    found = scan(case.classifier, case.variables, case.clean.images)
+    none = np.zeros(CLASSES, bool)
+    found = found._replace(perturbations=found.perturbations._replace(feasible=none))
+    repair = QUICK.repair(jax.random.key(1), case.classifier, case.variables, case.clean, scan=found)
+    assert not repair.changed
+    assert_trees_equal(repair.variables, case.variables)
 
 
 def test_depends_on_the_key_alone() -> None:

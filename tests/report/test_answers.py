@@ -84,7 +84,7 @@ def experiment(tmp_path: Path) -> tuple[list[Row], Path]:
         victim(),
         row("badnets", "finetune", 0.951, 0.6, analyses=answers(1, 1, 2)),
         row("badnets", "d3", 0.94, 0.01, analyses=answers(0, 1, 4)),
-        row("badnets", "midway", 0.95, 0.7, info={"changed": True, "repaired": "nothing flagged"}),
+        row("badnets", "midway", 0.95, 0.7, info={"changed": True, "untargeted": "nothing flagged"}),
         row("badnets", "pad_ft", 0.8, 0.3, info={"changed": True, "purified": 60, "purified_poisoned": 8}),
         clean_model(),
         row("none", "finetune", 0.96, None),
@@ -120,7 +120,7 @@ def test_a_card_says_what_was_found_and_what_the_repairs_did(experiment: tuple[l
     assert attacked.repaired == "The attack succeeds on 99.0 % of images; removed by d3 (1.0 % left)."
     assert attacked.failed == [
         ("finetune", "left ASR 60.0 %", FineTune.limits),
-        ("midway", "left ASR 70.0 %", "it only fine-tuned: nothing flagged"),
+        ("midway", "left ASR 70.0 %", "it unlearned all classes, not the target alone: nothing flagged"),
         (
             "pad_ft",
             "left ASR 30.0 % and cost 15.0 points of ACC",
