@@ -332,7 +332,8 @@ def _require_computable(classifier: Classifier, variables: Variables, images: ja
 def _assumptions(classifier: Classifier, images: Images) -> str:
     """What shapes do not determine and was assumed, in one line."""
     mean, std = (",".join(f"{value:g}" for value in values) for values in (classifier.mean, classifier.std))
-    parts = [f"pixels from 0 to 1, normalized by {mean}/{std} (--normalize)"]
+    plain = not any(classifier.mean) and {*classifier.std} == {1.0}
+    parts = [f"pixels from 0 to 1, {'not normalized' if plain else f'normalized by {mean}/{std}'} (--normalize)"]
     parts.append(f"channels in the order {images.channel_order.upper()} (--channel-order)")
     if isinstance(classifier.network, ResNet):
         size, stride, pooled = STEMS[classifier.network.stem]

@@ -50,7 +50,7 @@ def scan(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(_as_json(suspect, result, listing))
         return
-    _print_scan(suspect, result)
+    _print_scan(suspect, result, parsed.quiet)
     if listing is not None:
         for note in () if parsed.quiet else listing.notes:
             print(note)
@@ -80,8 +80,8 @@ def _as_json(suspect: "Suspect", result: "ScanResult", listing: "Listing | None"
     )
 
 
-def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
-    """Prints the values of all classes, the verdict and what to do next."""
+def _print_scan(suspect: "Suspect", result: "ScanResult", quiet: bool) -> None:
+    """Prints the values of all classes, unless told to be quiet, the verdict and what to do next."""
     from rich.table import Table
     from rich.text import Text
 
@@ -91,7 +91,8 @@ def _print_scan(suspect: "Suspect", result: "ScanResult") -> None:
     for number, (name, value) in enumerate(zip(names, evidence.values, strict=True)):
         shown = f"{value:.3g}" if math.isfinite(value) else "-"
         table.add_row(str(number), Text(name), shown, style="bold" if number == evidence.target else None)
-    print_wide(table)
+    if not quiet:
+        print_wide(table)
     p_value = "no p-value" if verdict.p_value is None else f"p = {verdict.p_value:.2g}"
     print(f"{suspect.name}: {verdict}")
     print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")

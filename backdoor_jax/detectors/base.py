@@ -126,7 +126,9 @@ class Verdict:
     def __str__(self) -> str:
         """The outcome, with the class or the reason."""
         if self.outcome == "backdoored":
-            return f"backdoored, class {self.target}" + (f" ({self.class_name})" if self.class_name else "")
+            return f"backdoored, class {self.target}" + (
+                f" ({self.class_name})" if self.class_name not in (None, "", str(self.target)) else ""
+            )
         return self.outcome + (f": {self.why}" if self.why else "")
 
 
