@@ -71,7 +71,9 @@ def is_number(value: object) -> bool:
     """
     if isinstance(value, jax.Array | np.generic) and not value.shape and jnp.issubdtype(value.dtype, jnp.number):
         return bool(jnp.isrealobj(value) and np.isfinite(value))
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):  # Also one that no float holds.
+        return not isinstance(value, bool)
+    return isinstance(value, float) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -286,7 +286,7 @@ def test_options_that_nothing_reads_are_refused(place: Place, tmp_path: Path) ->
     assert "a stem is chosen for a ResNet" in one_line(load_torch, state_of_vgg(), "vgg19_bn", stem="small")
     for given in ({"model": "resnet18"}, {"key": "x"}, {"stem": "small"}, {"normalization": "gtsrb"}):
         (option,) = given
-        text = one_line(ModelFile(Path("zoo:badnets"), **given).open)  # type: ignore[arg-type]
+        text = one_line(ModelFile(Path("zoo:badnets"), **given).open, lambda: (16, 16))  # type: ignore[arg-type]
         assert f"zoo:badnets: has its own {option}" in text
     turned = Images(channel_order="bgr")
     assert "leave out --channel-order" in one_line(turned.load, data, 6, 1)
