@@ -537,7 +537,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_repair(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(("command", "name"), [("defend", "a.pt"), ("scan", "a.png")])
+@pytest.mark.parametrize(("command", "name"), [("defend", "a.safetensors"), ("scan", "a.png")])
 def test_an_output_that_is_taken_is_refused_before_the_model_is_read(
     command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

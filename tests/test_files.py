@@ -207,11 +207,11 @@ def test_a_folder_without_a_name_is_one_line(path: str) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "circle", "device"])
 def test_only_files_and_folders_are_replaced(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
+    path = tmp_path / "a.safetensors"
     if kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to("a.pt" if kind == "circle" else os.devnull)
+        path.symlink_to(path.name if kind == "circle" else os.devnull)
     with pytest.raises(UserError, match="is neither a file nor a folder; give another --out"):
         require_free(path, True, MODEL_SUFFIXES)
 
