@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backdoor_jax import TAC, BadNets, Classifier, Dataset, TrainConfig, evaluate
+from backdoor_jax import BadNets, Classifier, Dataset, TrainConfig, evaluate
 from backdoor_jax.attacks import AttackContext
 from backdoor_jax.data import LabelMap, Trigger
 from backdoor_jax.metrics import Scores
@@ -118,17 +118,6 @@ class Miniature(NamedTuple):
     def scores(self, variables: Variables) -> Scores:
         """ACC, ASR and RA of a model."""
         return evaluate(self.classifier, variables, self.test, self.trigger, self.label_map)
-
-
-def assert_removes_the_backdoor(method: TAC, case: Miniature) -> None:
-    """A method that is told the target class leaves almost nothing of the backdoor, and almost all of the accuracy."""
-    repair = method.repair(jax.random.key(1), case.classifier, case.variables, case.clean)
-    after = case.scores(repair.variables)
-    assert repair.target == TARGET
-    assert repair.info["oracle"]
-    assert after.asr is not None
-    assert after.asr < 0.1
-    assert after.acc > case.before.acc - 0.03
 
 
 @functools.cache

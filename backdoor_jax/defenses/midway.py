@@ -78,7 +78,6 @@ class Midway(TAC):
 
     name: ClassVar[str] = "midway"
     summary: ClassVar[str] = "part of the way to TAC's repair, guided by the victim's own answers (the default)"
-    limits: ClassVar[str] = "it unlearns one change of the latents, and triggers that change each image otherwise stay"
 
     steps: Count = 200
     batch_size: Count = 128
