@@ -27,7 +27,6 @@ ATTACKS = ("badnets", "blended", "sig", "low_frequency", "wanet", "input_aware",
 QUICK_ATTACKS: dict[str, dict[str, Any]] = {"input_aware": {"mask_epochs": 3, "channels": 8, "depth": 2}}
 """Smaller networks and fewer passes than the attacks' own defaults."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    "neural_cleanse": {"rounds": 20, "round_steps": 5, "batch_size": 16, "rate": 0.2, "patience": 1},
     "mm_bd": {"starts": 5, "steps": 60, "rate": 0.05},
     "loss_ascent": {"steps": 100},
 }

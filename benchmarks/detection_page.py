@@ -4,7 +4,7 @@
 
 Reads the files of benchmarks/results/detection, which `benchmarks/detection.py` wrote. Writes the tables into
 docs/detecting.md, between its marks, the figure docs/figures/detection-roc.png, and
-backdoor_jax/detectors/clean_models.json, the own p-values of the choosing half's clean models. Everything in tables and
+backdoor_jax/detectors/clean_models.json, the scores of the choosing half's clean models. Everything in tables and
 figure is of the reporting half, except for the table of the population.
 """
 
@@ -23,11 +23,13 @@ FOLDER = measuring.RESULTS / "detection"
 PAGE = ROOT / "docs" / "detecting.md"
 FIGURE = ROOT / "docs" / "figures" / "detection-roc.png"
 REFERENCE = ROOT / "backdoor_jax" / "detectors" / "clean_models.json"
-TESTS = ("per_sample", "worst_case", "neural_cleanse", "mm_bd")
+TESTS = ("neural_cleanse", "per_sample", "worst_case", "mm_bd")
 """The detectors with a test. Those that had their defaults are calibrated."""
 WORKS = 0.5
 """The attack success rate from which a poisoned model is backdoored."""
 ALPHA = 0.05
+HEALTHY = 0.7
+"""The accuracy from which verdicts are given, the default of ``--healthy``."""
 BOOTSTRAPS = 2000
 
 Row = dict[str, Any]
@@ -55,16 +57,33 @@ def is_backdoored(row: Row) -> bool:
     return row["attack"] is not None and row["asr"] >= WORKS and not row["fills_class"]
 
 
+def tells(row: Row, detector: str) -> bool:
+    """Whether a detector's evidence supports a verdict: Neural Cleanse's needs clean images enough."""
+    from backdoor_jax.detectors.neural_cleanse import FEWEST_IMAGES
+
+    return detector != "neural_cleanse" or row["clean_images"] >= FEWEST_IMAGES
+
+
 def own(row: Row, detector: str) -> float:
     """A detector's own p-value of a model; 1 where it has none."""
     found = row["detectors"][detector]["p_value"]
-    return 1.0 if found is None else float(found)
+    return 1.0 if found is None or not tells(row, detector) else float(found)
 
 
-def clean_p_values(rows: list[Row], detector: str) -> tuple[float, ...]:
-    """Those of the choosing half's clean models, ascending."""
-    chosen = [own(row, detector) for row in rows if row["attack"] is None and not row["reporting"]]
-    return tuple(sorted(float(f"{p_value:.4g}") for p_value in chosen))
+def score(row: Row, detector: str) -> float:
+    """What verdicts compare with clean models: the ratio of Neural Cleanse, the own p-value of the others."""
+    from backdoor_jax.detectors.neural_cleanse import smallest_mask
+
+    if detector != "neural_cleanse":
+        return own(row, detector)
+    values = row["detectors"][detector]["values"]
+    return smallest_mask(np.array(values)).ratio if values and tells(row, detector) else 1.0
+
+
+def clean_scores(rows: list[Row], detector: str) -> tuple[float, ...]:
+    """Those of the choosing half's clean models of which the detector can tell, ascending."""
+    chosen = [row for row in rows if row["attack"] is None and not row["reporting"] and tells(row, detector)]
+    return tuple(sorted(float(f"{score(row, detector):.4g}") for row in chosen))
 
 
 def reference(rows: list[Row]) -> str:
@@ -73,25 +92,29 @@ def reference(rows: list[Row]) -> str:
     content = {
         "made_by": "benchmarks/detection_page.py from benchmarks/results/detection",
         "clean_models": models,
-        "p_values": {name: clean_p_values(rows, name) for name in TESTS if name not in SETTINGS},
+        "scores": {name: clean_scores(rows, name) for name in TESTS if name not in SETTINGS},
     }
     return json.dumps(content, indent=1) + "\n"
 
 
 def p_values(rows: list[Row], detector: str) -> np.ndarray:
-    """The p-values of models as verdicts have them: calibrated where there are clean models enough."""
+    """The p-values of models as verdicts have them: calibrated where there are clean models enough; 1 without one."""
     from backdoor_jax.detectors.calibration import FEWEST_MODELS, calibrated
 
-    clean, found = clean_p_values(rows, detector), [own(row, detector) for row in rows]
-    counts = len(clean) >= FEWEST_MODELS and detector not in SETTINGS
-    return np.array([calibrated(p_value, clean) for p_value in found] if counts else found)
+    clean = clean_scores(rows, detector)
+    if len(clean) < FEWEST_MODELS or detector in SETTINGS:
+        return np.array([own(row, detector) for row in rows])
+    least_index = 0.0 if detector == "neural_cleanse" else 1.0
+    return np.array(
+        [calibrated(score(row, detector), clean, least_index) if tells(row, detector) else 1.0 for row in rows]
+    )
 
 
 def suspicions(rows: list[Row], detector: str) -> np.ndarray:
     """How backdoored a detector finds models, the larger the more."""
     if detector == "loss_ascent":
         return np.array([max(row["detectors"][detector]["values"], default=0.0) for row in rows])
-    return -np.array([own(row, detector) for row in rows])
+    return -np.array([score(row, detector) for row in rows])
 
 
 def area(poisoned: np.ndarray, clean: np.ndarray) -> float:
@@ -131,34 +154,8 @@ def tables(rows: list[Row]) -> dict[str, str]:
     clean = np.array([row["attack"] is None for row in rows])
     reporting = np.array([row["reporting"] for row in rows])
     poisoned = reporting & backdoored
-    names = list(rows[0]["detectors"])
-    score = {name: suspicions(rows, name) for name in names}
+    healthy = np.array([row["acc"] >= HEALTHY for row in rows])
     flagged = {name: p_values(rows, name) <= ALPHA for name in TESTS}
-
-    overview = []
-    for name in names:
-        mine, other = score[name][poisoned], score[name][reporting & clean]
-        low, high = interval(area, mine, other)
-        named = np.array([row["detectors"][name]["target"] == row["target"] for row in rows])[poisoned]
-        own_alarms = np.array([own(row, name) <= ALPHA for row in rows])[reporting & clean]
-        found, false, alarmed = "-", "-", "-"
-        if name in TESTS:
-            hits = flagged[name][poisoned]
-            bounds = interval(mean, hits.astype(float))
-            found = f"{share(hits)} ({100 * bounds[0]:.0f} to {100 * bounds[1]:.0f} %)"
-            false, alarmed = share(flagged[name][reporting & clean]), share(own_alarms)
-        seconds = np.median([row["detectors"][name]["seconds"] for row in rows])
-        overview.append(
-            [
-                f"`{name}`",
-                f"{area(mine, other):.2f} ({low:.2f} to {high:.2f})",
-                found,
-                share(named),
-                false,
-                alarmed,
-                f"{seconds:.1f}",
-            ]
-        )
 
     def by(key: str, part: np.ndarray) -> list[list[str]]:
         """The share found of each value that a field has."""
@@ -178,14 +175,41 @@ def tables(rows: list[Row]) -> dict[str, str]:
     head = [f"`{name}`" for name in TESTS]
     return {
         "population": population(rows),
-        "overview": table(
-            ["detector", "AUC", "found at p <= .05", "target named", "false alarms", "by its own test", "CPU seconds"],
-            overview,
-        ),
+        "overview": overview(rows, reporting, flagged),
+        "healthy": overview(rows, reporting & healthy, flagged),
         "attacks": table(["attack", *head], by("attack", poisoned) + apart),
         "data": table(["data set", *head], by("data", poisoned) + alarms),
         "architectures": table(["architecture", *head], by("architecture", poisoned)),
     }
+
+
+def overview(rows: list[Row], part: np.ndarray, flagged: dict[str, np.ndarray]) -> str:
+    """How often each detector is right about a part of the rows."""
+    poisoned = part & np.array([is_backdoored(row) for row in rows])
+    clean = part & np.array([row["attack"] is None for row in rows])
+    body = []
+    for name in rows[0]["detectors"]:
+        told = np.array([tells(row, name) for row in rows])
+        found = suspicions(rows, name)
+        mine, other = found[poisoned & told], found[clean & told]
+        low, high = interval(area, mine, other)
+        named = np.array([row["detectors"][name]["target"] == row["target"] for row in rows])
+        verdicts = ["-"] * 3
+        if name in TESTS:
+            hits = flagged[name][poisoned & told]
+            bounds = interval(mean, hits.astype(float))
+            verdicts = [
+                f"{share(hits)} ({100 * bounds[0]:.0f} to {100 * bounds[1]:.0f} %)",
+                share(flagged[name][clean & told]),
+                share(np.array([own(row, name) <= ALPHA for row in rows])[clean & told]),
+            ]
+        seconds = np.median([row["detectors"][name]["seconds"] for row in rows])
+        area_shown = f"{area(mine, other):.2f} ({low:.2f} to {high:.2f})"
+        silent = str(int((part & ~told).sum()) or "-")
+        body.append([f"`{name}`", area_shown, verdicts[0], share(named[poisoned & told]), *verdicts[1:], silent])
+        body[-1].append(f"{seconds:.1f}")
+    head = ["detector", "AUC", "found at p <= .05", "target named", "false alarms", "by its own test", "cannot tell"]
+    return table([*head, "CPU seconds"], body)
 
 
 def population(rows: list[Row]) -> str:
@@ -223,11 +247,11 @@ def draw(rows: list[Row], out: Path) -> None:
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axes = figure.subplots()
     for name in kept[0]["detectors"]:
-        score = suspicions(kept, name)
-        edges = np.concatenate([[np.inf], np.unique(score)[::-1]])
-        found = [np.mean(score[backdoored] >= edge) for edge in edges]
-        false = [np.mean(score[clean] >= edge) for edge in edges]
-        axes.plot(false, found, label=f"{name}, {area(score[backdoored], score[clean]):.2f}")
+        told, suspicion = np.array([tells(row, name) for row in kept]), suspicions(kept, name)
+        mine, other = suspicion[backdoored & told], suspicion[clean & told]
+        edges = np.concatenate([[np.inf], np.unique(suspicion[told])[::-1]])
+        found, false = ([np.mean(part >= edge) for edge in edges] for part in (mine, other))
+        axes.plot(false, found, label=f"{name}, {area(mine, other):.2f}")
     axes.axvline(ALPHA, color="gray", linewidth=0.8, linestyle=":")
     axes.set(xlabel="clean models flagged", ylabel="backdoored models flagged", xlim=(-0.01, 1), ylim=(0, 1.02))
     axes.legend(fontsize=8, title="area under the curve", title_fontsize=8)

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model, scan
+from backdoor_jax import Classifier, FineTune, Repair, UserError, build_classifier, load_model, save_model
 from backdoor_jax.app import ModelFile, load_suspect, repair_model, require_better_than_chance, scan_model
 from backdoor_jax.app.trials import Trial, better_input
 from backdoor_jax.cli import main
 from backdoor_jax.cli.suspects import parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import CLP, Midway
-from backdoor_jax.detectors import DETECTORS
+from backdoor_jax.detectors import DETECTORS, NeuralCleanse, judge
 from backdoor_jax.models import Variables
 
 COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
@@ -234,7 +234,7 @@ def test_a_scan_prints_norms_tests_and_verdict_and_writes_a_figure(
     assert lines[0] == f"{place / form}: 100.0 % of 60 images classified correctly"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == list("012345")
     assert lines[-4] == f"{place / form}: no sign of a backdoor"
-    assert lines[-3].startswith("evidence: none; class ") and "p = " in lines[-3] and "per_sample" in lines[-3]
+    assert lines[-3].startswith("evidence: none; class ") and "p = " in lines[-3] and "neural_cleanse" in lines[-3]
     assert "no proof of a clean model" in lines[-2]
     assert lines[-1] == f"{form}.scan.png: written"
     with Image.open(tmp_path / f"{form}.scan.png") as figure:
@@ -250,8 +250,8 @@ def test_a_scan_in_json_has_verdict_values_and_the_images_to_look_at(place: Path
     code, output, error = call(*given, "--json", *listed)
     assert (code, error) == (0, "")
     found = json.loads(output)
-    assert found["verdict"]["outcome"] == "no sign of a backdoor" and found["verdict"]["detector"] == "per_sample"
-    assert (found["accuracy"], len(found["values"]), found["details"]["unsolved_samples"]) == (1.0, 6, 0)
+    assert found["verdict"]["outcome"] == "no sign of a backdoor" and found["verdict"]["detector"] == "neural_cleanse"
+    assert (found["accuracy"], len(found["values"]), len(found["details"]["success"])) == (1.0, 6, 6)
     labels = np.load(place / "clean.npz")["labels"]
     assert len(found["images"]) == 4
     assert (labels[[int(index) for index in found["images"]]] == np.argmin(found["values"])).all()
@@ -269,18 +269,18 @@ def test_labeled_images_bring_class_names_and_file_names(place: Path, tmp_path: 
         load_labeled(str(tmp_path / "named.npz"), 7)
 
 
-@pytest.mark.parametrize("detector", ["mm_bd", "neural_cleanse", "loss_ascent", "worst_case"])
+@pytest.mark.parametrize("detector", ["mm_bd", "per_sample", "loss_ascent", "worst_case"])
 def test_every_detector_scans_from_the_command_line(
     detector: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = {"mm_bd": {"steps": 2}, "neural_cleanse": {"rounds": 1}, "loss_ascent": {"steps": 1}}.get(detector, {})
+    quick = {"mm_bd": {"steps": 2}, "loss_ascent": {"steps": 1}}.get(detector, {})
     monkeypatch.setitem(DETECTORS, detector, functools.partial(DETECTORS[detector], **quick))
     monkeypatch.setenv("FORCE_COLOR", "1")  # Passes for a terminal, where each step is shown.
     source = ("--size", "8x8") if detector == "mm_bd" else ("--data", place / "clean.npz")
     out = tmp_path / "s.png"
     code, output, shown = call("scan", "--checkpoint", place / "model", *source, "--detector", detector, "--out", out)
     assert code == 0 and f"({detector})" in output and out.is_file()
-    assert ("class programs" if detector == "worst_case" else f"{detector} ") in shown
+    assert ("class programs" if detector in ("per_sample", "worst_case") else f"{detector} ") in shown
     assert (f"evaluating {place / 'model'}"[:20] in shown) == (detector != "mm_bd")
     assert ("cannot tell: loss ascent" in output) == (detector == "loss_ascent")
 
@@ -289,8 +289,8 @@ def test_a_scan_without_what_it_needs_says_what_to_give(place: Path, tmp_path: P
     given = ("scan", "--checkpoint", place / "model", "--out", tmp_path / "s.png")
     assert "--size 32x32" in error_of(*given, "--detector", "mm_bd")
     assert "--size 'big'" in error_of(*given, "--size", "big")
-    assert "per_sample needs clean images; give --data" in error_of(*given, "--size", "8x8")
-    assert "known are per_sample, worst_case" in error_of(*given, "--detector", "best")
+    assert "neural_cleanse needs clean images; give --data" in error_of(*given, "--size", "8x8")
+    assert "known are neural_cleanse, per_sample" in error_of(*given, "--detector", "best")
     assert "belong together" in error_of(*given, "--list-images", "3")
 
 
@@ -299,9 +299,9 @@ def test_the_functions_return_what_the_commands_print(place: Path, tmp_path: Pat
     assert (suspect.accuracy, suspect.held_out, len(suspect.test)) == (1.0, False, 60)
     found = scan_model(suspect, tmp_path / "scan.png")
     assert found.figure.is_file()
-    expected = scan(suspect.classifier, suspect.variables, suspect.data.images)
-    np.testing.assert_array_equal(found.evidence.values, expected.per_sample)
-    assert found.verdict.target is expected.flagged() is None
+    expected = NeuralCleanse().examine(jax.random.key(0), suspect.classifier, suspect.variables, suspect.data)
+    np.testing.assert_array_equal(found.evidence.values, expected.values)
+    assert found.verdict == judge(expected, accuracy=1.0) and found.verdict.target is None
     result = repair_model(suspect, FineTune(), tmp_path / "repaired")
     assert (result.accuracy, result.repair.why, result.held_out) == (1.0, "a test", False)
     assert result.out == tmp_path / "repaired"

@@ -7,7 +7,7 @@ from typing import ClassVar
 from matplotlib.figure import Figure
 
 from backdoor_jax.analyses.base import Analysis, AnalysisContext, Finding, Row, Subject
-from backdoor_jax.detectors import PerSample, judge
+from backdoor_jax.detectors import NeuralCleanse, judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DetectorVerdict(Analysis):
         if subject.original is not None:
             return None
         key = context.key_for("verdict")
-        evidence = PerSample().examine(key, context.classifier, subject.variables, context.clean)
+        evidence = NeuralCleanse().examine(key, context.classifier, subject.variables, context.clean)
         names = context.task.class_names
         verdict = judge(evidence, class_names=names)
         return {

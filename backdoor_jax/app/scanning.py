@@ -8,7 +8,7 @@ import jax
 
 from backdoor_jax.app.loading import Images, Suspect, require_numbered
 from backdoor_jax.app.outputs import require_free_figure
-from backdoor_jax.detectors import Detector, Evidence, PerSample, Verdict, judge, suspicious
+from backdoor_jax.detectors import Detector, Evidence, NeuralCleanse, Verdict, judge, suspicious
 from backdoor_jax.errors import NoLinearHead, UserError
 
 
@@ -28,7 +28,7 @@ class ScanResult:
 
 
 def scan_model(
-    suspect: Suspect, out: Path, detector: Detector = PerSample(), *, seed: int = 0, force: bool = False
+    suspect: Suspect, out: Path, detector: Detector = NeuralCleanse(), *, seed: int = 0, force: bool = False
 ) -> ScanResult:
     """Scans a model for a backdoor and draws a figure.
 

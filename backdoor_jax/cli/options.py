@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     scan = commands.add_parser("scan", help="does a model look backdoored, and towards which class")
     _add_model_options(scan, data_required=False)
-    scan.add_argument("--detector", metavar="NAME", default="per_sample", help="see list (default: per_sample)")
+    scan.add_argument("--detector", metavar="NAME", default="neural_cleanse", help="see list (default: neural_cleanse)")
     scan.add_argument("--seed", type=int, default=0, help="of the detector (default: 0)")
     scan.add_argument("--training-set", metavar="DATA", help="the training set, for --list-images")
     scan.add_argument("--list-images", type=int, metavar="N", help="the N images of the suspicious class to look at")

@@ -10,7 +10,7 @@ from backdoor_jax.detectors.spectral_signatures import spectral_signatures
 from backdoor_jax.detectors.suspicion import SUSPICIONS, suspicious
 
 DETECTORS: dict[str, type[Detector]] = {
-    detector.name: detector for detector in (PerSample, WorstCase, MMBD, NeuralCleanse, LossAscent)
+    detector.name: detector for detector in (NeuralCleanse, PerSample, WorstCase, MMBD, LossAscent)
 }
 """The detectors by the names that the command line uses; the first is the default."""
 

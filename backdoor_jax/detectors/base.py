@@ -49,10 +49,12 @@ class Evidence:
         values: ``(C,)``, the quantity of each class; infinite where there is none.
         target: the most suspicious class.
         p_value: the chance of a class as suspicious as this in a clean model, by the detector's own test; None without
-            one. `judge` calibrates it.
+            one.
         trouble: the reason why the values support no verdict, if there is one.
         details: further results in plain Python values.
         triggers: the triggers that the detector reconstructed, if it does.
+        score: what `judge` compares with the clean models, smaller for a more suspicious model, in (0, 1]; the p-value
+            where it is None.
     """
 
     detector: str
@@ -63,6 +65,7 @@ class Evidence:
     trouble: str | None = None
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     triggers: Inverted | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +159,9 @@ def judge(
         cannot tell: two classes are too few for a test
     """
     why, p_value, target = evidence.trouble, evidence.p_value, evidence.target
-    clean = clean_models().get(evidence.detector)
+    clean, score = clean_models().get(evidence.detector), evidence.score
     if p_value is not None and clean is not None:
-        p_value = calibrated(p_value, clean)
+        p_value = calibrated(p_value, clean) if score is None else calibrated(score, clean, least_index=0)
     if accuracy < healthy:
         why = (
             f"{100 * accuracy:.1f} % of the images classified correctly is less than a healthy model reaches "

@@ -55,7 +55,7 @@ class PerSample(LatentScan):
     """The mean norm of the smallest latent change of single samples, balanced over classes."""
 
     name: ClassVar[str] = "per_sample"
-    summary: ClassVar[str] = "a class to which single samples are sent by small latent changes (the default)"
+    summary: ClassVar[str] = "a class to which single samples are sent by small latent changes"
     statistic: ClassVar[Statistic] = "per_sample"
 
 

@@ -31,6 +31,15 @@ def test_a_tail_is_never_thinner_than_that_of_a_test_that_keeps_its_level() -> N
     assert calibrated(0.2, (0.39, 0.395, 0.399, 0.4, 0.5, 0.6, 0.7, 0.8)) == pytest.approx(5 / 9 * 0.2 / 0.4)
 
 
+def test_the_tail_of_scores_may_be_thinner() -> None:
+    clean = (0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+    index = np.mean(np.log(0.4 / np.array([0.2, 0.3, 0.35])))
+    assert index < 1
+    assert calibrated(0.1, clean, least_index=0) == pytest.approx(5 / 9 * 0.25 ** (1 / index))
+    alike = (0.4,) * 20
+    assert calibrated(0.39, alike, least_index=0) == 0 and calibrated(0.4, alike, least_index=0) == 1
+
+
 @pytest.mark.parametrize("power", [1.0, 3.0])
 def test_the_level_holds_where_the_own_test_raises_false_alarms(power: float) -> None:
     generator = np.random.default_rng(0)
@@ -54,10 +63,18 @@ def test_a_verdict_has_the_calibrated_p_value_of_a_calibrated_detector(monkeypat
     assert judge(Evidence("another", "norm", np.arange(6.0), 2, 0.02)).p_value == 0.02
 
 
+def test_a_score_is_compared_in_place_of_the_own_p_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = tuple(np.linspace(0.2, 1, 20))
+    monkeypatch.setattr(base, "clean_models", lambda: {"a test": clean})
+    verdict = judge(Evidence("a test", "norm", np.arange(6.0), 2, 0.9, score=0.05))
+    assert verdict.p_value == calibrated(0.05, clean, least_index=0) < 0.05 and verdict.outcome == "backdoored"
+    assert judge(Evidence("a test", "norm", np.arange(6.0), 2, 1e-9, score=0.9)).outcome == "no sign of a backdoor"
+
+
 def test_too_few_clean_models_calibrate_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "detectors").mkdir()
     few, enough = [0.5] * 18, [0.9, *[0.5] * 18]
-    content = json.dumps({"p_values": {"few": few, "enough": enough}})
+    content = json.dumps({"scores": {"few": few, "enough": enough}})
     (tmp_path / "detectors" / "clean_models.json").write_text(content)
     monkeypatch.setattr("backdoor_jax.detectors.calibration.resources.files", lambda _: tmp_path)
     assert calibration.clean_models.__wrapped__() == {"enough": tuple(sorted(enough))}

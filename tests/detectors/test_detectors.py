@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +22,12 @@ from backdoor_jax.detectors import (
     NeuralCleanse,
     activation_clustering,
     judge,
+    neural_cleanse,
     scan_evidence,
     spectral_signatures,
     suspicious,
 )
-from backdoor_jax.detectors.neural_cleanse import _search, invert_triggers, smallest_mask
+from backdoor_jax.detectors.neural_cleanse import FEWEST_IMAGES, _search, invert_triggers, smallest_mask
 from backdoor_jax.metrics import MarginConfig, mm_bd
 
 CLASSES = 6
@@ -49,7 +51,7 @@ def pixel_case(target: int | None) -> Case:
 
 
 def test_neural_cleanse_finds_the_trigger_pixel_of_the_target_and_nothing_in_a_clean_model() -> None:
-    config = NeuralCleanse(rounds=60, round_steps=5, weight=1e-2)
+    config = NeuralCleanse(rounds=60, round_steps=5, batch_size=32, rate=0.1, weight=1e-2, patience=5)
     poisoned, clean = (config.examine(jax.random.key(0), *pixel_case(target)) for target in (4, None))
     assert poisoned.target == 4 and poisoned.p_value is not None and poisoned.p_value < 0.01
     assert poisoned.triggers is not None
@@ -70,6 +72,17 @@ def test_an_inverted_trigger_sends_images_to_its_class_as_often_as_reported() ->
         assert found.success[k] >= 0.99 and (predicted == k).mean() > 0.95
 
 
+def test_groups_of_classes_give_what_all_classes_together_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = NeuralCleanse(rounds=2, round_steps=1)
+    classifier, variables, data = pixel_case(4)
+    together = invert_triggers(jax.random.key(0), classifier, variables, data.images, config)
+    monkeypatch.setattr(neural_cleanse, "TOGETHER", 4)
+    before = cache_size(_search)
+    grouped = invert_triggers(jax.random.key(0), classifier, variables, data.images, config)
+    assert cache_size(_search) == before + 1
+    chex.assert_trees_all_close(grouped, together, rtol=1e-5)
+
+
 def test_the_classes_triggers_are_one_program_and_other_numbers_do_not_compile_again() -> None:
     small = miniature()
     arguments = small.classifier, small.variables, small.clean.images
@@ -83,15 +96,30 @@ def test_the_classes_triggers_are_one_program_and_other_numbers_do_not_compile_a
 def test_the_anomaly_index_and_its_p_value_follow_their_definitions() -> None:
     norms = np.random.default_rng(0).normal(50, 5, 43)
     norms[7] = 20
-    target, index, p_value = smallest_mask(norms)
+    found = smallest_mask(norms)
     expected = (np.median(norms) - 20) / (1.4826 * np.median(np.abs(norms - np.median(norms))))
-    assert target == 7 and index == pytest.approx(expected, rel=1e-4)
+    assert found.target == 7 and found.anomaly_index == pytest.approx(expected, rel=1e-4)
+    assert found.ratio == pytest.approx(20 / np.median(norms))
     logs = np.log(norms)
     g = (logs.mean() - logs[7]) / logs.std(ddof=1)
     t = np.sqrt(43 * 41 * g**2 / (42**2 - 43 * g**2))
-    assert p_value == pytest.approx(43 * stats.t(41).sf(t), rel=1e-6)
-    assert smallest_mask(norms[4:8])[2] is None
-    assert smallest_mask(np.ones(6))[1] == 0
+    assert found.p_value == pytest.approx(43 * stats.t(41).sf(t), rel=1e-6)
+    assert smallest_mask(norms[4:8]).p_value is None
+    assert smallest_mask(np.ones(6)).anomaly_index == 0 and smallest_mask(np.ones(6)).ratio == 1
+    assert smallest_mask(np.zeros(6)).ratio == 1
+
+
+def test_the_score_is_the_ratio_of_the_masks_where_clean_models_were_examined_alike() -> None:
+    found = NeuralCleanse().examine(jax.random.key(0), *pixel_case(4))
+    assert found.score == found.details["smallest_to_median"] == found.values[4] / np.median(found.values) < 0.5
+    assert NeuralCleanse(rounds=1).examine(jax.random.key(0), *pixel_case(4)).score is None
+
+
+def test_few_clean_images_support_no_verdict() -> None:
+    classifier, variables, data = pixel_case(4)
+    for count, outcome in ((FEWEST_IMAGES - 1, "cannot tell"), (FEWEST_IMAGES, "backdoored")):
+        found = NeuralCleanse().examine(jax.random.key(0), classifier, variables, data.take(slice(count)))
+        assert judge(found).outcome == outcome
 
 
 # Loss ascent and the others
