@@ -158,14 +158,54 @@ def test_the_output_says_where_a_repair_is_evaluated_on_the_images_it_used(
     place: Path, tmp_path: Path, no_repair: None
 ) -> None:
     _, output, _ = call(*defend(place, tmp_path / "a.safetensors", data="images"))
-    assert "finetune: these are the images it repaired with; give others (--test)" in output
+    assert "finetune: measured on the images that the repair saw" in output and "--hold-out 0.2" in output
     for held_out in ("task.npz", "clean.npz"):
         _, output, _ = call(
             *defend(place, tmp_path / held_out / "b.safetensors", "--test", place / held_out, data="images")
         )
-        assert "test images classified correctly" in output and "repaired with" not in output
+        assert "test images classified correctly" in output and "repair saw" not in output
     _, output, _ = call(*defend(place, tmp_path / "c.safetensors", data="task.npz"))
-    assert "repaired with" not in output
+    assert "repair saw" not in output
+
+
+def test_images_that_are_held_out_measure_and_do_not_repair(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Dataset] = []
+
+    def repair(self: FineTune, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        seen.append(data)
+        return Repair(variables, changed=False)
+
+    monkeypatch.setattr(FineTune, "repair", repair)
+    for seed in ("0", "1"):
+        out = tmp_path / f"{seed}.safetensors"
+        code, output, _ = call(*defend(place, out, "--hold-out", "0.3", "--seed", seed))
+        assert code == 0 and "100.0 % of 18 test images classified correctly, 100.0 % before" in output
+        assert "repair saw" not in output
+    suspect = load_suspect(ModelFile(place / "model"), str(place / "clean.npz"), hold_out=0.3)
+    assert suspect.held_out
+    assert np.bincount(suspect.test.labels).tolist() == [3] * 6
+    images = np.concatenate([suspect.data.images, suspect.test.images])
+    assert len(np.unique(images, axis=0)) == 60
+    for data in seen:
+        np.testing.assert_array_equal(data.images, suspect.data.images)
+        assert np.bincount(data.labels).tolist() == [7] * 6
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "expected"),
+    [
+        (("--hold-out", "0.2"), "task.npz", "task.npz has images to evaluate on already; leave out --hold-out"),
+        (("--hold-out", "0"), "clean.npz", "--hold-out 0 of 60 images of 6 classes keeps none"),
+        (("--hold-out", "20"), "clean.npz", "hold-out is 20.0, expected 0 to 1"),
+        (("--hold-out", "0.2", "--defense", "clp"), "clean.npz", "clp sees no image of --data"),
+    ],
+)
+def test_a_hold_out_that_cannot_be_is_one_line(
+    options: tuple[str, ...], data: str, expected: str, place: Path, tmp_path: Path
+) -> None:
+    assert expected in error_of(*defend(place, tmp_path / "out.safetensors", *options, data=data))
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out", "out.jaxexport"])

@@ -222,6 +222,7 @@ def load_suspect(
     data: str,
     *,
     test: str | None = None,
+    hold_out: float | None = None,
     images: Images = Images(),
     healthy: float = HEALTHY,
     triggered: str | Callable[[tuple[int, int, int]], Trigger] | None = None,
@@ -234,6 +235,8 @@ def load_suspect(
         data: clean labeled images; see `backdoor_jax.data.load_labeled`.
         test: images to evaluate on, in one of the same forms; by default the test images that come with `data`, or
             else `data` itself, which then does not show what a repair costs.
+        hold_out: share of the images of each class in `data` that is kept for evaluation where there are no others;
+            the rest is left to work with.
         images: how images are read.
         healthy: the accuracy that a healthy model reaches on these images.
         triggered: images with the trigger under their true labels, in one of the same forms; or what makes the trigger
@@ -261,7 +264,12 @@ def load_suspect(
         other = images.load(test, classifier.num_classes, channels, labeled.class_names)
         notes += other.notes
         held_out = other.test or other.data
-    judged = held_out or labeled.data
+    given = labeled.data
+    if hold_out is not None:
+        if held_out is not None:
+            raise UserError(f"{test or data} has images to evaluate on already; leave out --hold-out")
+        given, held_out = _split(labeled.data, hold_out)
+    judged = held_out or given
     shown = None
     if triggered is not None and target is not None:
         if not 0 <= target < classifier.num_classes:
@@ -274,7 +282,7 @@ def load_suspect(
             height, width, _ = judged.images.shape[1:]
             trigger = triggered((height, width, channels))
             shown = dataclasses.replace(judged, images=images.turn(trigger(images.turn(judged.images))))
-    for part in (labeled.data, judged, *(() if shown is None else (shown,))):
+    for part in (given, judged, *(() if shown is None else (shown,))):
         _require_computable(classifier, variables, part.images, name)
     accuracy = evaluate(classifier, variables, judged, name=name).acc
     labels = np.asarray(judged.labels)
@@ -292,7 +300,7 @@ def load_suspect(
         name,
         classifier,
         variables,
-        labeled.data,
+        given,
         judged,
         accuracy,
         healthy,
@@ -301,6 +309,21 @@ def load_suspect(
         shown,
         target,
     )
+
+
+def _split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Images to work with, of each class at least one, and a share of them to evaluate on: always the same."""
+    labels = np.asarray(data.labels)
+    order = np.asarray(jax.random.permutation(jax.random.key(0), len(labels)))
+    parts = [order[labels[order] == label] for label in np.unique(labels)]
+    kept = [part[: min(round(share * len(part)), len(part) - 1)] for part in parts]
+    held_out = np.sort(np.concatenate(kept))
+    if not len(held_out):
+        raise UserError(
+            f"--hold-out {share:g} of {len(labels)} images of {len(parts)} classes keeps none; give a larger share, or "
+            "more images"
+        )
+    return data.take(np.setdiff1d(order, held_out)), data.take(held_out)
 
 
 def _planted_trigger(victim: zoo.ZooVictim, trigger: Trigger) -> Callable[[tuple[int, int, int]], Trigger]:

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from backdoor_jax.cli.suspects import images_of, judged_on, print_accuracy, require_used, suspect_of
+from backdoor_jax.errors import UserError
 
 if TYPE_CHECKING:
     from backdoor_jax.app import RepairResult, Suspect
@@ -18,6 +19,8 @@ def defend(parsed: argparse.Namespace) -> int:
 
     require_used(parsed)
     defense = make_defense(parsed.defense, parsed.preset, parsed.overrides)
+    if parsed.hold_out is not None and defense.needs != "clean":
+        raise UserError(f"{defense.name} sees no image of --data, so all of them measure it; leave out --hold-out")
     out = parsed.out or repaired_path(parsed.checkpoint)
     require_free(out, parsed.force, MODEL_SUFFIXES)  # Before the model is loaded, which takes seconds.
     suspect = suspect_of(parsed)
@@ -58,7 +61,10 @@ def defend(parsed: argparse.Namespace) -> int:
         triggered = f"{100 * rate:.1f} % of the triggered images classified as {suspect.target}"
         print(f"{name}: {triggered}, {100 * before:.1f} % before")
     if not result.held_out:
-        print(f"{name}: these are the images it repaired with; give others (--test) to see what the repair costs")
+        print(
+            f"{name}: measured on the images that the repair saw, so too well; give others (--test), or keep some for "
+            "it (--hold-out 0.2)"
+        )
     if drop > parsed.max_drop:
         what = "not written, unless with --force" if result.out is None else "written because of --force"
         print(f"{name}: warning: it lost {100 * drop:.1f} % of accuracy, more than --max-drop allows; {what}")

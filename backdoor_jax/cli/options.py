@@ -13,6 +13,7 @@ RANGES = {
     "seed": (0, 2**32 - 1),
     "healthy": (0, 1),
     "max_drop": (0, 1),
+    "hold_out": (0, 1),
     "list_images": (1, 10**6),
     "classes": (2, 2**16),
 }
@@ -85,6 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     defend.add_argument("--preset", metavar="NAME", help="named settings of the defense")
     defend.add_argument("--test", metavar="DATA", help="images to evaluate on (default: test images of --data, or all)")
+    defend.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="share of --data, such as 0.2, to evaluate on and not to repair with, where there are no test images",
+    )
     defend.add_argument("--training-set", metavar="DATA", help="the poisoned set, for a defense that needs it")
     defend.add_argument(
         "--max-drop",
@@ -109,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     scan.add_argument("--by", metavar="METHOD", help="how: spectral_signatures, the default, or activation_clustering")
     _add_output_options(scan)
     scan.add_argument("--out", help="the figure (default: the checkpoint's name and .scan.png)")
-    scan.set_defaults(command="scan", test=None)
+    scan.set_defaults(command="scan", test=None, hold_out=None)
 
     listing = commands.add_parser(
         "list", help="the attacks, defenses, detectors, scenarios, models and data sets, one line each"

@@ -148,6 +148,7 @@ def suspect_of(parsed: argparse.Namespace) -> "Suspect":
         model_of(parsed),
         parsed.data,
         test=parsed.test,
+        hold_out=parsed.hold_out,
         images=images_of(parsed),
         healthy=HEALTHY if parsed.healthy is None else parsed.healthy,
         triggered=_trigger(parsed),
