@@ -1,10 +1,31 @@
-"""Progress bars: on a terminal, unless they are hidden, and nothing anywhere else."""
+"""Progress bars: on a terminal, unless they are hidden; elsewhere lines now and then, where a command asks for them."""
 
 import contextlib
 import contextvars
+import sys
+import time
 from collections.abc import Callable, Iterator
 
+EVERY = 20.0
+"""Seconds before and between lines."""
+
 _hidden = contextvars.ContextVar("hidden", default=False)
+_lines = contextvars.ContextVar("lines", default=False)
+
+
+@contextlib.contextmanager
+def progress_lines() -> Iterator[None]:
+    """Writes a line now and then in place of each bar for the length of a block, where stderr is not a terminal.
+
+    Example:
+        >>> with progress_lines(), progress_bar("training", 10) as advance:
+        ...     advance(5)  # Too soon for a line.
+    """
+    token = _lines.set(True)
+    try:
+        yield
+    finally:
+        _lines.reset(token)
 
 
 @contextlib.contextmanager
@@ -24,7 +45,7 @@ def hidden_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps") -> Iterator[Callable[..., None]]:
-    """Shows a bar on stderr for the length of a block, where stderr is a terminal.
+    """Shows a bar on stderr for the length of a block, where stderr is a terminal; or lines, see `progress_lines`.
 
     Args:
         name: what is in progress.
@@ -42,8 +63,12 @@ def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps
     from rich.console import Console
 
     console = Console(stderr=True)
-    if _hidden.get() or not console.is_terminal:
+    if _hidden.get() or not (console.is_terminal or _lines.get()):
         yield lambda count, note="": None
+        return
+    if not console.is_terminal:
+        with hidden_bars():
+            yield _line_writer(name, total, done, unit)
         return
     from rich import progress
 
@@ -54,3 +79,22 @@ def progress_bar(name: str, total: int | None, done: int = 0, unit: str = "steps
         task = bars.add_task(name, total=total, completed=done, note="")
         with hidden_bars():  # A terminal has room for one.
             yield lambda count, note="": bars.update(task, advance=count, note=note)
+
+
+def _line_writer(name: str, total: int | None, done: int, unit: str) -> Callable[..., None]:
+    """What writes a line on stderr whenever enough time has passed since the last one."""
+    first, started = done, time.monotonic()
+    last = started
+
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, last
+        done, now = done + count, time.monotonic()
+        if now - last < EVERY:
+            return
+        last = now
+        parts = [f"{name}: {done} of {total or '?'} {unit}"]
+        if total and first < done < total:
+            parts.append(f"about {(now - started) / (done - first) * (total - done):.0f} s left")
+        print(", ".join([*parts, *filter(None, [note])]), file=sys.stderr, flush=True)
+
+    return advance

@@ -26,6 +26,7 @@ from backdoor_jax.cli.suspects import parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import CLP, Midway
 from backdoor_jax.detectors import DETECTORS, NeuralCleanse, judge
+from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Variables
 
 COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
@@ -125,7 +126,8 @@ def test_a_model_in_a_file_is_repaired(place: Path, tmp_path: Path) -> None:
     assert (code, error) == (0, "")
     lines = output.splitlines()
     assert lines[0] == f"{place / 'model.safetensors'}: 100.0 % of 30 test images classified correctly"
-    assert re.fullmatch(r"finetune: changed \d+ of 86 arrays, and moved the weights by \S+ % of their norm", lines[1])
+    changed = r"finetune: changed \d+ of 86 arrays, and moved the weights by \S+ % of their norm; took \d+\.\d s"
+    assert re.fullmatch(changed, lines[1])
     assert lines[2].startswith("finetune: ")
     assert lines[2].endswith(" % of 30 test images classified correctly, 100.0 % before")
     assert lines[3] == f"{out}: written; load it by backdoor_jax.load_model({str(out)!r})"
@@ -152,6 +154,9 @@ def test_a_repair_in_json_has_rates_before_and_after_and_says_where_it_is(
     assert found["accuracy"] == pytest.approx(1 / 6 if ruins else 1.0)
     assert found["success_rate"] == (1.0 if ruins else 0.0)
     assert found["out"] == (None if ruins else str(out)) and out.exists() != ruins
+    refused = tmp_path / "repaired-refused.safetensors"
+    assert found["refused"] == (str(refused) if ruins else None) and refused.exists() == ruins
+    assert found["seconds"] >= 0 and (found["remedies"] is not None) == ruins
 
 
 def test_the_output_says_where_a_repair_is_evaluated_on_the_images_it_used(
@@ -217,7 +222,7 @@ def test_every_format_is_written_and_replaced_only_with_force(
     out = tmp_path / name
     code, output, _ = call(*defend(place, out, data="images"))
     assert code == 0
-    assert "finetune: changed nothing (a test)" in output
+    assert "finetune: changed nothing (a test); took " in output
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert "--force" in error_of(*defend(place, out))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -245,6 +250,35 @@ def test_without_a_name_the_default_repair_runs_and_is_written_beside(
     assert (code, error) == (0, "")
     assert f"midway: {said}" in output
     assert load_model(Path("model-repaired.safetensors"))[0] == load_model(place / "model")[0]
+
+
+def test_several_defenses_are_compared(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(self: CLP, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        return Repair(variables, changed=False)
+
+    def ruin(self: FineTune, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        return Repair(jax.tree.map(jnp.zeros_like, variables))
+
+    def fail(self: Midway, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Repair:
+        raise NonFiniteError("midway: the loss is nan")
+
+    for defense, repair in ((CLP, keep), (FineTune, ruin), (Midway, fail)):
+        monkeypatch.setattr(defense, "repair", repair)
+    both = ("--defense", "clp,finetune")
+    code, output, error = call(*defend(place, tmp_path / "a.safetensors", *both))
+    assert (code, error) == (1, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-clp.safetensors", "a-finetune-refused.safetensors"]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in rows] == [["none", "100.0 %"], ["clp", "100.0 %"], ["finetune", "16.7 %"]]
+    assert rows[1][3] == str(tmp_path / "a-clp.safetensors") and float(rows[1][2]) >= 0
+    code, output, error = call(*defend(place, tmp_path / "b", "--defense", "auto,clp"))
+    assert code == 2 and error == "backdoor-jax: midway: midway: the loss is nan\n"
+    assert (tmp_path / "b-clp").is_dir() and "clp: 100.0 %" in output
+    code, output, _ = call(*defend(place, tmp_path / "c", "--defense", "auto,clp", "--json"))
+    failed, kept = json.loads(output)
+    assert (code, failed["error"], kept["out"]) == (2, "midway: the loss is nan", str(tmp_path / "c-clp"))
+    for wrong, expected in (((*both, "steps=1"), "set one defense"), (("--defense", "clp,clp"), "twice")):
+        assert expected in error_of(*defend(place, tmp_path / "d", *wrong))
 
 
 def test_a_defense_that_needs_nothing_receives_no_image(

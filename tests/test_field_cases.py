@@ -1046,7 +1046,7 @@ def test_the_success_rate_of_triggered_images_leaves_out_the_target_class(place:
     assert "go together" in one_line(load_suspect, place.folder / "model.pth.tar", "x.npz", target=1)
 
 
-def test_a_repair_that_loses_accuracy_is_a_warning_with_exit_code_1_and_not_written(
+def test_a_repair_that_loses_accuracy_exits_with_1_names_remedies_and_is_kept_apart(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ruin(self: FineTune, key: Any, classifier: Classifier, variables: Any, data: Any) -> Repair:
@@ -1059,8 +1059,12 @@ def test_a_repair_that_loses_accuracy_is_a_warning_with_exit_code_1_and_not_writ
     named = ("--model", f"{place.folder / 'nets.py'}:make_net", "--defense", "finetune", "--out", tmp_path / "a.pt")
     code, output, error = call("defend", *given, *named)
     assert (code, error) == (1, "")
-    assert "warning: it lost" in output and "not written" in output
-    assert not (tmp_path / "a.pt").exists()
+    assert "warning: it lost" in output and f"kept as {tmp_path / 'a-refused.pt'}" in output
+    assert all(remedy in output for remedy in ("--max-drop ", "clean images", "learning_rate=0.005", "ft_sam"))
+    allowed = re.findall(r"give --max-drop (\S+);", output)[0]
+    assert not (tmp_path / "a.pt").exists() and (tmp_path / "a-refused.pt").is_file()
+    code, output, _ = call("defend", *given, *named[:-1], tmp_path / "b.pt", "--max-drop", allowed)
+    assert code == 0 and (tmp_path / "b.pt").is_file()
     code, output, _ = call("defend", *given, *named, "--force")
     assert code == 1
     assert "written because of --force" in output
@@ -1072,4 +1076,5 @@ def test_a_repair_that_loses_accuracy_is_a_warning_with_exit_code_1_and_not_writ
 def test_a_repair_in_python_is_not_written_either(place: Place, tmp_path: Path) -> None:
     suspect = load_suspect(pooled(place), str(place.folder / "clean.npz"))
     result = repair_model(suspect, CLP(u=0.0), tmp_path / "a.pt", max_drop=-1.0)
-    assert result.out is None
+    assert result.out is None and result.refused == tmp_path / "a-refused.pt" and result.refused.is_file()
+    assert result.remedies is not None and "ft_sam" in result.remedies and "gently" not in result.remedies

@@ -1,13 +1,14 @@
-"""Progress bars: silent where stderr is not a terminal; on a terminal they show the name, the count and the note."""
+"""Progress: a bar on a terminal, with name, count and note; lines elsewhere, where a command asks for them."""
 
 import contextlib
 import io
+import itertools
 
 import pytest
 import rich.progress
 from rich.console import Console
 
-from backdoor_jax.progress import progress_bar
+from backdoor_jax.progress import hidden_bars, progress_bar, progress_lines
 
 ERASE_LINE = "\x1b[2K"
 
@@ -25,6 +26,44 @@ def test_nothing_is_written_without_a_terminal(capfd: pytest.CaptureFixture[str]
     with progress_bar("training", 10) as advance:
         advance(5)
         advance(5, "loss 0.1")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "total", "expected"),
+    [
+        (5, 10, ["training: 5 of 10 steps, about 25 s left, loss 4"]),
+        (
+            30,
+            10,
+            ["training: 2 of 10 steps, about 240 s left, loss 1", "training: 3 of 10 steps, about 210 s left, loss 2"],
+        ),
+        (5, None, ["training: 5 of ? steps, loss 4"]),
+        (1, 10, []),
+    ],
+)
+def test_lines_replace_a_bar_where_there_is_no_terminal(
+    seconds: int,
+    total: int | None,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with progress_lines(), progress_bar("training", total, done=1) as advance, progress_bar("inner", 2) as inner:
+        for number in range(1, 5):
+            inner(1)
+            advance(1, f"loss {number}")
+    out, error = capfd.readouterr()
+    assert not out and error.splitlines()[: len(expected)] == expected
+    assert bool(error) == bool(expected)
+
+
+def test_hidden_progress_writes_no_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("backdoor_jax.progress.EVERY", 0.0)
+    with progress_lines(), hidden_bars(), progress_bar("training", 10) as advance:
+        advance(5)
     assert capfd.readouterr() == ("", "")
 
 

@@ -15,8 +15,15 @@ from backdoor_jax.app.loading import (
     load_unseen,
     require_better_than_chance,
 )
-from backdoor_jax.app.outputs import repaired_path
-from backdoor_jax.app.repairing import MAX_DROP, RepairResult, change_line, loading_line, repair_model
+from backdoor_jax.app.outputs import marked, repaired_path
+from backdoor_jax.app.repairing import (
+    MAX_DROP,
+    RepairResult,
+    change_line,
+    loading_line,
+    repair_model,
+    require_repairable,
+)
 from backdoor_jax.app.scanning import Listing, ScanResult, list_suspicious, scan_model
 
 __all__ = [
@@ -32,8 +39,10 @@ __all__ = [
     "load_suspect",
     "load_unseen",
     "loading_line",
+    "marked",
     "repair_model",
     "repaired_path",
     "require_better_than_chance",
+    "require_repairable",
     "scan_model",
 ]

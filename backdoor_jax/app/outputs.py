@@ -30,6 +30,17 @@ def repaired_path(checkpoint: Path) -> Path:
     return Path(f"{checkpoint.stem}-repaired{suffix}")
 
 
+def marked(out: Path, mark: str) -> Path:
+    """A path beside another, with a mark in its name.
+
+    Example:
+        >>> marked(Path("models/suspect.pt"), "d3").name, marked(Path("models/suspect"), "d3").name
+        ('suspect-d3.pt', 'suspect-d3')
+    """
+    suffix = out.suffix if out.suffix in MODEL_SUFFIXES else ""
+    return out.with_name(f"{out.name.removesuffix(suffix)}-{mark}{suffix}")
+
+
 @contextlib.contextmanager
 def _writable(out: Path) -> Iterator[None]:
     """Turns what the operating system refuses inside into one line about an output path."""

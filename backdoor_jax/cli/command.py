@@ -13,7 +13,7 @@ from backdoor_jax.cli.options import check_options, make_parser
 from backdoor_jax.cli.scan import scan
 from backdoor_jax.cli.streams import fail, quiet_libraries, safe_output
 from backdoor_jax.errors import UserError, first_line
-from backdoor_jax.progress import hidden_bars
+from backdoor_jax.progress import hidden_bars, progress_lines
 from backdoor_jax.stopping import Stopped, stopping_at_safe_points
 
 FIRST_STEPS = """\
@@ -77,7 +77,7 @@ def _parse_and_run(arguments: Sequence[str] | None) -> int:
         with stopping_at_safe_points(), quiet_libraries():
             check_options(parsed)
             _set_up_jax(distributes=cluster_option(parsed) is not None)
-            with hidden_bars() if parsed.quiet or parsed.json else contextlib.nullcontext():
+            with hidden_bars() if parsed.quiet or parsed.json else progress_lines():
                 code: int | None = COMMANDS[parsed.command](parsed)
     except UserError as error:
         return fail(str(error))

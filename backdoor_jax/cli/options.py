@@ -82,7 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_model_options(defend)
     defend.add_argument(
-        "--defense", default="auto", metavar="NAME", help="see list (default: auto, the default repair)"
+        "--defense",
+        default="auto",
+        metavar="NAME",
+        help="see list (default: auto, the default repair); NAME,NAME,... compares several",
     )
     defend.add_argument("--preset", metavar="NAME", help="named settings of the defense")
     defend.add_argument("--test", metavar="DATA", help="images to evaluate on (default: test images of --data, or all)")
@@ -98,11 +101,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="write no repair that loses more accuracy, of 1, without --force; exit with 1 (default: 0.05)",
+        help="refuse a repair that loses more accuracy, of 1: write it as OUT-refused, exit with 1 (default: 0.05)",
     )
     defend.add_argument("--seed", type=int, default=0, help="of the defense (default: 0)")
     defend.add_argument(
-        "--out", help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax) (default: NAME-repaired)"
+        "--out",
+        help="FILE.safetensors, FILE.pt, FILE.jaxexport, or a folder (Orbax) (default: NAME-repaired); with several "
+        "defenses each adds its name",
     )
     _add_output_options(defend)
     defend.set_defaults(command="defend")
