@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from backdoor_jax.cli import main
 from backdoor_jax.cli.suspects import parse_normalization
 from backdoor_jax.data import Dataset, load_labeled
 from backdoor_jax.defenses import CLP, Midway
-from backdoor_jax.detectors import DETECTORS, NeuralCleanse, judge
+from backdoor_jax.detectors import DETECTORS, MMBD, Evidence, NeuralCleanse, judge
 from backdoor_jax.errors import NonFiniteError
 from backdoor_jax.models import Variables
 
@@ -307,15 +308,42 @@ def test_a_scan_prints_norms_tests_and_verdict_and_writes_a_figure(
     lines = output.splitlines()
     assert lines[0] == f"{place / form}: 100.0 % of 60 images classified correctly"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == list("012345")
-    assert lines[-4] == f"{place / form}: no sign of a backdoor"
-    assert lines[-3].startswith("evidence: none; class ") and "p = " in lines[-3] and "neural_cleanse" in lines[-3]
-    assert "no proof of a clean model" in lines[-2]
+    assert lines[1] == f"{place / form}: no sign of a backdoor"
+    assert lines[2].startswith("evidence: none; class ") and "p = " in lines[2] and "neural_cleanse" in lines[2]
+    assert "no proof of a clean model" in lines[3]
     assert lines[-1] == f"{form}.scan.png: written"
     with Image.open(tmp_path / f"{form}.scan.png") as figure:
         assert figure.size[0] > 400
     assert "--force" in error_of("scan", "--checkpoint", place / form, "--data", place / "clean.npz")
     again = ("--data", place / "images", "--force", "--out", f"{form}.scan.png")
     assert call("scan", "--checkpoint", place / form, *again)[0] == 0
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_the_advice_on_a_backdoored_model_is_a_command_that_repairs_it(
+    data: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examine(self: MMBD, key: jax.Array, classifier: Classifier, variables: Variables, data: Dataset) -> Evidence:
+        return Evidence("mm_bd", "margin", np.arange(6.0), 2, 1e-4)
+
+    monkeypatch.setattr(MMBD, "examine", examine)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "model", tmp_path / "my model")
+    names = ",".join(f"class{number}" for number in range(6))
+    images = ("--data", place / "images", "--class-names", names, "--healthy", "0.5") if data else ()
+    given = ("scan", "--checkpoint", "my model", "--size", "8x8", "--detector", "mm_bd", *images)
+    code, output, _ = call(*given)
+    lines = output.splitlines()
+    verdict = lines.index("my model: backdoored, class 2" + " (class2)" * data)
+    assert code == 0 and verdict < next(number for number, line in enumerate(lines) if line.startswith("┏"))
+    (command,) = [shlex.split(line) for line in lines if line.startswith("  backdoor-jax defend ")]
+    assert json.loads(call(*given, "--json", "--force")[1])["repair_command"] == shlex.join(command)
+    assert command[-1] == "target=2" and ("CLEAN_IMAGES" in command) != data
+    if data:
+        monkeypatch.setattr(Midway, "repair", lambda self, *rest: Repair(rest[2], changed=False, target=self.target))
+        code, output, _ = call(*command[1:])
+        assert code == 0 and "midway: repaired class 2" in output
+        assert (tmp_path / "my model-repaired").is_dir()
 
 
 def test_a_scan_in_json_has_verdict_values_and_the_images_to_look_at(place: Path, tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backdoor_jax.cli.streams import print_wide
-from backdoor_jax.cli.suspects import images_of, model_of, parse_size, print_accuracy, require_used, suspect_of
+from backdoor_jax.cli.suspects import (
+    images_of,
+    model_of,
+    parse_size,
+    print_accuracy,
+    repair_command,
+    require_used,
+    suspect_of,
+)
 from backdoor_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,14 +51,19 @@ def scan(parsed: argparse.Namespace) -> None:
     if not (parsed.quiet or parsed.json) and len(suspect.test):
         print_accuracy(suspect)
     result = scan_model(suspect, figure, DETECTORS[parsed.detector](), seed=parsed.seed, force=parsed.force)
+    target = result.verdict.target
+    command = None if target is None else repair_command(parsed, target)
     listing = None
     if parsed.list_images is not None:
-        target = result.evidence.target
-        listing = list_suspicious(suspect, parsed.training_set, target, by, parsed.list_images, images_of(parsed))
+        listing = list_suspicious(
+            suspect, parsed.training_set, result.evidence.target, by, parsed.list_images, images_of(parsed)
+        )
     if parsed.json:
-        print(_as_json(suspect, result, listing))
+        print(_as_json(suspect, result, command, listing))
         return
-    _print_scan(suspect, result, parsed.quiet)
+    _print_verdict(suspect, result, command)
+    if not parsed.quiet:
+        _print_values(suspect, result)
     if listing is not None:
         for note in () if parsed.quiet else listing.notes:
             print(note)
@@ -58,7 +71,7 @@ def scan(parsed: argparse.Namespace) -> None:
     print(f"{result.figure}: written")
 
 
-def _as_json(suspect: "Suspect", result: "ScanResult", listing: "Listing | None") -> str:
+def _as_json(suspect: "Suspect", result: "ScanResult", command: str | None, listing: "Listing | None") -> str:
     """A scan as JSON; values that are not finite are null."""
     evidence = result.evidence
     return json.dumps(
@@ -68,6 +81,7 @@ def _as_json(suspect: "Suspect", result: "ScanResult", listing: "Listing | None"
             "notes": [*suspect.notes, *(() if listing is None else listing.notes)],
             "success_rate": suspect.success_rate(suspect.variables),
             "verdict": dataclasses.asdict(result.verdict),
+            "repair_command": command,
             "own_p_value": evidence.p_value,
             "quantity": evidence.quantity,
             "values": [value if math.isfinite(value) else None for value in evidence.values.tolist()],
@@ -80,20 +94,26 @@ def _as_json(suspect: "Suspect", result: "ScanResult", listing: "Listing | None"
     )
 
 
-def _print_scan(suspect: "Suspect", result: "ScanResult", quiet: bool) -> None:
-    """Prints the values of all classes, unless told to be quiet, the verdict and what to do next."""
+def _print_verdict(suspect: "Suspect", result: "ScanResult", command: str | None) -> None:
+    """Prints the verdict, what it rests on and what to do next."""
+    evidence, verdict = result.evidence, result.verdict
+    p_value = "no p-value" if verdict.p_value is None else f"p = {verdict.p_value:.2g}"
+    print(f"{suspect.name}: {verdict}")
+    print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")
+    print(verdict.advice)
+    if command is not None:
+        print(f"\n  {command}\n")
+
+
+def _print_values(suspect: "Suspect", result: "ScanResult") -> None:
+    """Prints the values of all classes."""
     from rich.table import Table
     from rich.text import Text
 
-    evidence, verdict = result.evidence, result.verdict
+    evidence = result.evidence
     names = suspect.class_names or [""] * len(evidence.values)
     table = Table("class", "name", evidence.quantity, title=f"{evidence.detector}, every class")
     for number, (name, value) in enumerate(zip(names, evidence.values, strict=True)):
         shown = f"{value:.3g}" if math.isfinite(value) else "-"
         table.add_row(str(number), Text(name), shown, style="bold" if number == evidence.target else None)
-    if not quiet:
-        print_wide(table)
-    p_value = "no p-value" if verdict.p_value is None else f"p = {verdict.p_value:.2g}"
-    print(f"{suspect.name}: {verdict}")
-    print(f"evidence: {verdict.strength}; class {evidence.target} stands out most, {p_value} ({evidence.detector})")
-    print(verdict.advice)
+    print_wide(table)

@@ -1,6 +1,7 @@
 """The model, images and trigger that a command's options describe."""
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from backdoor_jax.errors import UserError
@@ -14,6 +15,43 @@ UNSEEN = (
     (("resize", "class_names", "channel_order"), ("data", "training_set")),
 )
 """Options of a model's images, and the sources of images one of which they need."""
+
+
+MODEL_OPTIONS = (
+    "checkpoint",
+    "model",
+    "key",
+    "stem",
+    "normalize",
+    "classes",
+    "data",
+    "class_names",
+    "channel_order",
+    "size",
+    "resize",
+    "healthy",
+    "triggered",
+    "patch",
+    "position",
+    "blend",
+    "strength",
+    "target",
+)
+"""Options with a value that all commands on your own model share."""
+
+
+def repair_command(parsed: argparse.Namespace, target: int) -> str:
+    """The command that repairs a class of the model of another command.
+
+    Example:
+        >>> given = {"checkpoint": "my model.pt", "model": "resnet18", "data": "clean.npz"}
+        >>> repair_command(argparse.Namespace(**dict.fromkeys(MODEL_OPTIONS) | given), 8)
+        "backdoor-jax defend --checkpoint 'my model.pt' --model resnet18 --data clean.npz target=8"
+    """
+    given = {name: getattr(parsed, name) for name in MODEL_OPTIONS} | {"data": parsed.data or "CLEAN_IMAGES"}
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    command = ["backdoor-jax", "defend", *(word.replace("_", "-") if word[:2] == "--" else word for word in words)]
+    return shlex.join([*command, f"target={target}"])
 
 
 def parse_normalization(text: str | None) -> dict[str, Any]:

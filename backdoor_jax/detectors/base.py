@@ -185,6 +185,6 @@ def judge(
     )
     advice = (
         f"Look at the training images of class {target} if you have them: mistakes in the labels look the same. "
-        f"Then repair: defend target={target}"
+        f"Then repair the model with target={target}."
     )
     return Verdict("backdoored", target, name, evidence.detector, p_value, strength, None, advice)
