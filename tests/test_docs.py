@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from processes import output_as_user
-from torch_networks import torchvision_models
+from torch_networks import torch_preact_resnet18, torchvision_models
 
+from backdoor_jax import load_torch, save_torch
 from backdoor_jax.cli.options import make_parser
 from backdoor_jax.cli.suspects import parse_normalization, parse_size
 from backdoor_jax.config_files import make_defense
@@ -66,6 +67,30 @@ def test_a_network_of_torchvision_is_repaired_in_ten_lines(tmp_path: Path, monke
     repaired = torch.load("repaired.pt", weights_only=True)
     assert set(repaired) == set(state)
     assert not torch.equal(repaired["conv1.weight"], state["conv1.weight"])
+
+
+def test_the_definition_of_preact_resnet18_has_the_names_and_logits_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch modules: pip install 'backdoor_jax[torch]'")
+    text = (DOCS / "preact_resnet18.md").read_text(encoding="utf-8")
+    define, train, load = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    narrow = train.replace("num_classes=10", "num_classes=10, width=2")
+    exec(compile(define + narrow, "docs/preact_resnet18.md", "exec"), names)
+    network, images = names["network"], np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    assert set(network.state_dict()) == set(torch_preact_resnet18(torch, 10, 2).state_dict())
+    network.eval()
+    classifier, variables = load_torch("suspect.pt", "preact_resnet18")
+    with torch.no_grad():
+        expected = network(torch.tensor(images).permute(0, 3, 1, 2) / 255).numpy()
+    np.testing.assert_allclose(classifier.logits(variables, images)[0], expected, atol=1e-4)
+    save_torch("repaired.pt", classifier, variables)
+    exec(compile(load, "docs/preact_resnet18.md", "exec"), names)
+    table = text[text.index("| name |") : text.index("A prefix")]
+    assert {*re.findall(r"`([a-z][\w.]+\w)`", table)} - {"layer1", "layer3.0", "layer4.0"} <= {*network.state_dict()}
 
 
 def test_commands_of_the_documentation_have_options_that_exist() -> None:
