@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import output_as_user
@@ -86,7 +87,7 @@ def test_the_definition_of_preact_resnet18_has_the_names_and_logits_of_the_packa
     classifier, variables = load_torch("suspect.pt", "preact_resnet18")
     with torch.no_grad():
         expected = network(torch.tensor(images).permute(0, 3, 1, 2) / 255).numpy()
-    np.testing.assert_allclose(classifier.logits(variables, images)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(classifier.logits(variables, jnp.asarray(images))[0], expected, atol=1e-4)
     save_torch("repaired.pt", classifier, variables)
     exec(compile(load, "docs/preact_resnet18.md", "exec"), names)
     table = text[text.index("| name |") : text.index("A prefix")]
