@@ -159,14 +159,14 @@ def attacks() -> str:
 def choices() -> str:
     """What each advised defense left and cost, over all seeds and both widths on which it ran."""
     everything = "all of the training set, clean"
-    flagged = "a few clean images a class; the scan flags a class"
-    unflagged = "the same; nothing is flagged, or little accuracy may be lost"
+    flagged = "a few clean images a class; the scan names one"
+    unflagged = "the same; the scan names none, or accuracy matters most"
     patch = "the same; the trigger is likely a patch"
     advice = (
         (everything, "super_finetune", {"super_finetune_small": "super_finetune_guide"}),
         (flagged, "tac", {"defenses_gtsrb": "tac", "gtsrb_small": "tac_smallest"}),
         (unflagged, "ft_sam", {"defenses_gtsrb": "ft_sam"}),
-        ("the same; no trace of the trigger may stay", "sau", {"defenses_gtsrb": "sau"}),
+        ("the same; removal matters more than accuracy", "sau", {"defenses_gtsrb": "sau"}),
         ("", "d3", {"defenses_gtsrb": "d3", "gtsrb_small": "d3"}),
         ("the same; very little time", "fst", {"defenses_gtsrb": "fst"}),
         (patch, "nad", {"defenses_gtsrb": "nad"}),
