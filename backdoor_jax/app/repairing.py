@@ -154,9 +154,9 @@ def _remedies(defense: Defense, repair: Repair, drop: float, max_drop: float, re
     allowed = math.ceil(100 * drop) / 100
     where = "it is written because of --force"
     if refused is not None:
-        where = f"so it is kept as {refused}; to accept it, rename that file or give --max-drop {allowed:g}"
+        where = f"it is kept as {refused}; to accept it, rename that or give --max-drop {allowed:g}"
     return (
-        f"it lost {100 * drop:.1f} % of accuracy, more than --max-drop {max_drop:g} allows; {where}; to lose less, "
+        f"it lost {100 * drop:.1f} % of accuracy, more than the {100 * max_drop:g} % of --max-drop; {where}; to lose less, "
         f"give more clean images{gentler}{other}"
     )
 
