@@ -156,8 +156,8 @@ def _remedies(defense: Defense, repair: Repair, drop: float, max_drop: float, re
     if refused is not None:
         where = f"it is kept as {refused}; to accept it, rename that or give --max-drop {allowed:g}"
     return (
-        f"it lost {100 * drop:.1f} % of accuracy, more than the {100 * max_drop:g} % of --max-drop; {where}; to lose less, "
-        f"give more clean images{gentler}{other}"
+        f"it lost {100 * drop:.1f} % of accuracy, more than the {100 * max_drop:g} % of --max-drop; {where}; "
+        f"to lose less, give more clean images{gentler}{other}"
     )
 
 
