@@ -89,7 +89,7 @@ def _line_writer(name: str, total: int | None, done: int, unit: str) -> Callable
     def advance(count: int, note: str = "") -> None:
         nonlocal done, last
         done, now = done + count, time.monotonic()
-        if now - last < EVERY:
+        if now - last < EVERY or done == total:
             return
         last = now
         parts = [f"{name}: {done} of {total or '?'} {unit}"]

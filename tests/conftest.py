@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from backdoor_jax import Classifier, Dataset, make_dataset
+from backdoor_jax import Classifier, Dataset, make_dataset, progress
 from backdoor_jax.compiling import make_room
 from backdoor_jax.models import Variables
 from backdoor_jax.models.layers import BatchNorm, ReLU, conv
@@ -51,6 +51,10 @@ class Programs:
 def pytest_configure(config: pytest.Config) -> None:
     """As a plugin it reaches the doctests too, which are not under this folder."""
     config.pluginmanager.register(Programs())
+
+
+# On a slow machine a test takes long enough for a line on progress, and many expect an empty stderr.
+progress.EVERY = float("inf")
 
 
 class TinyNet(nn.Module):

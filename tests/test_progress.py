@@ -49,6 +49,7 @@ def test_lines_replace_a_bar_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("backdoor_jax.progress.EVERY", 20.0)
     clock = itertools.count(0, seconds)
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with progress_lines(), progress_bar("training", total, done=1) as advance, progress_bar("inner", 2) as inner:
