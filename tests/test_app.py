@@ -347,7 +347,7 @@ def test_the_advice_on_a_backdoored_model_is_a_command_that_repairs_it(
 
 
 def test_a_scan_in_json_has_verdict_values_and_the_images_to_look_at(place: Path, tmp_path: Path) -> None:
-    given = ("scan", "--checkpoint", place / "model", "--data", place / "images", "--out", tmp_path / "s.png")
+    given = ("scan", "--checkpoint", place / "model", "--data", place / "clean.npz", "--out", tmp_path / "s.png")
     listed = ("--training-set", place / "clean.npz", "--list-images", "4", "--by", "activation_clustering")
     code, output, error = call(*given, "--json", *listed)
     assert (code, error) == (0, "")

@@ -55,6 +55,8 @@ SMALLEST = 1e-3
 """Mask size in pixels below which nothing differs."""
 FEWEST_IMAGES = 32
 """Clean images below which a mask fits these images and says little about others; ours, see docs/detecting.md."""
+MEASURED = 200
+"""The most images on which the success of the triggers is measured in the end."""
 TOGETHER = 10
 """The most classes whose triggers pass through the network together."""
 
@@ -189,6 +191,10 @@ def _trigger(raw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return mask, pattern
 
 
+def _put(mask: jax.Array, pattern: jax.Array, images: jax.Array) -> jax.Array:
+    return (1 - mask[..., None]) * images + mask[..., None] * 255 * pattern
+
+
 def invert_triggers(
     key: jax.Array, classifier: Classifier, variables: Variables, images: jax.Array, config: NeuralCleanse
 ) -> Trigger:
@@ -202,8 +208,9 @@ def invert_triggers(
         config: settings.
 
     Returns:
-        Masks ``(C, H, W)``, patterns ``(C, H, W, channels)`` and their success ``(C,)``. Where no mask reached
-        ``config.success``, the last one.
+        Masks ``(C, H, W)``, patterns ``(C, H, W, channels)`` and their success ``(C,)`` on up to `MEASURED` images. The
+        search counts the successes of a round's steps, of which the last then moves the mask on, so that a mask which
+        counted may succeed less often. Where no mask reached ``config.success``, the last one.
     """
     classes = np.arange(classifier.num_classes)
     groups = -(-len(classes) // TOGETHER)
@@ -222,7 +229,8 @@ def invert_triggers(
                 tell(min(size, len(classes) - first), f"smallest mask {smallest:.1f} pixels")
                 stop_if_asked()
             found.append(jax.device_get(state.best))
-    return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[: len(classes)]), *found)
+    best: Trigger = jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[: len(classes)]), *found)
+    return best._replace(success=_success(best, classifier, variables, images[:: -(-len(images) // MEASURED)]))
 
 
 @jit
@@ -242,6 +250,18 @@ def _start(
 
 
 @jit
+def _success(found: Trigger, classifier: Classifier, variables: Variables, images: jax.Array) -> jax.Array:
+    """The share of images that each class's trigger sends to the class."""
+
+    def one(arguments: tuple[Trigger, jax.Array]) -> jax.Array:
+        trigger, target = arguments
+        pixels = _put(trigger.mask, trigger.pattern, images.astype(jnp.float32))
+        return jnp.mean(jnp.argmax(classifier.logits(variables, pixels)[0], -1) == target)
+
+    return jax.lax.map(one, (found, jnp.arange(len(found.mask))))
+
+
+@jit
 def _search(
     states: _Search,
     key: jax.Array,
@@ -258,7 +278,7 @@ def _search(
 
     def loss(raw: Any, weight: jax.Array, target: jax.Array, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask, pattern = _trigger(raw)
-        pixels = (1 - mask[..., None]) * batch + mask[..., None] * 255 * pattern
+        pixels = _put(mask, pattern, batch)
         logits = classifier.logits(variables, pixels)[0].astype(jnp.float32)
         success = jnp.mean(jnp.argmax(logits, -1) == target)
         return jnp.mean(cross_entropy(logits, jnp.full(len(batch), target))) + weight * jnp.sum(mask), success
