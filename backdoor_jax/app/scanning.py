@@ -53,7 +53,7 @@ def scan_model(
         evidence = detector.examine(jax.random.key(seed), suspect.classifier, suspect.variables, suspect.data)
     except NoLinearHead as error:
         raise UserError(
-            f"{error.problem}; choose a detector that needs none, such as loss_ascent (--detector loss_ascent)"
+            f"{error.problem}; choose a detector that needs none, such as neural_cleanse (--detector neural_cleanse)"
         ) from error
     verdict = judge(evidence, accuracy=suspect.accuracy, healthy=suspect.healthy, class_names=suspect.class_names)
     try:
