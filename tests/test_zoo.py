@@ -98,7 +98,7 @@ def test_the_commands_take_a_name_and_bring_its_trigger(
     assert "is not in the zoo" in capsys.readouterr().err
     monkeypatch.setenv("COLUMNS", "1")
     assert main(["scan", *words]) == 0
-    assert "norm of latent change" in capsys.readouterr().out
+    assert "mask size in pixels" in capsys.readouterr().out
     np.savez("small.npz", images=np.zeros((20, 12, 12, 3), np.uint8), labels=np.arange(20) % 10)
     for options, expected in (
         (["--data", "small.npz"], "its trigger is for images of 16x16x3, these are 12x12x3; give --size 16x16"),
