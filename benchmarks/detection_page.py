@@ -28,8 +28,6 @@ TESTS = ("neural_cleanse", "per_sample", "worst_case", "mm_bd")
 WORKS = 0.5
 """The attack success rate from which a poisoned model is backdoored."""
 ALPHA = 0.05
-HEALTHY = 0.7
-"""The accuracy from which verdicts are given, the default of ``--healthy``."""
 BOOTSTRAPS = 2000
 
 Row = dict[str, Any]
@@ -150,6 +148,8 @@ def share(hits: np.ndarray) -> str:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """The page's tables by name."""
+    from backdoor_jax.detectors import HEALTHY
+
     backdoored = np.array([is_backdoored(row) for row in rows])
     clean = np.array([row["attack"] is None for row in rows])
     reporting = np.array([row["reporting"] for row in rows])
