@@ -1,6 +1,7 @@
 """The model, images and trigger that a command's options describe."""
 
 import argparse
+import itertools
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,8 @@ def repair_command(parsed: argparse.Namespace, target: int) -> str:
         "backdoor-jax defend --checkpoint 'my model.pt' --model resnet18 --data clean.npz target=8"
     """
     given = {name: getattr(parsed, name) for name in MODEL_OPTIONS} | {"data": parsed.data or "CLEAN_IMAGES"}
-    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    command = ["backdoor-jax", "defend", *(word.replace("_", "-") if word[:2] == "--" else word for word in words)]
-    return shlex.join([*command, f"target={target}"])
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
+    return shlex.join(["backdoor-jax", "defend", *itertools.chain(*options), f"target={target}"])
 
 
 def parse_normalization(text: str | None) -> dict[str, Any]:
